@@ -1,0 +1,294 @@
+//! One error type for the whole library: what failed, on what, and what to do next.
+//!
+//! Rules:
+//! - The [`Kind`] is small and stable: it decides the exit code and is what programs match on.
+//! - The message says what failed in plain words; [`Error::on`] and [`Error::at`] add the device and
+//!   the byte offset where they are known, once, as close to the failure as possible.
+//! - A [`Error::hint`] says what the user can do next. It is shown on a second line.
+//! - Text that came from a disk, an image or a path is escaped by [`Display`](fmt::Display).
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::units::Offset;
+
+/// `Result` with the library's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What sort of failure it was. Closed list: programs may match on [`Kind::name`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Reading or writing failed, or a device vanished.
+    Io,
+    /// What was named does not exist.
+    NotFound,
+    /// The system does not allow it to this user.
+    Permission,
+    /// The output ran out of space or hit a size limit.
+    NoSpace,
+    /// Whoever read our output went away.
+    BrokenPipe,
+    /// A hook or a child tool failed.
+    Tool,
+    /// Something else went wrong; the message says what.
+    Failed,
+    /// The command line makes no sense.
+    Usage,
+    /// A question would have to be answered first (`--yes`, `--volume`).
+    Confirm,
+    /// The result would not be consistent.
+    Inconsistent,
+    /// The target or the source is in use by somebody.
+    InUse,
+    /// The target is too small.
+    TooSmall,
+    /// The output exists already.
+    Exists,
+    /// The named way to make the source hold still does not apply.
+    NotApplicable,
+    /// The answer to the question was no.
+    Declined,
+    /// It is not an image at all.
+    NotAnImage,
+    /// The image is damaged.
+    Damaged,
+    /// The image ends before its trailer.
+    Truncated,
+    /// The image needs something this version does not have.
+    Incompatible,
+    /// The image is whole but not the expected one.
+    UnexpectedImage,
+    /// A comparison found a difference.
+    Mismatch,
+    /// Interrupted by SIGINT.
+    Interrupted,
+    /// Asked to end by SIGTERM or SIGHUP.
+    Terminated,
+}
+
+impl Kind {
+    /// The exit code that stands for this kind.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Io
+            | Self::NotFound
+            | Self::Permission
+            | Self::NoSpace
+            | Self::BrokenPipe
+            | Self::Tool
+            | Self::Failed => 1,
+            Self::Usage | Self::Confirm => 2,
+            Self::Inconsistent
+            | Self::InUse
+            | Self::TooSmall
+            | Self::Exists
+            | Self::NotApplicable
+            | Self::Declined => 3,
+            Self::NotAnImage
+            | Self::Damaged
+            | Self::Truncated
+            | Self::Incompatible
+            | Self::UnexpectedImage
+            | Self::Mismatch => 4,
+            Self::Interrupted => 130,
+            Self::Terminated => 143,
+        }
+    }
+
+    /// The stable name of this kind in JSON output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::NotFound => "not_found",
+            Self::Permission => "permission",
+            Self::NoSpace => "no_space",
+            Self::BrokenPipe => "broken_pipe",
+            Self::Tool => "tool",
+            Self::Failed => "failed",
+            Self::Usage => "usage",
+            Self::Confirm => "confirm",
+            Self::Inconsistent => "inconsistent",
+            Self::InUse => "in_use",
+            Self::TooSmall => "too_small",
+            Self::Exists => "exists",
+            Self::NotApplicable => "not_applicable",
+            Self::Declined => "declined",
+            Self::NotAnImage => "not_an_image",
+            Self::Damaged => "damaged",
+            Self::Truncated => "truncated",
+            Self::Incompatible => "incompatible",
+            Self::UnexpectedImage => "unexpected_image",
+            Self::Mismatch => "mismatch",
+            Self::Interrupted => "interrupted",
+            Self::Terminated => "terminated",
+        }
+    }
+}
+
+/// What failed, on what, why, and what to do next.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    message: String,
+    path: Option<PathBuf>,
+    offset: Option<Offset>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// An error of `kind`; `message` says what failed, without the path.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            path: None,
+            offset: None,
+            source: None,
+            hint: None,
+        }))
+    }
+
+    /// A failed system call: the kind follows from the operating system's own.
+    pub fn io(message: impl Into<String>, source: io::Error) -> Self {
+        let kind = match source.kind() {
+            io::ErrorKind::NotFound => Kind::NotFound,
+            io::ErrorKind::PermissionDenied => Kind::Permission,
+            io::ErrorKind::BrokenPipe => Kind::BrokenPipe,
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => Kind::NoSpace,
+            _ => Kind::Io,
+        };
+        Self::new(kind, message).because(source)
+    }
+
+    /// Names the device or file, unless one is named already.
+    #[must_use]
+    pub fn on(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.path.get_or_insert_with(|| path.as_ref().to_owned());
+        self
+    }
+
+    /// Says where, unless that is known already.
+    #[must_use]
+    pub fn at(mut self, offset: Offset) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// Says what to do next, unless that is said already.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// Keeps the failure underneath.
+    #[must_use]
+    pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What sort of failure it is.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// What to do next, if anything is known.
+    pub fn get_hint(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+}
+
+/// One line, `what: where: cause`, without the hint; control characters are escaped.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &*self.0;
+        write!(f, "{}", Escaped(&inner.message))?;
+        if let Some(path) = &inner.path {
+            write!(f, ": {}", Escaped(&path.to_string_lossy()))?;
+        }
+        if let Some(offset) = inner.offset {
+            write!(f, ", at byte {offset}")?;
+        }
+        if let Some(source) = &inner.source {
+            write!(f, ": {}", Escaped(&source.to_string()))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let source = self.0.source.as_deref()?;
+        Some(source)
+    }
+}
+
+/// Adds context to a system call's error on the spot.
+pub trait IoContext<T> {
+    /// Turns the failure into an [`Error`] that says what was tried and on what.
+    ///
+    /// # Errors
+    /// The one it was given, with its context.
+    fn context(self, message: &str, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn context(self, message: &str, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| Error::io(message, source).on(path))
+    }
+}
+
+/// Text from a disk, an image or a path, safe to show on a terminal: control characters,
+/// bidirectional overrides and line breaks appear as escapes.
+#[derive(Debug)]
+pub struct Escaped<'a>(pub &'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.0.chars() {
+            let is_bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            if c.is_control() || is_bidi {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                write!(f, "{c}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn renders_what_where_why_on_one_line() {
+        let error = Error::io("cannot read", io::Error::from_raw_os_error(5))
+            .on("/dev/a\nb")
+            .at(Offset(512))
+            .hint("check the cable");
+        assert_eq!(
+            error.to_string(),
+            "cannot read: /dev/a\\nb, at byte 512: Input/output error (os error 5)"
+        );
+        assert_eq!(error.get_hint(), Some("check the cable"));
+        assert_eq!(error.kind().exit_code(), 1);
+    }
+
+    #[test]
+    fn the_innermost_place_wins() {
+        let error = Error::new(Kind::Damaged, "bad checksum")
+            .on("inner")
+            .on("outer");
+        assert_eq!(error.to_string(), "bad checksum: inner");
+    }
+}

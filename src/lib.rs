@@ -1,0 +1,14 @@
+//! holdstill images a disk while it is in use: it freezes a point in time first, then copies only
+//! the used blocks of that instant.
+//!
+//! The layers look one way: `main → cli → plan → verbs → {freeze, pipeline, image, fs} → {extent,
+//! units, read_at, error, progress}`. Everything of one operating system, and every line of `unsafe`,
+//! lives in the crate `holdstill-platform`; `image` and `fs` make no system call at all.
+
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod extent;
+pub mod fs;
+pub mod read_at;
+pub mod units;

@@ -1,0 +1,3 @@
+//! The command `holdstill`.
+
+fn main() {}
