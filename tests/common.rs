@@ -1,0 +1,317 @@
+//! What the integration tests share: temporary folders, loop devices and mounts that are always
+//! taken down, child commands that fail loudly, seeds and counts.
+
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use holdstill::error::{Error, IoContext, Result};
+use holdstill::read_at::{ReadAt, check_range};
+use holdstill::units::{ByteLen, Offset};
+
+/// Where Debian keeps the tools, also those of the administrator.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A folder that is removed at the end: in memory where there is enough of it, else in the
+/// system's temporary folder.
+pub(crate) fn temp_dir() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    };
+    tempfile::Builder::new()
+        .prefix("holdstill-test-")
+        .tempdir_in(parent)
+        .expect("a temporary folder")
+}
+
+/// A new sparse file of `size` bytes.
+pub(crate) fn sparse_file(path: &Path, size: u64) -> File {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .unwrap_or_else(|error| panic!("cannot create {}: {error}", path.display()));
+    file.set_len(size)
+        .unwrap_or_else(|error| panic!("cannot size {}: {error}", path.display()));
+    file
+}
+
+/// A command of the system with a fixed path and the C locale.
+pub(crate) fn command<S: AsRef<OsStr>>(
+    program: &str,
+    args: impl IntoIterator<Item = S>,
+) -> Command {
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .env("PATH", PATH)
+        .env("LC_ALL", "C")
+        .env("MKE2FS_SKIP_PROGRESS", "1");
+    command
+}
+
+/// Runs a command to its end, whatever its exit status.
+///
+/// # Panics
+/// If it cannot be started: a missing tool is a failed test.
+pub(crate) fn output<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Output {
+    let mut command = command(program, args);
+    command.output().unwrap_or_else(|error| {
+        panic!("cannot run {command:?} (is the package installed?): {error}")
+    })
+}
+
+/// Runs a command that must succeed; what it printed on standard output.
+///
+/// # Panics
+/// With all it printed, if it fails.
+pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
+    let args: Vec<_> = args
+        .into_iter()
+        .map(|arg| arg.as_ref().to_owned())
+        .collect();
+    let output = output(program, &args);
+    assert!(
+        output.status.success(),
+        "{program} {args:?} failed ({}):\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a line of shell that must succeed; what it printed on standard output.
+pub(crate) fn shell(script: impl AsRef<OsStr>) -> String {
+    run("bash", [OsStr::new("-euc"), script.as_ref()])
+}
+
+/// Whether the tests run as root.
+pub(crate) fn is_root() -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("Uid:"))
+            .and_then(|ids| ids.split_whitespace().nth(1))
+            == Some("0")
+    })
+}
+
+/// Ends a test with one printed line unless it runs as root.
+macro_rules! needs_root {
+    () => {
+        if !$crate::common::is_root() {
+            println!("skipped, needs root: {}:{}", module_path!(), line!());
+            return;
+        }
+    };
+}
+pub(crate) use needs_root;
+
+/// A loop device over a file, detached when dropped.
+#[derive(Debug)]
+pub(crate) struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches a free loop device to `file`.
+    pub(crate) fn attach(file: &Path) -> Self {
+        Self::attach_with(file, &[])
+    }
+
+    /// The same with further options of `losetup`, such as `--read-only`.
+    pub(crate) fn attach_with(file: &Path, options: &[&str]) -> Self {
+        let mut args: Vec<&OsStr> = vec![OsStr::new("--find"), OsStr::new("--show")];
+        args.extend(options.iter().map(OsStr::new));
+        args.push(file.as_os_str());
+        Self {
+            path: PathBuf::from(run("losetup", args).trim()),
+        }
+    }
+
+    /// The device node.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        take_down("losetup", &["--detach"], &self.path);
+    }
+}
+
+/// A mounted filesystem, unmounted when dropped.
+#[derive(Debug)]
+pub(crate) struct Mount {
+    dir: PathBuf,
+}
+
+impl Mount {
+    /// Mounts `device` at `dir`, which is created. `options` as in `mount -o`, or empty.
+    pub(crate) fn new(device: &Path, dir: &Path, fs: &str, options: &str) -> Self {
+        std::fs::create_dir_all(dir).expect("a mount point");
+        let mut args = vec![OsStr::new("-t"), OsStr::new(fs)];
+        if !options.is_empty() {
+            args.extend([OsStr::new("-o"), OsStr::new(options)]);
+        }
+        args.extend([device.as_os_str(), dir.as_os_str()]);
+        run("mount", args);
+        Self {
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// The mount point.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Freezes the filesystem; it thaws when the guard is dropped. Keep it short, and write
+    /// nothing to the filesystem meanwhile.
+    pub(crate) fn freeze(&self) -> Frozen<'_> {
+        run("fsfreeze", [OsStr::new("--freeze"), self.dir.as_os_str()]);
+        Frozen(self)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        take_down("umount", &[], &self.dir);
+    }
+}
+
+/// A frozen mount, thawed when dropped.
+#[derive(Debug)]
+pub(crate) struct Frozen<'a>(&'a Mount);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        take_down("fsfreeze", &["--unfreeze"], &self.0.dir);
+    }
+}
+
+/// Takes something down, patiently: whoever looks at new devices may hold it for a moment.
+/// Never panics while a test fails already.
+fn take_down(program: &str, args: &[&str], what: &Path) {
+    let mut result = None;
+    for _ in 0..50 {
+        let done = command(program, args).arg(what).output();
+        match done {
+            Ok(output) if output.status.success() => return,
+            other => result = Some(other),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let message = format!("{program} {} failed: {result:?}", what.display());
+    if std::thread::panicking() {
+        eprintln!("{message}");
+    } else {
+        panic!("{message}");
+    }
+}
+
+/// A file or device as the parsers read it.
+#[derive(Debug)]
+pub(crate) struct FileSource {
+    file: File,
+    path: PathBuf,
+    len: ByteLen,
+}
+
+impl FileSource {
+    /// Opens it for reading. Its size is where its end is, for devices too.
+    pub(crate) fn open(path: &Path) -> Self {
+        use std::io::{Seek, SeekFrom};
+        let mut file = File::open(path)
+            .unwrap_or_else(|error| panic!("cannot open {}: {error}", path.display()));
+        let len = file.seek(SeekFrom::End(0)).expect("the end of the file");
+        Self {
+            file,
+            path: path.to_owned(),
+            len: ByteLen(len),
+        }
+    }
+}
+
+impl ReadAt for FileSource {
+    fn len(&self) -> ByteLen {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        check_range(self.len, offset, ByteLen(buf.len() as u64))?;
+        self.file
+            .read_exact_at(buf, offset.0)
+            .context("cannot read", &self.path)
+            .map_err(|error: Error| error.at(offset))
+    }
+}
+
+/// `HOLDSTILL_SEED`, else one from the clock; printed, so that a failure can be run again.
+pub(crate) fn seed() -> u64 {
+    let seed = match std::env::var("HOLDSTILL_SEED") {
+        Ok(text) => text.parse().expect("HOLDSTILL_SEED is a number"),
+        Err(_) => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(1, |since| since.as_nanos() as u64),
+    };
+    let thread = std::thread::current();
+    println!("{}: HOLDSTILL_SEED={seed}", thread.name().unwrap_or("test"));
+    seed
+}
+
+/// How many times to try something: `quick` by default, `full` with `HOLDSTILL_TEST_SCALE=full`,
+/// else `quick` times the number given there; never 0.
+pub(crate) fn count(quick: u64, full: u64) -> u64 {
+    let scaled = match std::env::var("HOLDSTILL_TEST_SCALE") {
+        Err(_) => quick,
+        Ok(scale) if scale == "full" => full,
+        Ok(scale) => {
+            let scale: f64 = scale
+                .parse()
+                .expect("HOLDSTILL_TEST_SCALE is `full` or a number");
+            ((quick as f64 * scale) as u64).min(full)
+        }
+    };
+    scaled.max(1)
+}
+
+/// Small repeatable random numbers (SplitMix64).
+#[derive(Clone, Debug)]
+pub(crate) struct Rng(pub u64);
+
+impl Rng {
+    /// The next 64 random bits.
+    pub(crate) fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `limit` (not 0).
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next_u64() % limit
+    }
+
+    /// Fills `buf` with random bytes.
+    pub(crate) fn fill(&mut self, buf: &mut [u8]) {
+        for part in buf.chunks_mut(8) {
+            let bytes = self.next_u64().to_le_bytes();
+            part.copy_from_slice(&bytes[..part.len()]);
+        }
+    }
+}
