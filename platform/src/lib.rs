@@ -1,6 +1,14 @@
 //! Everything holdstill needs of one operating system, and every line of its `unsafe` code.
+//!
+//! The operating system is Linux: each module names the kernel interface it stands on. The crate
+//! knows nothing of images, filesystem formats or the command line.
 
 pub mod buffer;
 pub mod device;
 pub mod error;
+pub mod mounts;
+pub mod node;
 pub mod output;
+
+#[cfg(test)]
+mod testing;

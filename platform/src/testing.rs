@@ -1,0 +1,159 @@
+//! What the tests of this crate share: scratch folders in memory, loop devices and mounts that are
+//! taken down again whatever happens. Nothing here touches a device it did not make.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::node::DeviceNumber;
+
+/// Ends a test with one printed line unless it runs as root.
+macro_rules! needs_root {
+    () => {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped, needs root: {}:{}", module_path!(), line!());
+            return;
+        }
+    };
+}
+pub(crate) use needs_root;
+
+/// A folder, in memory where possible, removed at the end.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    };
+    tempfile::Builder::new()
+        .prefix("holdstill-test-")
+        .tempdir_in(parent)
+        .unwrap()
+}
+
+/// Runs a tool that must succeed; its standard output.
+pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
+        .env("LC_ALL", "C")
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {program} (is it installed?): {error}"));
+    assert!(
+        output.status.success(),
+        "{program} failed ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Makes a filesystem of the given type.
+pub(crate) fn mkfs(fs_type: &str, device: &Path) {
+    let quiet_and_forced: &[&str] = match fs_type {
+        "ext4" => &["-q", "-F"],
+        "xfs" => &["-q", "-f"],
+        other => panic!("no options known for {other}"),
+    };
+    let mut args: Vec<&OsStr> = quiet_and_forced.iter().map(OsStr::new).collect();
+    args.push(device.as_os_str());
+    run(&format!("mkfs.{fs_type}"), args);
+}
+
+/// An attached loop device.
+#[derive(Debug)]
+pub(crate) struct Loop(PathBuf, std::cell::RefCell<Vec<u32>>);
+
+impl Loop {
+    /// Over a new sparse file of `size` bytes.
+    pub(crate) fn sparse(file: &Path, size: u64) -> Self {
+        File::create(file).unwrap().set_len(size).unwrap();
+        Self::attach(file, &[])
+    }
+
+    /// Over a file or device that is there.
+    pub(crate) fn attach(file: &Path, options: &[&str]) -> Self {
+        let mut args: Vec<&OsStr> = ["-f", "--show"].iter().map(OsStr::new).collect();
+        args.extend(options.iter().map(OsStr::new));
+        args.push(file.as_os_str());
+        Self(run("losetup", args).trim().into(), Vec::new().into())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn number(&self) -> DeviceNumber {
+        DeviceNumber::from_raw(std::fs::metadata(&self.0).unwrap().rdev())
+    }
+
+    /// Adds a partition device (sectors of 512 bytes) without any table on the disk; its node.
+    pub(crate) fn add_partition(&self, index: u32, start: u64, sectors: u64) -> PathBuf {
+        let numbers = [u64::from(index), start, sectors].map(|number| number.to_string());
+        let mut args = vec![self.0.as_os_str()];
+        args.extend(numbers.iter().map(OsStr::new));
+        run("addpart", args);
+        self.1.borrow_mut().push(index);
+        let node = PathBuf::from(format!("{}p{index}", self.0.display()));
+        for _ in 0..500 {
+            if node.exists() {
+                return node;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("{} never appeared", node.display());
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // Partitions that were added by hand outlive the detaching.
+        for index in self.1.take() {
+            let index = index.to_string();
+            let _ = Command::new("delpart").arg(&self.0).arg(index).status();
+        }
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+/// A mount, taken down when dropped; thawed first, should a test have left it frozen.
+#[derive(Debug)]
+pub(crate) struct Mounted(PathBuf);
+
+impl Mounted {
+    pub(crate) fn new(device: &Path, point: &Path, options: &str) -> Self {
+        std::fs::create_dir_all(point).unwrap();
+        let args = [
+            OsStr::new("-o"),
+            OsStr::new(options),
+            device.as_os_str(),
+            point.as_os_str(),
+        ];
+        run("mount", args);
+        Self(point.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze")
+            .arg("-u")
+            .arg(&self.0)
+            .stderr(std::process::Stdio::null())
+            .status();
+        for _ in 0..50 {
+            let unmounted = Command::new("umount").arg(&self.0).status();
+            if unmounted.is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        eprintln!("{} stays mounted", self.0.display());
+    }
+}
