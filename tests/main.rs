@@ -1,4 +1,5 @@
 //! All integration tests, in one binary: one module per concept.
 
 mod common;
+mod ext4;
 mod harness;
