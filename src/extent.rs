@@ -3,7 +3,7 @@
 use crate::units::{ByteLen, Offset};
 
 /// A run of bytes: `[start, start + len)`. The end never overflows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Extent {
     /// The first byte.
     pub start: Offset,

@@ -10,5 +10,9 @@
 pub mod error;
 pub mod extent;
 pub mod fs;
+mod host;
+pub mod image;
+pub mod pipeline;
+pub mod progress;
 pub mod read_at;
 pub mod units;

@@ -3,3 +3,4 @@
 mod common;
 mod ext4;
 mod harness;
+mod image;

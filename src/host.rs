@@ -1,0 +1,35 @@
+//! Where the library meets the operating system's crate: its disks become [`ReadAt`], its errors ours.
+
+use std::io;
+
+use holdstill_platform as platform;
+use holdstill_platform::device::Disk;
+
+use crate::error::{Error, Result};
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+impl ReadAt for Disk {
+    fn len(&self) -> ByteLen {
+        ByteLen(self.geometry().size)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        self.read_exact_at(buf, offset.0)
+            .map_err(|error| Error::from(error).at(offset))
+    }
+}
+
+impl From<platform::error::Error> for Error {
+    fn from(error: platform::error::Error) -> Self {
+        let hint = match error.source.kind() {
+            io::ErrorKind::PermissionDenied => Some("try again as root"),
+            _ => None,
+        };
+        let ours = Self::io(error.op, error.source).on(error.what);
+        match hint {
+            Some(hint) => ours.hint(hint),
+            None => ours,
+        }
+    }
+}

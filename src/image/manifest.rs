@@ -1,0 +1,198 @@
+//! The two JSON texts of an image: what it is of, at the front, and what was achieved, at the end.
+//!
+//! Readers ignore fields they do not know.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::image::format::{MAX_VOLUME_SIZE, MAX_VOLUMES};
+
+/// How much a volume's copy can be relied on. The order is from best to worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grade {
+    /// Every filesystem on it was mounted here and frozen around the instant.
+    Frozen,
+    /// It was offline, cleanly unmounted, and nobody wrote meanwhile.
+    Clean,
+    /// One instant, but a log would have to be replayed, as after a power cut.
+    Crash,
+    /// Read while it changed: no instant at all.
+    Torn,
+}
+
+impl Grade {
+    /// The name in JSON and on the terminal.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Frozen => "frozen",
+            Self::Clean => "clean",
+            Self::Crash => "crash",
+            Self::Torn => "torn",
+        }
+    }
+}
+
+/// What the image is of: known before the first block is read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Program and version that wrote the image.
+    pub tool: String,
+    /// When it was begun (RFC 3339).
+    pub created: String,
+    /// The run that made it.
+    pub run_id: String,
+    /// How payloads are compressed: `zstd:LEVEL` or `none`.
+    pub compress: String,
+    /// The volumes, by ascending number from 1.
+    pub volumes: Vec<VolumeManifest>,
+}
+
+/// One volume, as it was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeManifest {
+    /// Its number, from 1.
+    pub n: u32,
+    /// Where it was.
+    pub path: String,
+    /// Filesystem or other signature, if one was recognized.
+    pub fs: Option<String>,
+    /// Its label.
+    pub label: Option<String>,
+    /// Its UUID, as its own tools print it.
+    pub uuid: Option<String>,
+    /// Size in bytes.
+    pub size: u64,
+    /// Logical sector in bytes.
+    pub logical_sector: u32,
+    /// Physical sector in bytes.
+    pub physical_sector: u32,
+    /// The smallest target it fits on, in bytes.
+    pub smallest_target: u64,
+    /// Whether only used blocks were read (`used`) or all of them (`all`).
+    pub blocks: Blocks,
+}
+
+/// Which blocks of a volume were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Blocks {
+    /// Those its filesystem uses.
+    Used,
+    /// All.
+    All,
+}
+
+/// What was achieved: known when the last block is stored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Trailer {
+    /// The worst grade of any volume.
+    pub grade: Grade,
+    /// The step that made the source hold still.
+    pub freeze: String,
+    /// The instant the image shows (RFC 3339).
+    pub instant: String,
+    /// All the time writers were blocked, in milliseconds.
+    pub freeze_ms: f64,
+    /// Each time they were.
+    pub freezes: Vec<FreezeTimes>,
+    /// Identity of the content, in hexadecimal. Absent where a stream holds superseded blocks: then
+    /// only a reader of the whole can tell it.
+    pub content_id: Option<String>,
+    /// What the user was warned of.
+    pub warnings: Vec<String>,
+    /// What was achieved for each volume.
+    pub volumes: Vec<VolumeTrailer>,
+}
+
+/// One freeze, in milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FreezeTimes {
+    /// What it was for: `map` or `final`.
+    pub purpose: String,
+    /// From its begin until the thaw was done: how long writers were blocked.
+    pub freeze_ms: f64,
+    /// Collecting the last traced writes.
+    pub drain_ms: f64,
+    /// Reading the last changed blocks.
+    pub read_ms: f64,
+    /// The thaw itself.
+    pub thaw_ms: f64,
+}
+
+/// What was achieved for one volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeTrailer {
+    /// Its number, from 1.
+    pub n: u32,
+    /// Its grade.
+    pub grade: Grade,
+    /// Bytes its map called used, zeros included.
+    pub used_bytes: u64,
+    /// What could not be read and is zeros in the image: offset and length in bytes.
+    pub unreadable: Vec<(u64, u64)>,
+}
+
+impl Manifest {
+    /// A manifest of nothing.
+    pub(crate) fn empty() -> Self {
+        Self {
+            tool: String::new(),
+            created: String::new(),
+            run_id: String::new(),
+            compress: String::new(),
+            volumes: Vec::new(),
+        }
+    }
+
+    /// Decodes and checks a manifest.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] if it is no manifest or makes no sense.
+    pub fn decode(json: &[u8]) -> Result<Self> {
+        let manifest: Self = decode(json, "the list of volumes")?;
+        let numbers_fit = (1..)
+            .zip(&manifest.volumes)
+            .all(|(n, volume)| volume.n == n);
+        let sane = |volume: &VolumeManifest| {
+            volume.size <= MAX_VOLUME_SIZE
+                && volume.smallest_target >= 1.min(volume.size)
+                && volume.logical_sector.is_power_of_two()
+        };
+        if manifest.volumes.len() > MAX_VOLUMES
+            || !numbers_fit
+            || !manifest.volumes.iter().all(sane)
+        {
+            return Err(Error::new(
+                Kind::Damaged,
+                "the list of volumes makes no sense",
+            ));
+        }
+        Ok(manifest)
+    }
+}
+
+impl Trailer {
+    /// Decodes a trailer and checks that it speaks of the same volumes as the manifest.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] if not.
+    pub fn decode(json: &[u8], manifest: &Manifest) -> Result<Self> {
+        let trailer: Self = decode(json, "the trailer")?;
+        let numbers = |n: u32| manifest.volumes.get(n as usize - 1).is_some();
+        let fits = trailer.volumes.len() == manifest.volumes.len()
+            && (1..)
+                .zip(&trailer.volumes)
+                .all(|(n, volume)| volume.n == n && numbers(n));
+        if !fits {
+            return Err(Error::new(Kind::Damaged, "the trailer is of other volumes"));
+        }
+        Ok(trailer)
+    }
+}
+
+fn decode<'a, T: Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T> {
+    serde_json::from_slice(json).map_err(|source| {
+        Error::new(Kind::Damaged, format!("{what} cannot be read")).because(source)
+    })
+}

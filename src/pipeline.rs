@@ -1,0 +1,22 @@
+//! How bytes flow: bounded, in parallel, and never copied by the CPU without need.
+//!
+//! Each worker takes one chunk at a time through all steps (read, hash, compress; or check,
+//! decompress, write), so that a chunk stays in one core's cache. All memory is in fixed pools of
+//! aligned buffers that move from step to step by ownership. Where order matters, the writer restores
+//! it from the chunks' numbers.
+//!
+//! Why it cannot deadlock: a worker takes its buffers *before* it takes a chunk, so whoever holds the
+//! lowest unfinished chunk always has what it needs to finish it.
+
+pub mod batch;
+pub mod load;
+pub mod sink;
+pub mod store;
+
+use std::num::NonZeroUsize;
+
+/// Workers to run by default: one more than cores, so that one can wait for a disk while every core
+/// has work.
+pub fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get) + 1
+}

@@ -1,0 +1,216 @@
+//! Out of an image: read in order, check, decode, and hand to a receiver in parallel.
+
+use std::io::Read;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use crossbeam_channel::{Receiver, bounded};
+use holdstill_platform::buffer::{Buffer, Pool};
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::image::reader::{DataHead, End, ImageReader, Item};
+use crate::image::tables::{Content, Tables};
+use crate::progress::Progress;
+use crate::units::{ByteLen, Offset};
+
+/// Takes what an image holds. Called from several threads; pieces of one pass never overlap, and a
+/// pass is finished before the next begins.
+pub trait Receive: Sync {
+    /// Bytes of a volume.
+    ///
+    /// # Errors
+    /// Any; it ends the reading.
+    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()>;
+
+    /// A run of zeros of a volume.
+    ///
+    /// # Errors
+    /// Any; it ends the reading.
+    fn zeros(&self, volume: u32, extent: Extent) -> Result<()>;
+
+    /// A run that is no longer part of the volume. Nothing needs to be done.
+    fn trim(&self, _volume: u32, _extent: Extent) {}
+}
+
+/// Takes everything and does nothing: for checking an image alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Discard;
+
+impl Receive for Discard {
+    fn data(&self, _: u32, _: Offset, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn zeros(&self, _: u32, _: Extent) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads all of an image and hands it to `receiver`; every byte is checked before it is handed out.
+/// `heads` sees every data record in order, before its content is checked.
+///
+/// # Errors
+/// The first damage, the receiver's first error, or the request to stop.
+pub fn load<R: Read>(
+    image: &mut ImageReader<R>,
+    receiver: &dyn Receive,
+    workers: usize,
+    progress: &dyn Progress,
+    mut heads: impl FnMut(&DataHead),
+) -> Result<Box<End>> {
+    let stored = Pool::new(2 * workers + 1, image.max_stored());
+    let max_plain = image.max_plain();
+    let in_flight = InFlight::default();
+    let (to_workers, records) = bounded::<Loaded>(workers);
+    let failure = Failure::default();
+    let end = std::thread::scope(|scope| {
+        for _ in 0..workers {
+            let records = records.clone();
+            let (in_flight, failure) = (&in_flight, &failure);
+            scope.spawn(move || work(max_plain, receiver, progress, &records, in_flight, failure));
+        }
+        drop(records);
+        let mut place = (0, 0);
+        loop {
+            progress.check()?;
+            if failure.is_set() {
+                return Err(Error::new(Kind::Failed, "the pipeline has ended"));
+            }
+            match image.next_item()? {
+                Item::Data(head) => {
+                    let mut buffer = stored.take();
+                    let len = image.read_payload(&head, &mut buffer)?;
+                    heads(&head);
+                    // A later pass may overwrite what an earlier one is still writing.
+                    if place != (head.volume, head.pass) {
+                        in_flight.wait_until_none();
+                        place = (head.volume, head.pass);
+                    }
+                    in_flight.enter();
+                    let loaded = Loaded { head, buffer, len };
+                    if to_workers.send(loaded).is_err() {
+                        return Err(Error::new(Kind::Failed, "the pipeline has ended"));
+                    }
+                }
+                Item::End(end) => {
+                    drop(to_workers);
+                    return Ok(end);
+                }
+            }
+        }
+    });
+    // A worker's failure is the cause of everything the reader may have run into after it.
+    match failure
+        .0
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+    {
+        Some(error) => Err(error),
+        None => end,
+    }
+}
+
+struct Loaded {
+    head: DataHead,
+    buffer: Buffer,
+    len: usize,
+}
+
+fn work(
+    max_plain: usize,
+    receiver: &dyn Receive,
+    progress: &dyn Progress,
+    records: &Receiver<Loaded>,
+    in_flight: &InFlight,
+    failure: &Failure,
+) {
+    let mut plain = Buffer::new(max_plain);
+    let decompressor = zstd::bulk::Decompressor::new();
+    let mut decompressor = match decompressor {
+        Ok(decompressor) => decompressor,
+        Err(error) => return failure.set(Error::io("cannot set up decompression", error)),
+    };
+    for loaded in records {
+        // After a failure the rest is only taken off the channel, so that nobody waits for us.
+        if !failure.is_set() {
+            let done = loaded
+                .head
+                .decode(&loaded.buffer[..loaded.len], &mut plain, &mut decompressor)
+                .and_then(|bytes| hand_out(&loaded.head, bytes, receiver));
+            match done {
+                Ok(len) => progress.advance(len),
+                Err(error) => failure.set(error),
+            }
+        }
+        drop(loaded);
+        in_flight.leave();
+    }
+}
+
+/// Returns the bytes handed out, zeros included.
+fn hand_out(head: &DataHead, plain: &[u8], receiver: &dyn Receive) -> Result<ByteLen> {
+    let tables: &Tables = &head.tables;
+    tables.for_each_data(plain, |offset, bytes| {
+        receiver.data(head.volume, offset, bytes)
+    })?;
+    let mut len = tables.data_len();
+    for run in &tables.runs {
+        match run.content {
+            Content::Data => {}
+            Content::Zero => {
+                receiver.zeros(head.volume, run.extent)?;
+                len += run.extent.len;
+            }
+            Content::Trim => receiver.trim(head.volume, run.extent),
+        }
+    }
+    Ok(len)
+}
+
+/// The first failure of any worker.
+#[derive(Default)]
+struct Failure(Mutex<Option<Error>>);
+
+impl Failure {
+    fn set(&self, error: Error) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(error);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+}
+
+/// Counts the records that workers have not finished.
+#[derive(Default)]
+struct InFlight {
+    count: Mutex<usize>,
+    left: Condvar,
+}
+
+impl InFlight {
+    fn enter(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    fn leave(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.left.notify_all();
+    }
+
+    fn wait_until_none(&self) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count > 0 {
+            count = self
+                .left
+                .wait(count)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Packs an image's small pieces into large aligned writes, and lets aligned payloads pass untouched.
+
+use holdstill_platform::buffer::{ALIGN, Buffer};
+use holdstill_platform::output::Output;
+
+use crate::error::Result;
+use crate::image::writer::Sink;
+
+/// Length of a packed write in bytes.
+const PACK: usize = 1 << 20;
+
+/// Pieces at least this long are worth a write of their own, in bytes.
+const WORTH_A_WRITE: usize = 64 << 10;
+
+/// An [`Output`] as the image writer's sink.
+#[derive(Debug)]
+pub struct OutputSink {
+    output: Output,
+    pack: Buffer,
+    filled: usize,
+}
+
+impl OutputSink {
+    /// Packs into `output`, to which nothing was written yet.
+    pub fn new(output: Output) -> Self {
+        Self {
+            output,
+            pack: Buffer::new(PACK),
+            filled: 0,
+        }
+    }
+
+    /// Writes what is packed.
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn flush(&mut self) -> Result<()> {
+        let filled = std::mem::take(&mut self.filled);
+        Ok(self.output.append(&self.pack[..filled])?)
+    }
+
+    /// The output, with everything written to it.
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn into_output(mut self) -> Result<Output> {
+        self.flush()?;
+        Ok(self.output)
+    }
+
+    /// The output itself; what is packed has not reached it yet.
+    pub fn output(&self) -> &Output {
+        &self.output
+    }
+}
+
+impl Sink for OutputSink {
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        // Everything before was packed from an aligned position, so the fill tells the alignment.
+        let is_aligned =
+            self.filled.is_multiple_of(ALIGN) && (rest.as_ptr() as usize).is_multiple_of(ALIGN);
+        if is_aligned && rest.len() >= WORTH_A_WRITE {
+            self.flush()?;
+            let (front, behind) = rest.split_at(rest.len() - rest.len() % ALIGN);
+            self.output.append(front)?;
+            rest = behind;
+        }
+        while !rest.is_empty() {
+            let piece = rest.len().min(PACK - self.filled);
+            self.pack[self.filled..self.filled + piece].copy_from_slice(&rest[..piece]);
+            self.filled += piece;
+            rest = &rest[piece..];
+            if self.filled == PACK {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,327 @@
+//! From a source into an image: read, hash, compress, write in order.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use holdstill_platform::buffer::{Buffer, Pool};
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::image::format::{BLOCK, codec};
+use crate::image::tables::{Elide, Tables};
+use crate::image::writer::{DataRecord, ImageWriter, Sink};
+use crate::pipeline::batch::{Batcher, Chunk};
+use crate::progress::Progress;
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+/// How payloads are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// As they are.
+    None,
+    /// By zstd at a level from -7 to 22.
+    Zstd(i32),
+}
+
+impl Compression {
+    /// Plain bytes in one record. Larger chunks compress better and cost memory; these keep an image
+    /// within 1 % of one long zstd stream at level 1 and within 2 % from level 3 on.
+    pub fn chunk_len(self) -> usize {
+        match self {
+            Self::None => 1 << 20,
+            Self::Zstd(level) if level < 3 => 2 << 20,
+            Self::Zstd(_) => 4 << 20,
+        }
+    }
+}
+
+/// Compressed payloads must save at least this share of the plain bytes: one in so many. Otherwise
+/// they are stored as they are, which costs nothing to restore.
+const WORTH_COMPRESSING: usize = 32;
+
+/// What to do with blocks that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReadError {
+    /// Fail.
+    Fail,
+    /// Retry block by block, store zeros for what stays unreadable, and list it.
+    Zero,
+}
+
+/// What and how to store.
+#[derive(Clone, Copy)]
+#[allow(
+    missing_debug_implementations,
+    reason = "a source need not be printable"
+)]
+pub struct Job<'a> {
+    /// Where blocks are read.
+    pub source: &'a dyn ReadAt,
+    /// Number of the volume in the image, from 1.
+    pub volume: u32,
+    /// Pass, from 0.
+    pub pass: u32,
+    /// How payloads are stored.
+    pub compression: Compression,
+    /// What unreadable blocks become.
+    pub on_read_error: OnReadError,
+    /// Threads that read, hash and compress.
+    pub workers: usize,
+}
+
+/// What was stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Bytes of all extents, zeros included.
+    pub bytes: ByteLen,
+    /// What could not be read and became zeros.
+    pub unreadable: Vec<Extent>,
+}
+
+/// Hands ascending extents to the function it is given.
+pub type Walk<'a> = dyn FnOnce(&mut dyn FnMut(Extent) -> Result<()>) -> Result<()> + Send + 'a;
+
+/// Stores all extents that `walk` gives as records of one pass, in ascending order.
+///
+/// # Errors
+/// The first failure of the walk, the source or the sink, or the request to stop; the image is lost.
+pub fn store<S: Sink>(
+    job: &Job<'_>,
+    walk: Box<Walk<'_>>,
+    image: &mut ImageWriter<S>,
+    progress: &dyn Progress,
+) -> Result<Stored> {
+    let room = job.compression.chunk_len();
+    let plain = Pool::new(2 * job.workers + 2, room);
+    let packed = Pool::new(2 * job.workers + 2, room);
+    let (to_workers, chunks) = bounded(job.workers);
+    let (to_writer, finished) = bounded(job.workers);
+    std::thread::scope(|scope| {
+        let planner = scope.spawn(move || plan(walk, room, job.source.len(), &to_workers));
+        for _ in 0..job.workers {
+            let (chunks, to_writer) = (chunks.clone(), to_writer.clone());
+            let (plain, packed) = (&plain, &packed);
+            scope.spawn(move || work(job, plain, packed, &chunks, &to_writer));
+        }
+        // Only the threads' own ends of the channels must stay: when one side fails, its end goes,
+        // and the others see that there is nothing more to do.
+        drop((chunks, to_writer));
+        let stored = write_in_order(&finished, image, progress);
+        drop(finished);
+        let planned = planner
+            .join()
+            .map_err(|_| Error::new(Kind::Failed, "a thread died"))?;
+        let (stored, written) = stored?;
+        if written != planned? {
+            return Err(Error::new(Kind::Failed, "a thread of the pipeline died"));
+        }
+        Ok(stored)
+    })
+}
+
+/// A chunk and its place in the order.
+type Numbered<T> = (u64, T);
+
+/// Returns how many chunks there were.
+fn plan(
+    walk: Box<Walk<'_>>,
+    room: usize,
+    size: ByteLen,
+    to_workers: &Sender<Numbered<Chunk>>,
+) -> Result<u64> {
+    let mut number = 0;
+    let mut batcher = Batcher::new(room, size, |chunk| {
+        let numbered = (number, chunk);
+        number += 1;
+        // Nobody listens any more: the writer knows why and says so.
+        let gone = |_| Error::new(Kind::Failed, "the pipeline has ended");
+        to_workers.send(numbered).map_err(gone)
+    });
+    walk(&mut |extent| batcher.push(extent))?;
+    batcher.finish()?;
+    Ok(number)
+}
+
+/// A record ready to be written, with the buffer its payload lies in.
+struct Finished {
+    record: DataRecord,
+    payload: Buffer,
+    pieces: Vec<Range<usize>>,
+    bytes: ByteLen,
+    unreadable: Vec<Extent>,
+}
+
+fn work(
+    job: &Job<'_>,
+    plain: &Pool,
+    packed: &Pool,
+    chunks: &Receiver<Numbered<Chunk>>,
+    to_writer: &Sender<Result<Numbered<Finished>>>,
+) {
+    let mut compressor = match Compressor::new(job.compression) {
+        Ok(compressor) => compressor,
+        Err(error) => {
+            let _ = to_writer.send(Err(error));
+            return;
+        }
+    };
+    loop {
+        // Buffers first, then the chunk: see the module `pipeline`.
+        let (plain, packed) = (plain.take(), packed.take());
+        let Ok((number, chunk)) = chunks.recv() else {
+            return;
+        };
+        let finished = process(job, &chunk, plain, packed, &mut compressor);
+        let has_failed = finished.is_err();
+        let message = finished.map(|finished| (number, finished));
+        if to_writer.send(message).is_err() || has_failed {
+            return;
+        }
+    }
+}
+
+fn process(
+    job: &Job<'_>,
+    chunk: &Chunk,
+    mut plain: Buffer,
+    mut packed: Buffer,
+    compressor: &mut Compressor,
+) -> Result<Finished> {
+    let len = chunk.len().as_usize();
+    let unreadable = read_chunk(job, chunk, &mut plain[..len])?;
+    let elide = match job.compression {
+        Compression::None => Elide::EveryBlock,
+        Compression::Zstd(_) => Elide::Ends,
+    };
+    let (tables, pieces) = Tables::describe(&chunk.extents, &plain[..len], elide);
+    let data_len = tables.data_len().as_usize();
+    let mut finished = Finished {
+        record: DataRecord {
+            volume: job.volume,
+            pass: job.pass,
+            tables,
+            codec: codec::NONE,
+            payload_crc: 0,
+        },
+        payload: plain,
+        pieces,
+        bytes: chunk.len(),
+        unreadable,
+    };
+    if let ([piece], Compressor::Zstd(zstd)) = (finished.pieces.as_slice(), compressor) {
+        let room = data_len - data_len / WORTH_COMPRESSING;
+        if let Some(len) = compress(zstd, &finished.payload[piece.clone()], &mut packed[..room])? {
+            finished.record.codec = codec::ZSTD;
+            finished.payload = packed;
+            finished.pieces = std::iter::once(0..len).collect();
+        }
+    }
+    let mut crc = crc32fast::Hasher::new();
+    for piece in &finished.pieces {
+        crc.update(&finished.payload[piece.clone()]);
+    }
+    finished.record.payload_crc = crc.finalize();
+    Ok(finished)
+}
+
+/// One compression context, reused for all chunks of a worker.
+enum Compressor {
+    None,
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+impl Compressor {
+    fn new(compression: Compression) -> Result<Self> {
+        match compression {
+            Compression::None => Ok(Self::None),
+            Compression::Zstd(level) => zstd::bulk::Compressor::new(level)
+                .map(Self::Zstd)
+                .map_err(|error| Error::io("cannot set up compression", error)),
+        }
+    }
+}
+
+/// Compresses into `room`; `None` if it does not fit there.
+fn compress(
+    zstd: &mut zstd::bulk::Compressor<'_>,
+    bytes: &[u8],
+    room: &mut [u8],
+) -> Result<Option<usize>> {
+    match zstd.compress_to_buffer(bytes, room) {
+        Ok(len) => Ok(Some(len)),
+        // The only error of a one-shot compression into a buffer is that the buffer is too small.
+        Err(error) if error.kind() == io::ErrorKind::Other => Ok(None),
+        Err(error) => Err(Error::io("cannot compress", error)),
+    }
+}
+
+fn read_chunk(job: &Job<'_>, chunk: &Chunk, plain: &mut [u8]) -> Result<Vec<Extent>> {
+    let mut unreadable = Vec::new();
+    let mut rest = plain;
+    for extent in &chunk.extents {
+        let (bytes, behind) = rest.split_at_mut(extent.len.as_usize());
+        rest = behind;
+        match job.source.read_exact_at(bytes, extent.start) {
+            Ok(()) => {}
+            Err(error) if job.on_read_error == OnReadError::Fail => {
+                return Err(error.hint(
+                    "the disk may be failing: --on-read-error zero copies what can be read",
+                ));
+            }
+            Err(_) => read_block_by_block(job.source, extent.start, bytes, &mut unreadable),
+        }
+    }
+    Ok(unreadable)
+}
+
+fn read_block_by_block(
+    source: &dyn ReadAt,
+    start: Offset,
+    bytes: &mut [u8],
+    unreadable: &mut Vec<Extent>,
+) {
+    let mut at = start;
+    for block in bytes.chunks_mut(BLOCK as usize) {
+        let len = block.len() as u64;
+        if source.read_exact_at(block, at).is_err() {
+            block.fill(0);
+            match unreadable.last_mut() {
+                Some(last) if last.end() == at => last.len += ByteLen(len),
+                _ => unreadable.push(Extent::new(at.0, len)),
+            }
+        }
+        at = at + ByteLen(len);
+    }
+}
+
+/// Returns with what was stored the number of chunks.
+fn write_in_order<S: Sink>(
+    finished: &Receiver<Result<Numbered<Finished>>>,
+    image: &mut ImageWriter<S>,
+    progress: &dyn Progress,
+) -> Result<(Stored, u64)> {
+    let mut stored = Stored::default();
+    let mut waiting: BTreeMap<u64, Finished> = BTreeMap::new();
+    let mut next = 0;
+    for message in finished {
+        progress.check()?;
+        let (number, chunk) = message?;
+        waiting.insert(number, chunk);
+        while let Some(chunk) = waiting.remove(&next) {
+            let pieces: Vec<&[u8]> = chunk
+                .pieces
+                .iter()
+                .map(|piece| &chunk.payload[piece.clone()])
+                .collect();
+            image.data(&chunk.record, &pieces)?;
+            stored.bytes += chunk.bytes;
+            stored.unreadable.extend(chunk.unreadable);
+            progress.advance(chunk.bytes);
+            next += 1;
+        }
+    }
+    Ok((stored, next))
+}
