@@ -8,6 +8,7 @@ use holdstill::image::content::{CellHasher, ContentHasher, zero_cell_hash};
 use holdstill::image::format::{BLOCK, CELL};
 use holdstill::image::manifest::{Blocks, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer};
 use holdstill::image::reader::ImageReader;
+use holdstill::image::tables::{Content, Run};
 use holdstill::image::writer::ImageWriter;
 use holdstill::pipeline::load::{Discard, Receive, load};
 use holdstill::pipeline::store::{Compression, Job, OnReadError, store};
@@ -73,8 +74,14 @@ fn image_of(passes: &[(Vec<u8>, Vec<Extent>)], compression: Compression) -> Vec<
             on_read_error: OnReadError::Fail,
             workers: 2,
         };
-        let walk = Box::new(move |sink: &mut dyn FnMut(Extent) -> Result<()>| {
-            extents.iter().try_for_each(|extent| sink(*extent))
+        let walk = Box::new(move |sink: &mut dyn FnMut(Run) -> Result<()>| {
+            let content = Content::Data;
+            extents.iter().try_for_each(|extent| {
+                sink(Run {
+                    extent: *extent,
+                    content,
+                })
+            })
         });
         store(&job, walk, &mut image, &Silent).unwrap();
     }

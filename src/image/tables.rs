@@ -207,43 +207,47 @@ pub enum Elide {
 }
 
 impl Tables {
-    /// Describes the bytes of ascending extents, which follow each other in `plain`. Returns with the
-    /// tables the pieces of `plain` that are the payload.
+    /// Describes ascending runs. The bytes of the data runs follow each other in `plain`; those that
+    /// are zero become zero runs. Returns with the tables the pieces of `plain` that are the payload.
     ///
     /// # Panics
-    /// If `plain` is shorter than the extents.
-    pub fn describe(extents: &[Extent], plain: &[u8], elide: Elide) -> (Self, Vec<Range<usize>>) {
-        let cells = hash_cells(extents.iter().copied(), plain);
-        let is_data = data_blocks(extents, &cells, elide);
+    /// If `plain` is shorter than the data runs.
+    pub fn describe(runs: &[Run], plain: &[u8], elide: Elide) -> (Self, Vec<Range<usize>>) {
+        let extents = || {
+            runs.iter()
+                .filter(|run| run.content == Content::Data)
+                .map(|run| run.extent)
+        };
+        let cells = hash_cells(extents(), plain);
+        let is_data = data_blocks(extents(), &cells, elide);
         let mut tables = Self::default();
         let mut pieces: Vec<Range<usize>> = Vec::new();
-        let mut at = 0;
-        let mut block = 0;
-        for extent in extents {
-            let mut start = extent.start;
-            while start < extent.end() {
+        let (mut at, mut block) = (0, 0);
+        for run in runs {
+            if run.content != Content::Data {
+                tables.runs.push(*run);
+                continue;
+            }
+            let mut start = run.extent.start;
+            while start < run.extent.end() {
                 let data = is_data[block];
                 let blocks = is_data[block..]
                     .iter()
                     .take_while(|other| **other == data)
                     .count();
-                let end = extent.end().min(start + ByteLen(blocks as u64 * BLOCK));
-                let run = Extent::between(start, end);
-                let content = if data { Content::Data } else { Content::Zero };
-                tables.runs.push(Run {
-                    extent: run,
-                    content,
-                });
-                let bytes = at..at + run.len.as_usize();
-                if data {
-                    match pieces.last_mut() {
-                        Some(last) if last.end == bytes.start => last.end = bytes.end,
-                        _ => pieces.push(bytes.clone()),
-                    }
-                }
+                let end = run.extent.end().min(start + ByteLen(blocks as u64 * BLOCK));
+                let extent = Extent::between(start, end);
+                let bytes = at..at + extent.len.as_usize();
                 at = bytes.end;
-                block += run.len.0.div_ceil(BLOCK) as usize;
+                block += extent.len.0.div_ceil(BLOCK) as usize;
                 start = end;
+                let content = if data { Content::Data } else { Content::Zero };
+                tables.runs.push(Run { extent, content });
+                match pieces.last_mut() {
+                    _ if !data => {}
+                    Some(last) if last.end == bytes.start => last.end = bytes.end,
+                    _ => pieces.push(bytes),
+                }
             }
         }
         let touched = cells_of(tables.data_runs());
@@ -257,10 +261,14 @@ impl Tables {
 }
 
 /// For each block of the extents in turn, whether it goes into the payload.
-fn data_blocks(extents: &[Extent], cells: &[HashedCell], elide: Elide) -> Vec<bool> {
+fn data_blocks(
+    extents: impl Iterator<Item = Extent>,
+    cells: &[HashedCell],
+    elide: Elide,
+) -> Vec<bool> {
     let mut cells = cells.iter().peekable();
     let mut is_data = Vec::new();
-    for (number, first, len) in extents.iter().flat_map(|extent| split_at_cells(*extent)) {
+    for (number, first, len) in extents.flat_map(split_at_cells) {
         while cells.next_if(|cell| cell.number < number).is_some() {}
         let blocks = first..first + len.0.div_ceil(BLOCK) as usize;
         let nonzero = |block| cells.peek().is_some_and(|cell| cell.is_nonzero(block));

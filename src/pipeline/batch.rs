@@ -1,51 +1,72 @@
-//! Cuts ascending extents into chunks: the extents of one record.
+//! Cuts ascending runs into chunks: the runs of one record.
 
 use crate::error::Result;
 use crate::extent::Extent;
 use crate::image::format::{BLOCK, CELL};
+use crate::image::tables::{Content, Run};
 use crate::units::{ByteLen, Offset};
 
-/// The extents of one record: ascending, and never in a cell that another chunk of the pass touches.
+/// Most runs in one chunk, so that its tables stay small beside its data.
+const MAX_RUNS: usize = 4096;
+
+/// The runs of one record: ascending, and never in a cell that another chunk of the pass has data in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chunk {
     /// Whole blocks, but for the end of the volume.
-    pub extents: Vec<Extent>,
+    pub runs: Vec<Run>,
 }
 
 impl Chunk {
-    /// How many bytes it holds.
+    /// How many bytes have to be read for it.
+    pub fn data_len(&self) -> ByteLen {
+        self.data().map(|extent| extent.len).sum()
+    }
+
+    /// How many bytes it is about, zeros included.
     pub fn len(&self) -> ByteLen {
-        self.extents.iter().map(|extent| extent.len).sum()
+        let used = self.runs.iter().filter(|run| run.content != Content::Trim);
+        used.map(|run| run.extent.len).sum()
     }
 
-    /// Whether it holds nothing.
+    /// Whether it is about nothing.
     pub fn is_empty(&self) -> bool {
-        self.extents.is_empty()
+        self.runs.is_empty()
     }
 
-    fn push(&mut self, extent: Extent) {
-        match self.extents.last_mut() {
-            Some(last) if last.end() == extent.start => last.len += extent.len,
-            _ => self.extents.push(extent),
+    /// What has to be read.
+    pub fn data(&self) -> impl Iterator<Item = Extent> + '_ {
+        let data = self.runs.iter().filter(|run| run.content == Content::Data);
+        data.map(|run| run.extent)
+    }
+
+    fn push(&mut self, run: Run) {
+        match self.runs.last_mut() {
+            Some(last) if last.extent.end() == run.extent.start && last.content == run.content => {
+                last.extent.len += run.extent.len;
+            }
+            _ => self.runs.push(run),
         }
     }
 }
 
-/// Collects extents into chunks of at most `room` bytes, cut only between cells.
+/// Collects runs into chunks of at most `room` bytes of data, cut only between cells.
 #[derive(Debug)]
 pub struct Batcher<F> {
     room: ByteLen,
     size: ByteLen,
     chunk: Chunk,
     held: ByteLen,
-    /// What is known of the cell that is still growing.
+    /// The runs of the cell that is still growing.
     cell: Chunk,
     end: Offset,
     each: F,
 }
 
 impl<F: FnMut(Chunk) -> Result<()>> Batcher<F> {
-    /// For a volume of `size` bytes; `each` gets the chunks. `room` is at least one cell.
+    /// For a volume of `size` bytes; `each` gets the chunks.
+    ///
+    /// # Panics
+    /// If `room` is less than one cell.
     pub fn new(room: usize, size: ByteLen, each: F) -> Self {
         assert!(room as u64 >= CELL, "a chunk has room for a cell");
         Self {
@@ -59,42 +80,58 @@ impl<F: FnMut(Chunk) -> Result<()>> Batcher<F> {
         }
     }
 
-    /// Adds an extent, rounded out to whole blocks. Extents come in ascending order; what was
-    /// covered by an earlier one already is left out.
+    /// Adds a run. Runs come in ascending order. Data is rounded out to whole blocks (more is copied,
+    /// never less), and wins where that makes it overlap a neighbour.
     ///
     /// # Errors
     /// What `each` returns.
-    pub fn push(&mut self, extent: Extent) -> Result<()> {
-        let wide = extent.align_out(BLOCK, self.size);
+    pub fn push(&mut self, run: Run) -> Result<()> {
+        let wide = match run.content {
+            Content::Data => run.extent.align_out(BLOCK, self.size),
+            Content::Zero | Content::Trim => inner_blocks(run.extent, self.size),
+        };
         let mut at = wide.start.max(self.end);
         while at < wide.end() {
-            let piece = Extent::between(at, wide.end().min((at + ByteLen(1)).align_up(CELL)));
-            let in_cell = self.cell.extents.first().map(|first| first.start.0 / CELL);
-            if in_cell.is_some_and(|number| number != at.0 / CELL) {
+            let cell_end = (at + ByteLen(1)).align_up(CELL);
+            let growing = self
+                .cell
+                .runs
+                .first()
+                .map(|first| first.extent.start.0 / CELL);
+            if growing.is_some_and(|number| number != at.0 / CELL) {
                 self.end_cell()?;
             }
-            self.cell.push(piece);
-            at = piece.end();
+            // Whole cells without data need not be looked at one by one.
+            let skips_cells = run.content != Content::Data && self.cell.is_empty();
+            let end = if skips_cells && at.0.is_multiple_of(CELL) {
+                wide.end().align_down(CELL).max(cell_end).min(wide.end())
+            } else {
+                wide.end().min(cell_end)
+            };
+            self.cell.push(Run {
+                extent: Extent::between(at, end),
+                content: run.content,
+            });
+            at = end;
         }
         self.end = self.end.max(wide.end());
         Ok(())
     }
 
     fn end_cell(&mut self) -> Result<()> {
-        let len = self.cell.len();
-        let is_far = self
-            .chunk
-            .extents
-            .first()
-            .zip(self.cell.extents.first())
-            .is_some_and(|(first, next)| {
-                next.start.since(first.start).0 / BLOCK > u64::from(u32::MAX)
-            });
-        if self.held + len > self.room || is_far {
+        let len = self.cell.data_len();
+        let start = |chunk: &Chunk| chunk.runs.first().map(|run| run.extent.start);
+        // A gap is counted in blocks in 32 bits.
+        let is_far = start(&self.chunk)
+            .zip(start(&self.cell))
+            .is_some_and(|(first, next)| next.since(first).0 / BLOCK > u64::from(u32::MAX));
+        let is_full =
+            self.held + len > self.room || self.chunk.runs.len() + self.cell.runs.len() > MAX_RUNS;
+        if is_full || is_far {
             self.end_chunk()?;
         }
-        for extent in std::mem::take(&mut self.cell.extents) {
-            self.chunk.push(extent);
+        for run in std::mem::take(&mut self.cell.runs) {
+            self.chunk.push(run);
         }
         self.held += len;
         Ok(())
@@ -120,46 +157,94 @@ impl<F: FnMut(Chunk) -> Result<()>> Batcher<F> {
     }
 }
 
+/// The whole blocks inside `extent`; the volume's last block is whole where the volume ends.
+fn inner_blocks(extent: Extent, size: ByteLen) -> Extent {
+    let end = if extent.end().0 == size.0 {
+        extent.end()
+    } else {
+        extent.end().align_down(BLOCK)
+    };
+    Extent::between(extent.start.align_up(BLOCK), end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::extent::ExtentSet;
     use proptest::prelude::*;
 
-    fn chunks_of(extents: &[Extent], room: usize, size: ByteLen) -> Vec<Chunk> {
+    const SIZE: ByteLen = ByteLen(42_000_001);
+
+    fn chunks_of(runs: &[Run], room: usize) -> Vec<Chunk> {
         let mut chunks = Vec::new();
-        let mut batcher = Batcher::new(room, size, |chunk| {
+        let mut batcher = Batcher::new(room, SIZE, |chunk| {
             chunks.push(chunk);
             Ok(())
         });
-        for extent in extents {
-            batcher.push(*extent).unwrap();
+        for run in runs {
+            batcher.push(*run).unwrap();
         }
         batcher.finish().unwrap();
         chunks
     }
 
+    fn only(chunks: &[Chunk], content: Content) -> ExtentSet {
+        let runs = chunks.iter().flat_map(|chunk| &chunk.runs);
+        runs.filter(|run| run.content == content)
+            .map(|run| run.extent)
+            .collect()
+    }
+
     proptest! {
-        /// Chunks cover exactly the blocks of the extents, ascend, share no cell and fit their room.
+        /// Chunks cover the blocks of the data and everything between it that is zero; they ascend,
+        /// fit their room, and no two have data in one cell.
         #[test]
-        fn chunks_cover_their_extents(
-            runs in prop::collection::vec((0u64..40_000_000, 1u64..3_000_000), 0..30),
+        fn chunks_cover_their_runs(
+            data in prop::collection::vec((0u64..40_000_000, 1u64..3_000_000), 0..30),
             room in 1usize..4,
+            with_zeros in any::<bool>(),
         ) {
-            let size = ByteLen(42_000_001);
             let room = room * CELL as usize;
-            let set: ExtentSet = runs.iter().map(|&(start, len)| Extent::new(start, len)).collect();
-            let expected: ExtentSet = set.runs().iter().map(|run| run.align_out(BLOCK, size)).collect();
-            let chunks = chunks_of(set.runs(), room, size);
-            let got: ExtentSet = chunks.iter().flat_map(|chunk| chunk.extents.clone()).collect();
-            prop_assert_eq!(got, expected);
+            let whole = Extent::new(0, SIZE.0);
+            let set: ExtentSet = data.iter().map(|&(start, len)| Extent::new(start, len)).collect();
+            let wide: ExtentSet = set.runs().iter().map(|run| run.align_out(BLOCK, SIZE)).collect();
+            let mut runs: Vec<Run> = Vec::new();
+            runs.extend(set.runs().iter().map(|run| Run { extent: *run, content: Content::Data }));
+            if with_zeros {
+                runs.extend(set.gaps(whole).map(|gap| Run { extent: gap, content: Content::Zero }));
+                runs.sort_by_key(|run| run.extent);
+            }
+            let chunks = chunks_of(&runs, room);
+            prop_assert_eq!(&only(&chunks, Content::Data), &wide);
+            if with_zeros {
+                let zero: ExtentSet = wide.gaps(whole).collect();
+                prop_assert_eq!(only(&chunks, Content::Zero), zero);
+            }
+            let mut end = Offset::ZERO;
             let mut last_cell = None;
             for chunk in &chunks {
-                prop_assert!(!chunk.is_empty() && chunk.len().0 <= room as u64);
-                let first = chunk.extents[0].start.0 / CELL;
-                prop_assert!(last_cell.is_none_or(|last| last < first));
-                last_cell = chunk.extents.last().map(|extent| (extent.end().0 - 1) / CELL);
+                prop_assert!(!chunk.is_empty() && chunk.data_len().0 <= room as u64);
+                for run in &chunk.runs {
+                    prop_assert!(run.extent.start >= end && !run.extent.is_empty());
+                    end = run.extent.end();
+                }
+                if let Some(first) = chunk.data().next() {
+                    prop_assert!(last_cell.is_none_or(|last| last < first.start.0 / CELL));
+                }
+                last_cell = chunk.data().last().map(|run| (run.end().0 - 1) / CELL).or(last_cell);
             }
         }
+    }
+
+    #[test]
+    fn a_huge_hole_is_one_run() {
+        let hole = Run {
+            extent: Extent::new(5 * CELL, 30 * CELL),
+            content: Content::Zero,
+        };
+        assert_eq!(
+            chunks_of(&[hole], CELL as usize),
+            [Chunk { runs: vec![hole] }]
+        );
     }
 }

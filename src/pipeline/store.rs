@@ -10,7 +10,7 @@ use holdstill_platform::buffer::{Buffer, Pool};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::format::{BLOCK, codec};
-use crate::image::tables::{Elide, Tables};
+use crate::image::tables::{Elide, Run, Tables};
 use crate::image::writer::{DataRecord, ImageWriter, Sink};
 use crate::pipeline::batch::{Batcher, Chunk};
 use crate::progress::Progress;
@@ -81,10 +81,10 @@ pub struct Stored {
     pub unreadable: Vec<Extent>,
 }
 
-/// Hands ascending extents to the function it is given.
-pub type Walk<'a> = dyn FnOnce(&mut dyn FnMut(Extent) -> Result<()>) -> Result<()> + Send + 'a;
+/// Hands ascending runs to the function it is given.
+pub type Walk<'a> = dyn FnOnce(&mut dyn FnMut(Run) -> Result<()>) -> Result<()> + Send + 'a;
 
-/// Stores all extents that `walk` gives as records of one pass, in ascending order.
+/// Stores all runs that `walk` gives as records of one pass, in ascending order.
 ///
 /// # Errors
 /// The first failure of the walk, the source or the sink, or the request to stop; the image is lost.
@@ -140,7 +140,7 @@ fn plan(
         let gone = |_| Error::new(Kind::Failed, "the pipeline has ended");
         to_workers.send(numbered).map_err(gone)
     });
-    walk(&mut |extent| batcher.push(extent))?;
+    walk(&mut |run| batcher.push(run))?;
     batcher.finish()?;
     Ok(number)
 }
@@ -190,13 +190,13 @@ fn process(
     mut packed: Buffer,
     compressor: &mut Compressor,
 ) -> Result<Finished> {
-    let len = chunk.len().as_usize();
+    let len = chunk.data_len().as_usize();
     let unreadable = read_chunk(job, chunk, &mut plain[..len])?;
     let elide = match job.compression {
         Compression::None => Elide::EveryBlock,
         Compression::Zstd(_) => Elide::Ends,
     };
-    let (tables, pieces) = Tables::describe(&chunk.extents, &plain[..len], elide);
+    let (tables, pieces) = Tables::describe(&chunk.runs, &plain[..len], elide);
     let data_len = tables.data_len().as_usize();
     let mut finished = Finished {
         record: DataRecord {
@@ -261,7 +261,7 @@ fn compress(
 fn read_chunk(job: &Job<'_>, chunk: &Chunk, plain: &mut [u8]) -> Result<Vec<Extent>> {
     let mut unreadable = Vec::new();
     let mut rest = plain;
-    for extent in &chunk.extents {
+    for extent in chunk.data() {
         let (bytes, behind) = rest.split_at_mut(extent.len.as_usize());
         rest = behind;
         match job.source.read_exact_at(bytes, extent.start) {
