@@ -6,6 +6,7 @@
 pub mod buffer;
 pub mod device;
 pub mod error;
+pub mod in_use;
 pub mod mounts;
 pub mod node;
 pub mod output;

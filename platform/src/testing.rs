@@ -3,11 +3,12 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, ChildStdout, Command, Stdio};
 
-use crate::node::DeviceNumber;
+use crate::node::{BlockDevice, DeviceNumber};
 
 /// Ends a test with one printed line unless it runs as root.
 macro_rules! needs_root {
@@ -82,7 +83,20 @@ impl Loop {
         let mut args: Vec<&OsStr> = ["-f", "--show"].iter().map(OsStr::new).collect();
         args.extend(options.iter().map(OsStr::new));
         args.push(file.as_os_str());
-        Self(run("losetup", args).trim().into(), Vec::new().into())
+        let device = Self(run("losetup", args).trim().into(), Vec::new().into());
+        // Such as a killed test left behind.
+        for partition in BlockDevice::at(device.path())
+            .unwrap()
+            .partitions()
+            .unwrap()
+        {
+            device
+                .1
+                .borrow_mut()
+                .push(partition.partition.unwrap().index);
+        }
+        device.delete_partitions();
+        device
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -109,15 +123,19 @@ impl Loop {
         }
         panic!("{} never appeared", node.display());
     }
+
+    fn delete_partitions(&self) {
+        for index in self.1.take() {
+            let index = index.to_string();
+            let _ = Command::new("delpart").arg(&self.0).arg(index).status();
+        }
+    }
 }
 
 impl Drop for Loop {
     fn drop(&mut self) {
         // Partitions that were added by hand outlive the detaching.
-        for index in self.1.take() {
-            let index = index.to_string();
-            let _ = Command::new("delpart").arg(&self.0).arg(index).status();
-        }
+        self.delete_partitions();
         let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
     }
 }
@@ -155,5 +173,79 @@ impl Drop for Mounted {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
         eprintln!("{} stays mounted", self.0.display());
+    }
+}
+
+/// Another process that plays a part in a test: this test binary, running one test function that
+/// does nothing unless it was started so. It says `ready` and goes on when its input ends.
+#[derive(Debug)]
+pub(crate) struct Role {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+/// Holds the arguments of a role, one a line.
+const ROLE: &str = "HOLDSTILL_TEST_ROLE";
+
+impl Role {
+    /// Starts the test function `test` (its full path) with arguments and waits until it is ready.
+    pub(crate) fn start(test: &str, args: &[&Path]) -> Self {
+        let args: Vec<_> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([test, "--exact", "--nocapture", "--test-threads=1"])
+            .env(ROLE, args.join("\n"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut role = Self { child, stdout };
+        role.expect("ready");
+        role
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Reads what it prints up to a line that begins with `start`; the rest of that line.
+    pub(crate) fn expect(&mut self, start: &str) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            let read = self.stdout.read_line(&mut line).unwrap();
+            assert!(read > 0, "the other process never said {start:?}");
+            if let Some(rest) = line.trim_end().strip_prefix(start) {
+                return rest.trim_start().to_owned();
+            }
+        }
+    }
+
+    /// The arguments, in the process that plays the role; `None` in an ordinary test run.
+    pub(crate) fn args() -> Option<Vec<PathBuf>> {
+        let args = std::env::var(ROLE).ok()?;
+        Some(args.lines().map(PathBuf::from).collect())
+    }
+
+    /// Says `ready` and waits for the end of the input.
+    pub(crate) fn ready_until_told() {
+        Self::say("ready");
+        let mut rest = Vec::new();
+        std::io::stdin().read_to_end(&mut rest).unwrap();
+    }
+
+    /// Says a line to the test.
+    pub(crate) fn say(line: &str) {
+        let mut stdout = std::io::stdout();
+        // The test harness leaves half a line of its own.
+        writeln!(stdout, "\n{line}").unwrap();
+        stdout.flush().unwrap();
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

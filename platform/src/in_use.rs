@@ -1,0 +1,801 @@
+//! Who uses a device or a file: mounts, swap, devices built on top, loop devices, processes that
+//! can write to it.
+//!
+//! `O_EXCL` alone does not tell: it succeeds beside a process that has the device open for writing,
+//! and beside another loop device over the same file. So everything the kernel shows is searched,
+//! and the culprit is named. What it cannot show (a process of another user, a mount namespace
+//! without a process) is counted or missed: this search finds reasons to refuse, never proof that
+//! nobody writes.
+
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::{CString, OsStr};
+use std::fmt;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Error, Result};
+use crate::mounts::{self, Mount};
+use crate::node::{self, BlockDevice, DeviceNumber, FileId};
+
+/// Somebody who uses a device or file. `Display` names them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// It is mounted.
+    Mount {
+        /// Where.
+        point: PathBuf,
+        /// As what.
+        fs_type: String,
+        /// Whether this mount refuses to be written.
+        read_only: bool,
+        /// A process of the other mount namespace in which it is mounted; `None`: in ours.
+        elsewhere: Option<i32>,
+    },
+    /// It is swap space.
+    Swap {
+        /// By this name.
+        path: PathBuf,
+    },
+    /// Another device or a filesystem of several devices is built on it.
+    Holder {
+        /// Which of the devices searched for is held.
+        device: String,
+        /// By the kernel's name, with the name its owner gave it: `dm-3 (vg-root)`.
+        by: String,
+    },
+    /// A loop device lies on it.
+    Loop {
+        /// The loop device.
+        device: DeviceNumber,
+        /// Its name.
+        name: String,
+        /// Whether it refuses to be written.
+        read_only: bool,
+    },
+    /// A process can write to it.
+    Writer {
+        /// The process.
+        pid: i32,
+        /// Its name.
+        command: String,
+        /// What it opened.
+        path: PathBuf,
+        /// Whether it has mapped it into memory, not (only) open.
+        mapped: bool,
+    },
+}
+
+impl User {
+    /// Whether this user could change what is stored: all but read-only loop devices do, for even
+    /// a read-only mount may replay a log.
+    pub fn may_write(&self) -> bool {
+        !matches!(
+            self,
+            Self::Loop {
+                read_only: true,
+                ..
+            }
+        )
+    }
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mount {
+                point,
+                read_only,
+                elsewhere,
+                ..
+            } => {
+                let mode = if *read_only { "ro" } else { "rw" };
+                write!(f, "mounted at {} ({mode})", point.display())?;
+                match elsewhere {
+                    Some(pid) => write!(f, " in the mount namespace of process {pid}"),
+                    None => Ok(()),
+                }
+            }
+            Self::Swap { path } => write!(f, "swap space ({})", path.display()),
+            Self::Holder { device, by } => write!(f, "{device} is held by {by}"),
+            Self::Loop {
+                name, read_only, ..
+            } => {
+                let mode = if *read_only { ", read-only" } else { "" };
+                write!(f, "attached to loop device {name}{mode}")
+            }
+            Self::Writer {
+                pid,
+                command,
+                path,
+                mapped,
+            } => {
+                let how = if *mapped { "mapped" } else { "open" };
+                let path = path.display();
+                write!(f, "process {pid} ({command}) has {path} {how} for writing")
+            }
+        }
+    }
+}
+
+/// What a search found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Users {
+    /// The users.
+    pub users: Vec<User>,
+    /// How many processes could not be looked at, for want of privilege.
+    pub hidden_processes: usize,
+}
+
+/// Searches for the users of a block device: of itself, of the disk it is a partition of, of all
+/// partitions if it is a whole disk, and of what lies below it (the file of a loop device, the
+/// members of a dm or md device). This process and those in `ignore` are left out.
+///
+/// # Errors
+/// If /proc or /sys cannot be read, or the device vanished.
+pub fn of_device(device: &BlockDevice, ignore: &[i32]) -> Result<Users> {
+    let mut target = Target::default();
+    target.add_device(device)?;
+    target.search(ignore)
+}
+
+/// Searches for the users of a regular file, in the same way.
+///
+/// # Errors
+/// If /proc or /sys cannot be read.
+pub fn of_file(file: FileId, ignore: &[i32]) -> Result<Users> {
+    let mut target = Target::default();
+    target.files.insert(file);
+    target.search(ignore)
+}
+
+/// An area of swap space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Swap {
+    /// By this name.
+    pub path: PathBuf,
+    /// On this device.
+    pub device: Option<DeviceNumber>,
+    /// In this file.
+    pub file: Option<FileId>,
+}
+
+/// The swap space in use (`/proc/swaps`, proc_swaps(5)).
+///
+/// # Errors
+/// If /proc cannot be read. A kernel without swap has none.
+pub fn swaps() -> Result<Vec<Swap>> {
+    let list = Path::new("/proc/swaps");
+    let bytes = match std::fs::read(list) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::new("cannot read", list, error)),
+    };
+    let lines = bytes.split(|&byte| byte == b'\n').skip(1);
+    let names = lines.filter_map(|line| line.split(|byte| b" \t".contains(byte)).next());
+    Ok(names
+        .filter(|name| !name.is_empty())
+        .map(|name| {
+            let path = PathBuf::from(mounts::unescape(name));
+            // One that cannot be looked up (a deleted file) is still listed, by its name.
+            let found = Identity::of(&path).ok();
+            Swap {
+                device: found.and_then(|found| found.device),
+                file: found.and_then(|found| found.device.is_none().then_some(found.file)),
+                path,
+            }
+        })
+        .collect())
+}
+
+/// What is searched for.
+#[derive(Debug, Default)]
+struct Target {
+    /// The device, its disk, its partitions: everything through which the same bytes are reached.
+    direct: Vec<BlockDevice>,
+    /// Numbers of those, and of the devices below them.
+    devices: BTreeSet<DeviceNumber>,
+    /// The files searched for, and those below a loop device.
+    files: BTreeSet<FileId>,
+    /// Loop devices that are themselves searched for, or on the way down.
+    own_loops: BTreeSet<DeviceNumber>,
+}
+
+impl Target {
+    fn add_device(&mut self, device: &BlockDevice) -> Result<()> {
+        self.direct.push(device.clone());
+        if device.is_whole_disk() {
+            self.direct.extend(device.partitions()?);
+        } else {
+            self.direct.push(BlockDevice::of(device.disk)?);
+        }
+        let numbers: Vec<_> = self.direct.iter().map(|device| device.number).collect();
+        self.devices.extend(numbers);
+        self.add_below(device)
+    }
+
+    /// Adds what lies below `device`: whoever writes there writes to it.
+    fn add_below(&mut self, device: &BlockDevice) -> Result<()> {
+        let mut below = Vec::new();
+        if device.loop_shown()?.is_some() {
+            self.own_loops.insert(device.disk);
+            if let Some(backing) = device.loop_backing()? {
+                match backing.device {
+                    Some(lower) => below.push(lower),
+                    None => {
+                        self.files.insert(backing.file);
+                    }
+                }
+            }
+        }
+        let slaves = device.disk_sysfs().join("slaves");
+        match std::fs::read_dir(&slaves) {
+            Ok(entries) => {
+                for entry in entries {
+                    let path = entry.context("cannot read", &slaves)?.path();
+                    below.push(node::read_number(&path.join("dev"))?);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::new("cannot read", slaves, error)),
+        }
+        for number in below {
+            let lower = BlockDevice::of(number)?;
+            self.devices.insert(lower.disk);
+            if self.devices.insert(lower.number) || lower.is_whole_disk() {
+                self.add_below(&lower)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn search(&self, ignore: &[i32]) -> Result<Users> {
+        let mut found = Users::default();
+        self.search_mounts(&mounts::of_this_process()?, None, &mut found.users);
+        for swap in swaps()? {
+            let by_device = swap.device.is_some_and(|d| self.devices.contains(&d));
+            if by_device || swap.file.is_some_and(|file| self.files.contains(&file)) {
+                found.users.push(User::Swap { path: swap.path });
+            }
+        }
+        self.search_holders(&mut found.users)?;
+        self.search_loops(&mut found.users)?;
+        self.search_processes(ignore, &mut found)?;
+        Ok(found)
+    }
+
+    fn search_mounts(&self, mounts: &[Mount], elsewhere: Option<i32>, users: &mut Vec<User>) {
+        for mount in mounts {
+            let device = mount.block_device();
+            if !device.is_some_and(|device| self.devices.contains(&device)) {
+                continue;
+            }
+            let known = users
+                .iter()
+                .any(|user| matches!(user, User::Mount { point, .. } if *point == mount.point));
+            if !known || elsewhere.is_none() {
+                users.push(User::Mount {
+                    point: mount.point.clone(),
+                    fs_type: mount.fs_type.clone(),
+                    read_only: mount.is_read_only(),
+                    elsewhere,
+                });
+            }
+        }
+    }
+
+    fn search_holders(&self, users: &mut Vec<User>) -> Result<()> {
+        for device in &self.direct {
+            let mut holders = device.holders()?;
+            for holder in &mut holders {
+                let name = format!("/sys/block/{holder}/dm/name");
+                if let Ok(name) = std::fs::read_to_string(name) {
+                    *holder = format!("{holder} ({})", name.trim());
+                }
+            }
+            // A registered bcache or a mounted btrfs keeps its devices without appearing there.
+            if holders.is_empty() && device.sysfs().join("bcache").exists() {
+                holders.push("bcache".to_owned());
+            }
+            if let Some(uuid) = btrfs_of(&device.name) {
+                holders.push(format!("the mounted btrfs filesystem {uuid}"));
+            }
+            users.extend(holders.into_iter().map(|by| User::Holder {
+                device: device.name.clone(),
+                by,
+            }));
+        }
+        Ok(())
+    }
+
+    fn search_loops(&self, users: &mut Vec<User>) -> Result<()> {
+        for device in node::disks()? {
+            if self.own_loops.contains(&device.number) || device.loop_shown()?.is_none() {
+                continue;
+            }
+            let backing = match device.loop_backing() {
+                Ok(Some(backing)) => backing,
+                Ok(None) => continue,
+                // Without privilege the file's name has to do.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    if self.loop_by_name(&device)? {
+                        users.push(User::Loop {
+                            device: device.number,
+                            read_only: read_only(&device),
+                            name: device.name,
+                        });
+                    }
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let hit = match backing.device {
+                Some(lower) => self.devices.contains(&lower),
+                None => self.files.contains(&backing.file),
+            };
+            if hit {
+                users.push(User::Loop {
+                    device: device.number,
+                    name: device.name,
+                    read_only: backing.read_only,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn loop_by_name(&self, device: &BlockDevice) -> Result<bool> {
+        let shown = device.loop_shown()?;
+        let found = shown.and_then(|path| Identity::of(&path).ok());
+        Ok(found.is_some_and(|found| self.contains(found)))
+    }
+
+    fn contains(&self, identity: Identity) -> bool {
+        match identity.device {
+            Some(device) => self.devices.contains(&device),
+            None => self.files.contains(&identity.file),
+        }
+    }
+
+    /// Whether a link of /proc/PID leads to something searched for. Gone meanwhile: no.
+    fn leads_here(&self, link: &Path) -> io::Result<bool> {
+        match Identity::of(link) {
+            Ok(identity) => Ok(self.contains(identity)),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Looks at every other process: what it can write to, and what is mounted where it lives.
+    fn search_processes(&self, ignore: &[i32], found: &mut Users) -> Result<()> {
+        let proc = Path::new("/proc");
+        let mut namespaces = HashSet::new();
+        namespaces.extend(std::fs::read_link("/proc/self/ns/mnt"));
+        let own_pid = std::process::id().cast_signed();
+        for entry in std::fs::read_dir(proc).context("cannot read", proc)? {
+            let name = entry.context("cannot read", proc)?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            let dir = proc.join(&name);
+            // Of a hidden process the open files are hidden too, and it is counted below.
+            if let Ok(namespace) = std::fs::read_link(dir.join("ns/mnt"))
+                && namespaces.insert(namespace)
+                && let Ok(mounts) = mounts::of_process(pid)
+            {
+                self.search_mounts(&mounts, Some(pid), &mut found.users);
+            }
+            if pid == own_pid || ignore.contains(&pid) {
+                continue;
+            }
+            match self.writers_in(pid, &dir) {
+                Ok(Some(writer)) => found.users.push(writer),
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    found.hidden_processes += 1;
+                }
+                // It ended meanwhile.
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The first thing searched for that a process can write to.
+    fn writers_in(&self, pid: i32, dir: &Path) -> io::Result<Option<User>> {
+        let writer = |path: PathBuf, mapped| {
+            let command = std::fs::read(dir.join("comm")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).trim_end().to_owned();
+            User::Writer {
+                pid,
+                command,
+                path,
+                mapped,
+            }
+        };
+        for entry in std::fs::read_dir(dir.join("fd"))? {
+            let fd = entry?.file_name();
+            let link = dir.join("fd").join(&fd);
+            if self.leads_here(&link)? && is_open_for_writing(&dir.join("fdinfo").join(&fd)) {
+                let path = std::fs::read_link(&link).unwrap_or(link);
+                return Ok(Some(writer(path, false)));
+            }
+        }
+        let maps = std::fs::read(dir.join("maps"))?;
+        for line in maps.split(|&byte| byte == b'\n') {
+            let Some(range) = shared_writable(line) else {
+                continue;
+            };
+            let link = dir.join("map_files").join(range);
+            if self.leads_here(&link)? {
+                let path = std::fs::read_link(&link).unwrap_or(link);
+                return Ok(Some(writer(path, true)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Which file, and which device if the file is a block device's node.
+#[derive(Clone, Copy, Debug)]
+struct Identity {
+    file: FileId,
+    device: Option<DeviceNumber>,
+}
+
+impl Identity {
+    /// Looks at what `path` leads to without asking a server: a network filesystem whose server is
+    /// gone, or a FUSE filesystem that does not answer, must not make us wait.
+    fn of(path: &Path) -> io::Result<Self> {
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+        // SAFETY: `name` is a terminated string and `found` memory for one `struct statx`; the
+        // kernel reads the one and writes the other.
+        let result = unsafe {
+            libc::statx(
+                libc::AT_FDCWD,
+                name.as_ptr(),
+                libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT,
+                libc::STATX_TYPE | libc::STATX_INO,
+                found.as_mut_ptr(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: plain integers, all zeroed or written by the kernel.
+        let found = unsafe { found.assume_init() };
+        let is_block = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
+        Ok(Self {
+            file: FileId {
+                filesystem: DeviceNumber {
+                    major: found.stx_dev_major,
+                    minor: found.stx_dev_minor,
+                },
+                inode: found.stx_ino,
+            },
+            device: is_block.then_some(DeviceNumber {
+                major: found.stx_rdev_major,
+                minor: found.stx_rdev_minor,
+            }),
+        })
+    }
+}
+
+/// Whether the flags in a file of /proc/PID/fdinfo allow writing. Unreadable ones count as such.
+fn is_open_for_writing(fdinfo: &Path) -> bool {
+    let Ok(info) = std::fs::read_to_string(fdinfo) else {
+        return true;
+    };
+    let flags = info
+        .lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    flags.is_none_or(|flags| flags & libc::O_PATH == 0 && flags & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
+/// The address range of a line of /proc/PID/maps, if it maps a file so that writes reach it.
+fn shared_writable(line: &[u8]) -> Option<&OsStr> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let range = fields.next()?;
+    match fields.next()? {
+        [_, b'w', _, b's'] => Some(OsStr::from_bytes(range)),
+        _ => None,
+    }
+}
+
+/// The mounted btrfs filesystem that a device belongs to, by its UUID.
+fn btrfs_of(device: &str) -> Option<String> {
+    let filesystems = std::fs::read_dir("/sys/fs/btrfs").ok()?;
+    filesystems.flatten().find_map(|entry| {
+        let member = entry.path().join("devices").join(device);
+        let uuid = || entry.file_name().to_string_lossy().into_owned();
+        member.exists().then(uuid)
+    })
+}
+
+/// Whether a disk refuses to be written, as sysfs says.
+fn read_only(device: &BlockDevice) -> bool {
+    node::read_number::<u32>(&device.sysfs().join("ro")).is_ok_and(|flag| flag == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+    use crate::node::Node;
+    use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch};
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+
+    fn of(path: &Path) -> Users {
+        of_device(&BlockDevice::at(path).unwrap(), &[]).unwrap()
+    }
+
+    fn file_id(path: &Path) -> FileId {
+        Node::of(path).unwrap().id
+    }
+
+    /// A process that has `path` open as `how` says (in shell) until it is dropped.
+    struct Holding(Child);
+
+    impl Holding {
+        fn new(how: &str, path: &Path) -> Self {
+            let script = format!("exec {how} \"$0\"; echo ready; read x");
+            let mut child = Command::new("/bin/sh")
+                .args(["-c", &script])
+                .arg(path)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut ready = [0; 6];
+            let stdout = child.stdout.as_mut().unwrap();
+            io::Read::read_exact(stdout, &mut ready).unwrap();
+            Self(child)
+        }
+
+        fn pid(&self) -> i32 {
+            self.0.id().cast_signed()
+        }
+    }
+
+    impl Drop for Holding {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn is_writer(user: &User, pid: i32) -> bool {
+        matches!(user, User::Writer { pid: found, .. } if *found == pid)
+    }
+
+    #[test]
+    fn maps_and_names() {
+        let line = b"7f00-7f10 rw-s 00000000 00:05 12 /dev/x";
+        assert_eq!(shared_writable(line), Some(OsStr::new("7f00-7f10")));
+        assert_eq!(shared_writable(b"7f00-7f10 rw-p 0 0:0 0"), None);
+        assert_eq!(shared_writable(b"7f00-7f10 r--s 0 0:0 0"), None);
+        assert_eq!(shared_writable(b""), None);
+        let mount = User::Mount {
+            point: "/mnt/x".into(),
+            fs_type: "ext4".to_owned(),
+            read_only: false,
+            elsewhere: Some(7),
+        };
+        assert_eq!(
+            mount.to_string(),
+            "mounted at /mnt/x (rw) in the mount namespace of process 7"
+        );
+        assert!(swaps().is_ok());
+    }
+
+    #[test]
+    fn a_writer_of_a_file_is_found_a_reader_is_not() {
+        let dir = scratch();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let id = file_id(&file);
+        assert_eq!(of_file(id, &[]).unwrap().users, []);
+        let reader = Holding::new("7<", &file);
+        assert_eq!(of_file(id, &[]).unwrap().users, []);
+        let writer = Holding::new("7<>", &file);
+        std::fs::rename(&file, dir.path().join("other name")).unwrap();
+        let found = of_file(id, &[]).unwrap().users;
+        let [
+            User::Writer {
+                pid,
+                command,
+                path,
+                mapped,
+            },
+        ] = found.as_slice()
+        else {
+            panic!("{found:?}");
+        };
+        assert_eq!(
+            (*pid, command.as_str(), *mapped),
+            (writer.pid(), "sh", false)
+        );
+        assert!(path.ends_with("other name"), "{}", path.display());
+        assert_eq!(of_file(id, &[writer.pid()]).unwrap().users, []);
+        drop(reader);
+    }
+
+    #[test]
+    fn privileged_a_loop_device_is_found_from_its_file_and_from_its_twin() {
+        needs_root!();
+        let dir = scratch();
+        let file = dir.path().join("disk");
+        let device = Loop::sparse(&file, 64 << 20);
+        let on_device = [User::Loop {
+            device: device.number(),
+            name: device
+                .path()
+                .file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned(),
+            read_only: false,
+        }];
+        assert_eq!(of(device.path()).users, []);
+        let found = of_file(file_id(&file), &[]).unwrap();
+        assert_eq!(found.users, on_device);
+
+        let twin = Loop::attach(&file, &["-r"]);
+        let found = of(device.path()).users;
+        assert!(
+            matches!(found.as_slice(), [User::Loop { device, read_only: true, .. }] if *device == twin.number()),
+            "{found:?}"
+        );
+        assert!(!found[0].may_write());
+        assert_eq!(of(twin.path()).users, on_device);
+        drop(twin);
+
+        // Stacked: the upper one is a user of the lower one, a writer below is one of the upper.
+        let upper = Loop::attach(device.path(), &[]);
+        assert!(matches!(&of(device.path()).users[..], [User::Loop { .. }]));
+        assert_eq!(of(upper.path()).users, []);
+        let below = Holding::new("7<>", &file);
+        let found = of(upper.path()).users;
+        assert!(
+            found.len() == 1 && is_writer(&found[0], below.pid()),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn privileged_mounts_are_found_also_in_other_namespaces() {
+        needs_root!();
+        let dir = scratch();
+        let device = Loop::sparse(&dir.path().join("disk"), 64 << 20);
+        mkfs("ext4", device.path());
+        let point = dir.path().join("mnt");
+        let mounted = Mounted::new(device.path(), &point, "ro");
+        let found = of(device.path()).users;
+        assert!(
+            matches!(&found[..], [User::Mount { point: at, read_only: true, elsewhere: None, .. }] if *at == point),
+            "{found:?}"
+        );
+        assert!(found[0].may_write());
+        drop(mounted);
+
+        let script = "mount \"$0\" /mnt && echo ready; read x; umount /mnt";
+        let mut child = Command::new("unshare")
+            .args(["-m", "/bin/sh", "-c", script])
+            .arg(device.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        let found = of(device.path()).users;
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(
+            matches!(&found[..], [User::Mount { point, elsewhere: Some(_), .. }] if point == Path::new("/mnt")),
+            "{found:?}"
+        );
+        assert_eq!(of(device.path()).users, []);
+    }
+
+    #[test]
+    fn privileged_writers_are_found_through_disk_partition_and_memory() {
+        needs_root!();
+        let dir = scratch();
+        let device = Loop::sparse(&dir.path().join("disk"), 8 << 20);
+        let first = device.add_partition(1, 2048, 4096);
+        let second = device.add_partition(2, 8192, 4096);
+
+        let writer = Holding::new("7<>", &first);
+        let found = of(device.path()).users;
+        assert!(
+            found.len() == 1 && is_writer(&found[0], writer.pid()),
+            "{found:?}"
+        );
+        assert!(is_writer(&of(&first).users[0], writer.pid()));
+        assert_eq!(of(&second).users, [], "a neighbour's writer is no user");
+        drop(writer);
+
+        let writer = Holding::new("7<>", device.path());
+        assert!(is_writer(&of(&second).users[0], writer.pid()));
+        drop(writer);
+
+        let reader = Holding::new("7<", device.path());
+        assert_eq!(of(device.path()).users, []);
+        drop(reader);
+
+        // A mapping outlives its descriptor.
+        let mapper = Role::start("in_use::tests::role_map", &[&first]);
+        let found = of(device.path()).users;
+        assert!(
+            matches!(&found[..], [User::Writer { pid, mapped: true, .. }] if *pid == mapper.pid()),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn role_map() {
+        let Some(args) = Role::args() else { return };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&args[0])
+            .unwrap();
+        let writable = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let length = std::num::NonZeroUsize::new(4096).unwrap();
+        // SAFETY: a new mapping at a place of the kernel's choice that nobody accesses.
+        let mapped = unsafe { mmap(None, length, writable, MapFlags::MAP_SHARED, &file, 0) };
+        mapped.unwrap();
+        drop(file);
+        Role::ready_until_told();
+    }
+
+    #[test]
+    fn privileged_what_is_hidden_is_counted() {
+        needs_root!();
+        let dir = scratch();
+        std::fs::write(dir.path().join("file"), "x").unwrap();
+        let mut nobody = Role::start("in_use::tests::role_nobody", &[&dir.path().join("file")]);
+        let hidden: usize = nobody.expect("hidden").parse().unwrap();
+        assert!(hidden > 0);
+    }
+
+    #[test]
+    fn role_nobody() {
+        let Some(args) = Role::args() else { return };
+        let file = file_id(&args[0]);
+        nix::unistd::setuid(nix::unistd::Uid::from_raw(65534)).unwrap();
+        let found = of_file(file, &[]).unwrap();
+        Role::say("ready");
+        Role::say(&format!("hidden {}", found.hidden_processes));
+    }
+
+    #[test]
+    fn privileged_swap_is_found() {
+        needs_root!();
+        let dir = scratch();
+        let device = Loop::sparse(&dir.path().join("disk"), 8 << 20);
+        let partition = device.add_partition(1, 2048, 8192);
+        run("mkswap", [&partition]);
+        run("swapon", [&partition]);
+        let found = of(device.path()).users;
+        run("swapoff", [&partition]);
+        assert_eq!(found, [User::Swap { path: partition }]);
+    }
+
+    #[test]
+    fn our_own_descriptors_do_not_count() {
+        let dir = scratch();
+        let path = dir.path().join("file");
+        let file = File::create(&path).unwrap();
+        let again = OpenOptions::new().append(true).open(&path).unwrap();
+        assert_eq!(of_file(file_id(&path), &[]).unwrap().users, []);
+        drop((file, again));
+    }
+}
