@@ -3,6 +3,8 @@
 
 #![allow(dead_code)]
 
+pub(crate) mod volume;
+
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;

@@ -1,0 +1,165 @@
+//! Volumes with filesystems for the tests: filled, mapped, poisoned, compared.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use holdstill::extent::{Extent, ExtentSet};
+use holdstill::fs::{self, Condition, Filesystem, Opened, Walk};
+use holdstill::read_at::ReadAt;
+use holdstill::units::ByteLen;
+
+use super::{FileSource, Rng, run};
+
+/// What a free byte is overwritten with, to show that nobody needs it.
+const POISON: u8 = 0xa5;
+
+/// A volume's map, in whole.
+#[derive(Debug)]
+pub(crate) struct Map {
+    pub(crate) used: ExtentSet,
+    pub(crate) walk: Walk,
+    pub(crate) condition: Condition,
+    pub(crate) volume: Extent,
+}
+
+impl Map {
+    /// What is free, ascending.
+    pub(crate) fn free(&self) -> ExtentSet {
+        let mut free = ExtentSet::new();
+        for gap in self.used.gaps(self.volume) {
+            free.insert(gap);
+        }
+        free
+    }
+}
+
+/// Opens the filesystem on a file or device, which must have a map.
+pub(crate) fn open(source: &dyn ReadAt) -> Box<dyn Filesystem> {
+    match fs::open(source).expect("opens") {
+        Opened::Known(filesystem) => filesystem,
+        other => panic!("no map: {other:?}"),
+    }
+}
+
+/// The map of a file or device.
+pub(crate) fn map(path: &Path) -> Map {
+    let source = FileSource::open(path);
+    let filesystem = open(&source);
+    let (used, walk) = walk(filesystem.as_ref(), &source);
+    Map {
+        used,
+        walk: walk.unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+        condition: filesystem.condition(),
+        volume: Extent::new(0, source.len().0),
+    }
+}
+
+/// Walks a filesystem, checking that the runs keep their promises.
+pub(crate) fn walk(
+    filesystem: &dyn Filesystem,
+    source: &dyn ReadAt,
+) -> (ExtentSet, holdstill::error::Result<Walk>) {
+    let mut used = ExtentSet::new();
+    let mut last = None;
+    let walk = filesystem.walk_used(source, &mut |run: Extent| {
+        assert!(!run.is_empty(), "an empty run");
+        assert!(run.end().0 <= source.len().0, "{run:?} is outside");
+        assert!(
+            last.is_none_or(|last| run.start > last),
+            "{run:?} after {last:?}"
+        );
+        last = Some(run.end());
+        used.insert(run);
+        Ok(())
+    });
+    if let Ok(walk) = &walk {
+        assert_eq!(walk.used, used.bytes());
+    }
+    (used, walk)
+}
+
+/// Overwrites every byte outside of `used`.
+pub(crate) fn poison(path: &Path, used: &ExtentSet, size: ByteLen) {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .expect("the image");
+    let block = vec![POISON; 1 << 20];
+    for gap in used.gaps(Extent::new(0, size.0)) {
+        let mut at = gap.start.0;
+        while at < gap.end().0 {
+            let len = (gap.end().0 - at).min(block.len() as u64) as usize;
+            file.write_all_at(&block[..len], at).expect("poisons");
+            at += len as u64;
+        }
+    }
+}
+
+/// Fills a folder with files of all sizes, sparse ones, preallocated ones, folders and links, and
+/// removes some again: about `bytes` of content.
+pub(crate) fn populate(dir: &Path, rng: &mut Rng, bytes: u64) {
+    let mut written = 0;
+    let mut number = 0;
+    let mut content = vec![0; 1 << 20];
+    while written < bytes {
+        let folder = dir.join(format!("folder{}", number % 7));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join(format!("file{number}"));
+        let len = match rng.below(10) {
+            0..5 => rng.below(6000),
+            5..9 => rng.below(200_000),
+            _ => rng.below(1 << 20),
+        };
+        let part = &mut content[..len as usize];
+        rng.fill(part);
+        let file = File::create(&path).expect("a file");
+        let offset = if rng.below(5) == 0 {
+            rng.below(1 << 22)
+        } else {
+            0
+        };
+        file.write_all_at(part, offset).expect("content");
+        written += len + 4096;
+        match number % 11 {
+            3 => std::fs::remove_file(&path).expect("removed"),
+            5 => file.set_len(len / 2).expect("cut"),
+            7 => std::os::unix::fs::symlink("nowhere", path.with_extension("link"))
+                .expect("a symbolic link"),
+            9 => std::fs::hard_link(&path, path.with_extension("twin")).expect("a hard link"),
+            _ => {}
+        }
+        number += 1;
+    }
+}
+
+/// The digest of every file below `dir`, and the target of every symbolic link.
+pub(crate) fn digests(dir: &Path) -> BTreeMap<PathBuf, String> {
+    let mut digests = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            let kind = path.symlink_metadata().expect("metadata").file_type();
+            let name = path.strip_prefix(dir).expect("below").to_owned();
+            if kind.is_dir() {
+                folders.push(path);
+            } else if kind.is_symlink() {
+                let target = std::fs::read_link(&path).expect("a link");
+                digests.insert(name, target.to_string_lossy().into_owned());
+            } else if kind.is_file() {
+                let mut hasher = blake3::Hasher::new();
+                let mut file = File::open(&path).expect("a file");
+                std::io::copy(&mut file, &mut hasher).expect("content");
+                digests.insert(name, hasher.finalize().to_string());
+            }
+        }
+    }
+    digests
+}
+
+/// Copies a file, keeping its holes.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    run("cp", [Path::new("--sparse=always"), from, to]);
+}
