@@ -4,8 +4,10 @@
 //! knows nothing of images, filesystem formats or the command line.
 
 pub mod buffer;
+pub mod counters;
 pub mod device;
 pub mod error;
+pub mod exclusive;
 pub mod in_use;
 pub mod mounts;
 pub mod node;
