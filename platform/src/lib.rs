@@ -4,14 +4,18 @@
 //! knows nothing of images, filesystem formats or the command line.
 
 pub mod buffer;
+pub mod command;
 pub mod counters;
 pub mod device;
 pub mod error;
 pub mod exclusive;
 pub mod in_use;
+pub mod lock;
 pub mod mounts;
 pub mod node;
 pub mod output;
+pub mod records;
+pub mod signals;
 
 #[cfg(test)]
 mod testing;
