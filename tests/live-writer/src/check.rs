@@ -1,0 +1,219 @@
+//! The verdict on a copy: does it hold what the folder held at one instant, inside the freeze?
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::config::{Config, Kind, Thread};
+use crate::journal::{Journal, Timeline};
+use crate::{append, churn, random, sqlite};
+
+#[cfg(test)]
+mod tests;
+
+/// What a copy holds of one thread's writes: a prefix of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// The last write of which something is there. One less than `whole` if the last one left
+    /// nothing to be seen.
+    pub(crate) seen: u64,
+    /// The last write that is there whole, with all before it. One less than `seen` if the last
+    /// one is there in part.
+    pub(crate) whole: u64,
+}
+
+impl Found {
+    /// Writes 1 to `n`, nothing else.
+    pub(crate) fn whole(n: u64) -> Self {
+        Self { seen: n, whole: n }
+    }
+}
+
+/// When the filesystem was frozen, in nanoseconds of `CLOCK_MONOTONIC`. What is not known is not
+/// judged.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Window {
+    /// An instant at which FIFREEZE had returned, or an earlier one.
+    pub(crate) begin: Option<u64>,
+    /// An instant at which FITHAW had not been called, or a later one.
+    pub(crate) end: Option<u64>,
+    /// Both instants lie inside the freeze: nothing can have been written between them.
+    pub(crate) exact: bool,
+}
+
+/// What was found, for people, and what is wrong with it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Verdict {
+    /// One line a thread.
+    pub(crate) found: Vec<String>,
+    /// One line for everything that is wrong; empty if the copy is right.
+    pub(crate) wrong: Vec<String>,
+}
+
+/// Judges the copy of a run's folder at `dir`.
+pub(crate) fn check(dir: &Path, journal: &Journal, window: Window) -> Verdict {
+    let mut verdict = Verdict::default();
+    let mut cut = Vec::new();
+    for (thread, timeline) in journal.config.threads().iter().zip(&journal.threads) {
+        let name = &thread.name;
+        match contents(dir, &journal.config, thread, timeline, window) {
+            Ok(found) => {
+                verdict.found.push(format!(
+                    "{name}: {} of {} writes{}",
+                    found.whole,
+                    timeline.begun_count(),
+                    if found.seen > found.whole {
+                        " and a part"
+                    } else {
+                        ""
+                    }
+                ));
+                let wrong = outside(found, timeline, window);
+                verdict
+                    .wrong
+                    .extend(wrong.into_iter().map(|what| format!("{name}: {what}")));
+                cut.push((name.clone(), found, timeline));
+            }
+            Err(wrong) => {
+                // A damaged file may have many damaged blocks: the first ones say enough.
+                let more = wrong.len().saturating_sub(8);
+                let shown = wrong.into_iter().take(8);
+                verdict
+                    .wrong
+                    .extend(shown.map(|what| format!("{name}: {what}")));
+                if more > 0 {
+                    verdict.wrong.push(format!("{name}: and {more} more"));
+                }
+            }
+        }
+    }
+    verdict.wrong.extend(inconsistent(&cut));
+    verdict.wrong.extend(unreadable(dir));
+    verdict
+}
+
+/// Which prefix of a thread's writes the copy holds.
+fn contents(
+    dir: &Path,
+    config: &Config,
+    thread: &Thread,
+    timeline: &Timeline,
+    window: Window,
+) -> Result<Found, Vec<String>> {
+    let path = dir.join(&thread.name);
+    match thread.kind {
+        Kind::Buffered | Kind::Direct | Kind::Mmap => {
+            random::check(&path, config, thread, timeline)
+        }
+        Kind::Append => {
+            let begun = match window.end {
+                Some(end) => timeline.begun_until(end),
+                None => timeline.begun_count(),
+            };
+            append::check(&path, config, thread, timeline, begun)
+        }
+        Kind::Churn => churn::check(&path, config, thread, timeline),
+        Kind::Sqlite => sqlite::check(&path, timeline),
+    }
+}
+
+/// What cannot be, given when the filesystem was frozen.
+fn outside(found: Found, timeline: &Timeline, window: Window) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if timeline.begun_count() == 0 {
+        wrong.push("never wrote, so nothing is proven".into());
+    }
+    if let Some(begin) = window.begin {
+        let acked = timeline.acked_before(begin);
+        let returned = timeline.returned_before(begin);
+        if found.whole < acked {
+            wrong.push(format!(
+                "holds {} writes, but {acked} were durable before the freeze",
+                found.whole
+            ));
+        } else if found.whole < returned {
+            wrong.push(format!(
+                "holds {} writes, but {returned} had returned before the freeze",
+                found.whole
+            ));
+        }
+    }
+    if let Some(end) = window.end {
+        let begun = timeline.begun_until(end);
+        if found.seen > begun {
+            wrong.push(format!(
+                "holds write {}, but only {begun} were begun before the thaw",
+                found.seen
+            ));
+        }
+    }
+    if let (Some(begin), Some(end), true) = (window.begin, window.end, window.exact) {
+        let first = timeline.begun_until(begin) + 1;
+        if timeline.returned_at(first).is_some_and(|at| at < end) {
+            wrong.push(format!(
+                "write {first} was begun and returned while the filesystem was frozen"
+            ));
+        }
+    }
+    wrong
+}
+
+/// Where the copy is not one instant: a write that is there was begun after another thread's write
+/// that is not there had returned.
+fn inconsistent(cut: &[(String, Found, &Timeline)]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let missing = cut
+        .iter()
+        .filter_map(|(name, found, timeline)| {
+            let seq = found.whole + 1;
+            Some((name, seq, timeline.returned_at(seq)?))
+        })
+        .min_by_key(|(_, _, at)| *at);
+    let Some((first, missing, returned)) = missing else {
+        return wrong;
+    };
+    for (name, found, timeline) in cut {
+        let last = found.seen;
+        if let Some(begun) = timeline.begun_at(last)
+            && begun > returned
+        {
+            wrong.push(format!(
+                "{name}: write {last} is there, but was begun {} us after write {missing} of \
+                 {first} had returned, which is not there",
+                (begun - returned) / 1000
+            ));
+        }
+    }
+    wrong
+}
+
+/// The files and folders under `dir` that cannot be read to their ends.
+fn unreadable(dir: &Path) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut folders: Vec<PathBuf> = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) => {
+                wrong.push(format!("cannot list {}: {error}", folder.display()));
+                continue;
+            }
+        };
+        for entry in entries {
+            let result = entry.and_then(|entry| {
+                let kind = entry.file_type()?;
+                if kind.is_dir() {
+                    folders.push(entry.path());
+                } else if kind.is_file() {
+                    let mut file = std::fs::File::open(entry.path())?;
+                    let mut buf = vec![0; 1 << 16];
+                    while file.read(&mut buf)? > 0 {}
+                }
+                Ok(())
+            });
+            if let Err(error) = result {
+                wrong.push(format!("cannot read all in {}: {error}", folder.display()));
+            }
+        }
+    }
+    wrong
+}
