@@ -98,6 +98,19 @@ impl ExtentSet {
         self.runs.splice(from..to, [merged]);
     }
 
+    /// Takes a run out.
+    pub fn remove(&mut self, extent: Extent) {
+        let from = self.runs.partition_point(|run| run.end() <= extent.start);
+        let to = from + self.runs[from..].partition_point(|run| run.start < extent.end());
+        if from == to {
+            return;
+        }
+        let before = Extent::between(self.runs[from].start, extent.start);
+        let behind = Extent::between(extent.end(), self.runs[to - 1].end());
+        let rest = [before, behind].into_iter().filter(|run| !run.is_empty());
+        self.runs.splice(from..to, rest);
+    }
+
     /// What of `extent` is in the set, ascending.
     pub fn intersect(&self, extent: Extent) -> impl Iterator<Item = Extent> + '_ {
         let from = self.runs.partition_point(|run| run.end() <= extent.start);
@@ -199,6 +212,9 @@ mod tests {
             prop_assert_eq!(bits(&set_a.intersection(&set_b)), both);
             let only_a: Vec<bool> = bits(&set_a).iter().zip(bits(&set_b)).map(|(x, y)| *x && !y).collect();
             prop_assert_eq!(bits(&set_a.difference(&set_b)), only_a);
+            let mut removed = set_a.clone();
+            set_b.runs().iter().for_each(|run| removed.remove(*run));
+            prop_assert_eq!(removed, set_a.difference(&set_b));
         }
     }
 

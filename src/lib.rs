@@ -7,12 +7,23 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backup;
+pub mod cli;
 pub mod error;
 pub mod extent;
+pub mod freeze;
 pub mod fs;
 mod host;
 pub mod image;
+pub mod input;
+pub mod inspect;
 pub mod pipeline;
+pub mod plan;
 pub mod progress;
 pub mod read_at;
+pub mod restore;
+pub mod source;
+pub mod survey;
+pub mod target;
 pub mod units;
+pub mod verify;

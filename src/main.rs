@@ -1,3 +1,9 @@
 //! The command `holdstill`.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    holdstill::cli::run(std::env::args_os().collect())
+}

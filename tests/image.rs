@@ -38,6 +38,7 @@ fn manifest(size: u64) -> Manifest {
             physical_sector: 512,
             smallest_target: size,
             blocks: Blocks::Used,
+            used_bytes: size,
         }],
     }
 }

@@ -78,9 +78,11 @@ impl Counters {
         })
     }
 
-    /// Whether nothing was written or discarded between `earlier` and now.
+    /// Whether nothing was written or discarded between `earlier` and now. Only sectors tell: an
+    /// `fsync(2)` without anything to write counts as a write request of none.
     pub fn nothing_written_since(&self, earlier: &Self) -> bool {
-        self.writes == earlier.writes && self.discards == earlier.discards
+        self.writes.sectors == earlier.writes.sectors
+            && self.discards.sectors == earlier.discards.sectors
     }
 
     /// Sectors written and discarded since `earlier`: what a trace of the same time must add up to.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::format::{MAX_VOLUME_SIZE, MAX_VOLUMES};
+use crate::units::ByteLen;
 
 /// How much a volume's copy can be relied on. The order is from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -71,6 +72,9 @@ pub struct VolumeManifest {
     pub smallest_target: u64,
     /// Whether only used blocks were read (`used`) or all of them (`all`).
     pub blocks: Blocks,
+    /// About how many bytes that is: what a reader's progress goes by. The trailer has the exact
+    /// number.
+    pub used_bytes: u64,
 }
 
 /// Which blocks of a volume were read.
@@ -143,6 +147,12 @@ impl Manifest {
             compress: String::new(),
             volumes: Vec::new(),
         }
+    }
+
+    /// About how many bytes the image holds, zeros included.
+    pub fn used_bytes(&self) -> ByteLen {
+        let all = self.volumes.iter().map(|volume| volume.used_bytes);
+        ByteLen(all.fold(0, u64::saturating_add))
     }
 
     /// Decodes and checks a manifest.

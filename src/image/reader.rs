@@ -21,6 +21,7 @@ use crate::image::format::{
 use crate::image::manifest::{Manifest, Trailer};
 use crate::image::tables::Tables;
 use crate::image::writer::SEGMENT_ENTRIES;
+use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 
 /// An image being read in order.
@@ -423,6 +424,82 @@ impl<R: Read> Checked<R> {
         }
         self.position += done as u64;
         Ok(done)
+    }
+}
+
+/// What an image in a file says at its front and at its end, without reading what lies between.
+#[derive(Debug)]
+pub struct Summary {
+    /// The random id in the file header.
+    pub image_id: [u8; 16],
+    /// What the image is of.
+    pub manifest: Manifest,
+    /// What was achieved.
+    pub trailer: Trailer,
+    /// Length of the image in bytes.
+    pub len: ByteLen,
+    /// BLAKE3 over header, record headers and tables, as the footer says it.
+    pub root_hash: Hash,
+}
+
+/// Reads a [`Summary`]. That the image is whole is not proven by this.
+///
+/// # Errors
+/// As [`ImageReader::open`]; [`Kind::Truncated`] if the footer is missing.
+pub fn summarize(image: &dyn ReadAt) -> Result<Summary> {
+    let reader = ImageReader::open(Cursor { image, at: 0 })?;
+    let size = image.len();
+    let mut frame = [0; FRAME];
+    let footer_at = size.0.checked_sub(FRAME as u64).ok_or_else(truncated)?;
+    image.read_exact_at(&mut frame, Offset(footer_at))?;
+    let (footer, _) = Footer::read_from_prefix(&frame).map_err(|_| damaged("impossible"))?;
+    let is_footer = frame_is_whole(&frame, size_of::<Footer>())
+        && footer.magic == FOOTER_MAGIC
+        && footer.image_id == reader.header.image_id
+        && footer.total_len.get() == size.0;
+    if !is_footer {
+        return Err(truncated().hint("its footer is missing: verify tells more"));
+    }
+    let mut end = ImageReader {
+        input: Checked {
+            input: Cursor {
+                image,
+                at: footer.trailer.get(),
+            },
+            position: footer.trailer.get(),
+        },
+        sequence: footer.records.get().saturating_sub(1),
+        ..reader
+    };
+    let (record, tables) = end.record()?;
+    let json = end.whole_payload(&record, &tables)?;
+    if record.kind != record_kind::TRAILER {
+        return Err(damaged("the footer points astray"));
+    }
+    Ok(Summary {
+        image_id: end.header.image_id,
+        trailer: Trailer::decode(&json, &end.manifest)?,
+        manifest: end.manifest,
+        len: size,
+        root_hash: footer.root_hash,
+    })
+}
+
+/// Positioned reading as a stream.
+struct Cursor<'a> {
+    image: &'a dyn ReadAt,
+    at: u64,
+}
+
+impl Read for Cursor<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let left = self.image.len().0.saturating_sub(self.at);
+        let len = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        self.image
+            .read_exact_at(&mut buf[..len], Offset(self.at))
+            .map_err(std::io::Error::other)?;
+        self.at += len as u64;
+        Ok(len)
     }
 }
 

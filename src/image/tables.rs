@@ -46,7 +46,7 @@ pub struct Tables {
 impl Tables {
     /// Bytes of all data runs: the length of the payload when decoded.
     pub fn data_len(&self) -> ByteLen {
-        self.data_runs().map(|extent| extent.len).sum()
+        self.data_extents().map(|extent| extent.len).sum()
     }
 
     /// From the first byte of the first run to the last of the last.
@@ -62,7 +62,8 @@ impl Tables {
         self.runs.iter().any(|run| run.content == Content::Trim)
     }
 
-    fn data_runs(&self) -> impl Iterator<Item = Extent> + '_ {
+    /// The data runs' extents.
+    pub fn data_extents(&self) -> impl Iterator<Item = Extent> + '_ {
         let data = self.runs.iter().filter(|run| run.content == Content::Data);
         data.map(|run| run.extent)
     }
@@ -80,7 +81,7 @@ impl Tables {
         mut each: impl FnMut(Offset, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let mut rest = plain;
-        for extent in self.data_runs() {
+        for extent in self.data_extents() {
             let (bytes, behind) = rest.split_at(extent.len.as_usize());
             each(extent.start, bytes)?;
             rest = behind;
@@ -91,7 +92,7 @@ impl Tables {
 
     /// Whether the decoded payload is what was hashed when it was stored.
     pub fn check_content(&self, plain: &[u8]) -> bool {
-        let cells = hash_cells(self.data_runs(), plain);
+        let cells = hash_cells(self.data_extents(), plain);
         cells.iter().map(|cell| &cell.hash).eq(&self.hashes)
     }
 
@@ -189,7 +190,7 @@ impl Tables {
         if tables.data_len() != plain_len {
             return Err(wrong("payload and extents differ in length"));
         }
-        if cells_of(tables.data_runs()).count() != tables.hashes.len() {
+        if cells_of(tables.data_extents()).count() != tables.hashes.len() {
             return Err(wrong("as many hashes as cells are needed"));
         }
         Ok(tables)
@@ -250,7 +251,7 @@ impl Tables {
                 }
             }
         }
-        let touched = cells_of(tables.data_runs());
+        let touched = cells_of(tables.data_extents());
         let mut hashes = cells.into_iter().map(|cell| (cell.number, cell.hash));
         tables.hashes = touched
             .filter_map(|number| hashes.find(|(other, _)| *other == number))

@@ -14,7 +14,7 @@ use crate::image::format::{
     cipher, codec, hash_kind, record_flag, record_kind, seal_frame,
 };
 use crate::image::manifest::{Manifest, Trailer};
-use crate::image::tables::{Content, Tables, cells_of};
+use crate::image::tables::{Tables, cells_of};
 use crate::units::ByteLen;
 
 /// Entries in one index segment: what the index of a run takes in memory, and a reader's bound.
@@ -331,12 +331,7 @@ impl ContentProgress {
             return;
         }
         self.begin_up_to(record.volume);
-        let data = record
-            .tables
-            .runs
-            .iter()
-            .filter(|run| run.content == Content::Data);
-        let cells = cells_of(data.map(|run| run.extent));
+        let cells = cells_of(record.tables.data_extents());
         for (cell, hash) in cells.zip(&record.tables.hashes) {
             if hash != zero_cell_hash() {
                 self.hasher.cell(cell, hash);

@@ -1,8 +1,10 @@
 //! From a source into an image: read, hash, compress, write in order.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
+use std::str::FromStr;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use holdstill_platform::buffer::{Buffer, Pool};
@@ -22,7 +24,7 @@ use crate::units::{ByteLen, Offset};
 pub enum Compression {
     /// As they are.
     None,
-    /// By zstd at a level from -7 to 22.
+    /// By zstd at a level from -7 to 19.
     Zstd(i32),
 }
 
@@ -37,6 +39,51 @@ impl Compression {
         }
     }
 }
+
+/// As an image and the command line write it.
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Zstd(level) => write!(f, "zstd:{level}"),
+        }
+    }
+}
+
+/// `none`, `zstd` or `zstd:LEVEL`.
+impl FromStr for Compression {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, level) = text
+            .split_once(':')
+            .map_or((text, None), |(name, level)| (name, Some(level)));
+        match (name, level) {
+            ("none", None) => return Ok(Self::None),
+            ("zstd", None) => return Ok(Self::Zstd(DEFAULT_LEVEL)),
+            ("zstd", Some(level)) => {
+                if let Some(level) = level.parse().ok().filter(|level| LEVELS.contains(level)) {
+                    return Ok(Self::Zstd(level));
+                }
+            }
+            _ => {}
+        }
+        Err(
+            Error::new(Kind::Usage, format!("`{text}` is no way to compress")).hint(format!(
+                "none, zstd, or zstd:LEVEL with a level from {} to {}",
+                LEVELS.start(),
+                LEVELS.end()
+            )),
+        )
+    }
+}
+
+/// The level of zstd that is fastest where it counts: higher ones cost far more time than they save
+/// space.
+pub const DEFAULT_LEVEL: i32 = 1;
+
+/// Levels of zstd that can be chosen. Those above 19 need more memory than a rescue system may have.
+const LEVELS: RangeInclusive<i32> = -7..=19;
 
 /// Compressed payloads must save at least this share of the plain bytes: one in so many. Otherwise
 /// they are stored as they are, which costs nothing to restore.

@@ -1,0 +1,343 @@
+//! `backup`: sources that hold still, into one image.
+
+use std::path::{Path, PathBuf};
+
+use holdstill_platform::output::Output;
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::freeze::{Proof, Step, Still};
+use crate::image::content::to_hex;
+use crate::image::manifest::{
+    Blocks, FreezeTimes, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer,
+};
+use crate::image::writer::ImageWriter;
+use crate::pipeline::sink::OutputSink;
+use crate::pipeline::store::{Compression, Job, OnReadError, store};
+use crate::plan::Plan;
+use crate::progress::{Event, Progress};
+use crate::units::ByteLen;
+
+/// What to back up, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The sources as the user wrote them.
+    pub sources: Vec<String>,
+    /// The image; `None` for standard output.
+    pub output: Option<PathBuf>,
+    /// A step by name, or `None` for the first that applies.
+    pub freeze: Option<Step>,
+    /// How payloads are stored.
+    pub compression: Compression,
+    /// Copy unallocated blocks too.
+    pub all_blocks: bool,
+    /// What to do with unreadable blocks.
+    pub on_read_error: OnReadError,
+    /// Replace an existing image.
+    pub force: bool,
+    /// Threads that read, hash and compress.
+    pub workers: usize,
+    /// The run's id, for the image and for what is made on the way.
+    pub run_id: String,
+}
+
+/// What a backup achieved.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The image, as the user named it.
+    pub image: String,
+    /// The id of this very file.
+    pub image_id: String,
+    /// The id of its content.
+    pub content_id: Option<String>,
+    /// The worst grade of any volume.
+    pub grade: Grade,
+    /// The step that made the sources hold still.
+    pub freeze: String,
+    /// The instant the image shows (RFC 3339).
+    pub instant: String,
+    /// All the time writers were blocked, in milliseconds.
+    pub freeze_ms: f64,
+    /// Each time they were.
+    pub freezes: Vec<FreezeTimes>,
+    /// Bytes the maps call used, zeros included.
+    pub used_bytes: u64,
+    /// Bytes of the image.
+    pub stored_bytes: u64,
+    /// Seconds from the start to the end.
+    pub elapsed_s: f64,
+    /// What the user was warned of.
+    pub warnings: Vec<String>,
+    /// Each volume.
+    pub volumes: Vec<VolumeReport>,
+}
+
+/// One volume of a [`Report`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct VolumeReport {
+    /// Its number, from 1.
+    pub n: u32,
+    /// Where it was.
+    pub path: String,
+    /// What is on it.
+    pub fs: Option<String>,
+    /// Its label.
+    pub label: Option<String>,
+    /// Its UUID.
+    pub uuid: Option<String>,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Bytes its map called used.
+    pub used_bytes: u64,
+    /// Its grade.
+    pub grade: Grade,
+    /// What could not be read: offset and length in bytes.
+    pub unreadable: Vec<(u64, u64)>,
+}
+
+impl Report {
+    /// Whether some source blocks could not be read.
+    pub fn has_unreadable(&self) -> bool {
+        self.volumes
+            .iter()
+            .any(|volume| !volume.unreadable.is_empty())
+    }
+}
+
+/// Says what a backup would do; changes nothing.
+///
+/// # Errors
+/// As [`run`], as far as they can be known before.
+pub fn plan(options: &Options) -> Result<Vec<Plan>> {
+    let plans = options
+        .sources
+        .iter()
+        .map(|source| Plan::make(source, options.freeze));
+    let plans = plans.collect::<Result<Vec<_>>>()?;
+    if let Some(path) = &options.output {
+        check_output(path, options.force, &plans)?;
+    }
+    Ok(plans)
+}
+
+/// Makes the image.
+///
+/// # Errors
+/// Whatever went wrong; nothing that looks like a whole image is left then.
+pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    let plans = plan(options)?;
+    for plan in &plans {
+        progress.event(&Event::Plan(&plan.to_string()));
+    }
+    let output = match &options.output {
+        Some(path) => Output::create(path, options.force).map_err(explain_output)?,
+        None => Output::stdout()?,
+    };
+    let mut warnings = Vec::new();
+    let mut stills = Vec::new();
+    for plan in &plans {
+        let still = plan.hold_still(options.all_blocks)?;
+        for warning in &still.survey().warnings {
+            progress.warn(warning);
+            warnings.push(warning.clone());
+        }
+        stills.push(still);
+    }
+    progress.total(stills.iter().map(|still| still.survey().bytes).sum());
+    let manifest = manifest(options, &plans, &stills)?;
+    let image_id = *uuid::Uuid::new_v4().as_bytes();
+    let max_plain = options.compression.chunk_len() as u32;
+    let mut image = ImageWriter::begin(OutputSink::new(output), image_id, max_plain, &manifest)?;
+    let mut volumes = Vec::new();
+    let mut proofs = Vec::new();
+    for (volume, still) in manifest.volumes.iter().zip(stills) {
+        let (proof, unreadable, used) = copy(volume.n, still, options, &mut image, progress)?;
+        volumes.push(VolumeTrailer {
+            n: volume.n,
+            grade: proof.grade,
+            used_bytes: used.0,
+            unreadable: unreadable
+                .iter()
+                .map(|extent| (extent.start.0, extent.len.0))
+                .collect(),
+        });
+        proofs.push(proof);
+    }
+    let content_id = image.content_id().map(|id| to_hex(&id));
+    let trailer = trailer(&plans, &proofs, content_id, warnings, volumes)?;
+    let (sink, written) = image.finish(&trailer)?;
+    progress.check()?;
+    sink.into_output()?.publish().map_err(explain_output)?;
+    Ok(Report {
+        image: options
+            .output
+            .as_ref()
+            .map_or("-".to_owned(), |path| path.display().to_string()),
+        image_id: to_hex(&image_id),
+        content_id: trailer.content_id,
+        grade: trailer.grade,
+        freeze: trailer.freeze,
+        instant: trailer.instant,
+        freeze_ms: trailer.freeze_ms,
+        freezes: trailer.freezes,
+        used_bytes: trailer.volumes.iter().map(|volume| volume.used_bytes).sum(),
+        stored_bytes: written.len.0,
+        elapsed_s: begun.elapsed().as_secs_f64(),
+        warnings: trailer.warnings,
+        volumes: volume_reports(manifest.volumes, trailer.volumes),
+    })
+}
+
+/// Copies all passes of one volume, then lets the source go.
+fn copy(
+    volume: u32,
+    mut still: Box<dyn Still>,
+    options: &Options,
+    image: &mut ImageWriter<OutputSink>,
+    progress: &dyn Progress,
+) -> Result<(Proof, Vec<Extent>, ByteLen)> {
+    let mut unreadable = Vec::new();
+    let mut pass_number = 0;
+    while let Some(pass) = still.next_pass()? {
+        let job = Job {
+            source: pass.source,
+            volume,
+            pass: pass_number,
+            compression: options.compression,
+            on_read_error: options.on_read_error,
+            workers: options.workers,
+        };
+        let stored = store(&job, pass.walk, image, progress)?;
+        unreadable.extend(stored.unreadable);
+        pass_number += 1;
+    }
+    let used = still.survey().bytes;
+    Ok((still.finish()?, unreadable, used))
+}
+
+fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Result<Manifest> {
+    let volumes = (1..).zip(plans).zip(stills).map(|((n, plan), still)| {
+        let survey = still.survey();
+        let geometry = plan.geometry()?;
+        let info = survey.info.as_ref();
+        Ok(VolumeManifest {
+            n,
+            path: plan.source.path.display().to_string(),
+            fs: info.map(|info| info.kind.name().to_owned()),
+            label: info.and_then(|info| info.label.clone()),
+            uuid: info.and_then(|info| info.uuid.clone()),
+            size: geometry.size,
+            logical_sector: geometry.logical_sector,
+            physical_sector: geometry.physical_sector,
+            smallest_target: geometry.size,
+            blocks: survey.blocks(),
+            used_bytes: survey.bytes.0,
+        })
+    });
+    Ok(Manifest {
+        tool: concat!("holdstill ", env!("CARGO_PKG_VERSION")).to_owned(),
+        created: jiff::Timestamp::now().to_string(),
+        run_id: options.run_id.clone(),
+        compress: options.compression.to_string(),
+        volumes: volumes.collect::<Result<_>>()?,
+    })
+}
+
+fn trailer(
+    plans: &[Plan],
+    proofs: &[Proof],
+    content_id: Option<String>,
+    warnings: Vec<String>,
+    volumes: Vec<VolumeTrailer>,
+) -> Result<Trailer> {
+    let nothing = || Error::new(Kind::Usage, "no source was named");
+    let grade = proofs
+        .iter()
+        .map(|proof| proof.grade)
+        .max()
+        .ok_or_else(nothing)?;
+    let instant = proofs
+        .iter()
+        .map(|proof| proof.instant)
+        .max()
+        .ok_or_else(nothing)?;
+    let mut steps: Vec<&str> = plans.iter().map(|plan| plan.step.name()).collect();
+    steps.dedup();
+    let freezes: Vec<FreezeTimes> = proofs
+        .iter()
+        .flat_map(|proof| proof.freezes.clone())
+        .collect();
+    Ok(Trailer {
+        grade,
+        freeze: steps.join(", "),
+        instant: instant.to_string(),
+        // Not `sum`: that of no numbers is minus zero.
+        freeze_ms: freezes
+            .iter()
+            .fold(0.0, |all, freeze| all + freeze.freeze_ms),
+        freezes,
+        content_id,
+        warnings,
+        volumes,
+    })
+}
+
+fn volume_reports(
+    manifests: Vec<VolumeManifest>,
+    trailers: Vec<VolumeTrailer>,
+) -> Vec<VolumeReport> {
+    let both = manifests.into_iter().zip(trailers);
+    both.map(|(volume, trailer)| VolumeReport {
+        n: volume.n,
+        path: volume.path,
+        fs: volume.fs,
+        label: volume.label,
+        uuid: volume.uuid,
+        size: volume.size,
+        used_bytes: trailer.used_bytes,
+        grade: trailer.grade,
+        unreadable: trailer.unreadable,
+    })
+    .collect()
+}
+
+/// Refuses an output that exists, or that is one of the sources.
+fn check_output(path: &Path, force: bool, plans: &[Plan]) -> Result<()> {
+    let Ok(metadata) = std::fs::metadata(path) else {
+        return Ok(());
+    };
+    if plans.iter().any(|plan| plan.is_file(path)) {
+        return Err(Error::new(Kind::InUse, "the output is the source itself").on(path));
+    }
+    if metadata.is_file() && !force {
+        return Err(exists(path));
+    }
+    Ok(())
+}
+
+fn exists(path: &Path) -> Error {
+    Error::new(Kind::Exists, "the output exists already")
+        .on(path)
+        .hint("--force replaces it")
+}
+
+/// An existing file and a device as output are refusals, not failures.
+fn explain_output(error: holdstill_platform::error::Error) -> Error {
+    match error.source.kind() {
+        std::io::ErrorKind::AlreadyExists => exists(&error.what),
+        std::io::ErrorKind::InvalidInput => {
+            Error::new(Kind::NotApplicable, error.source.to_string()).on(&error.what)
+        }
+        _ => error.into(),
+    }
+}
+
+/// How a volume's blocks are called for people.
+pub fn blocks_text(blocks: Blocks) -> &'static str {
+    match blocks {
+        Blocks::Used => "used blocks",
+        Blocks::All => "all blocks",
+    }
+}

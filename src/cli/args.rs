@@ -1,0 +1,236 @@
+//! What can be typed. `--help` is made from the comments here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::error::{Error, Kind, Result};
+use crate::freeze::Step;
+use crate::pipeline::default_workers;
+use crate::pipeline::store::{Compression, OnReadError};
+use crate::{backup, restore, verify};
+
+const EXIT_CODES: &str = "Exit codes:
+  0    done, and what was made is whole
+  1    failed: I/O error, no space, no permission, missing source
+  2    wrong usage, or a question would have to be answered
+  3    refused for safety: in use, too small, exists, or would be inconsistent
+  4    an image is damaged, cut off, too new or not the expected one; or a comparison differs
+  5    done, but some source blocks could not be read
+  130  interrupted; 143 asked to end: everything was thawed and cleaned up first";
+
+/// Images a disk while you keep working: the disk holds still, not you.
+#[derive(Debug, Parser)]
+#[command(name = "holdstill", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub(super) global: Global,
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Global {
+    /// Print one JSON object a line instead of text
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// How to show progress
+    #[arg(long, global = true, value_enum, default_value_t = ProgressKind::Auto, value_name = "HOW")]
+    pub(super) progress: ProgressKind,
+    /// Print nothing but errors
+    #[arg(long, global = true)]
+    pub(super) quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ProgressKind {
+    /// A bar on a terminal, else a line now and then
+    Auto,
+    /// A bar
+    Bar,
+    /// A line now and then
+    Plain,
+    /// Nothing
+    None,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Write the used blocks of one or more sources to an image
+    Backup(BackupArgs),
+    /// Write an image back to a device or raw file
+    Restore(RestoreArgs),
+    /// Check every byte of an image
+    Verify(VerifyArgs),
+    /// Say what a source or an image is, and how it would be backed up
+    Inspect(InspectArgs),
+}
+
+impl Verb {
+    /// Whether standard output is taken by an image.
+    pub(super) fn streams_to_stdout(&self) -> bool {
+        matches!(self, Self::Backup(args) if args.output.as_os_str() == "-")
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BackupArgs {
+    /// Block devices, mount points, or files that hold a raw disk
+    #[arg(required = true, value_name = "SOURCE")]
+    sources: Vec<String>,
+    /// The image to write; `-` streams it to standard output
+    #[arg(short, long, value_name = "IMAGE")]
+    output: PathBuf,
+    /// How the source is made to hold still
+    #[arg(long, value_name = "STEP", default_value = "auto")]
+    freeze: String,
+    /// How to compress: zstd, zstd:LEVEL (-7 to 19, default 1) or none
+    #[arg(long, value_name = "HOW", default_value = "zstd:1")]
+    compress: String,
+    /// Copy unallocated blocks too
+    #[arg(long)]
+    all_blocks: bool,
+    /// What to do with blocks that cannot be read
+    #[arg(long, value_enum, default_value_t = ReadError::Fail, value_name = "WHAT")]
+    on_read_error: ReadError,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
+    /// Threads that read, hash and compress
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ReadError {
+    /// Give up
+    Fail,
+    /// Retry block by block, store zeros for what stays unreadable, list it, and exit with 5
+    Zero,
+}
+
+impl BackupArgs {
+    pub(super) fn options(&self, run_id: &str) -> Result<backup::Options> {
+        Ok(backup::Options {
+            sources: self.sources.clone(),
+            output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
+            freeze: match self.freeze.as_str() {
+                "auto" => None,
+                name => Some(name.parse::<Step>()?),
+            },
+            compression: self.compress.parse::<Compression>()?,
+            all_blocks: self.all_blocks,
+            on_read_error: match self.on_read_error {
+                ReadError::Fail => OnReadError::Fail,
+                ReadError::Zero => OnReadError::Zero,
+            },
+            force: self.force,
+            workers: workers(self.threads),
+            run_id: run_id.to_owned(),
+        })
+    }
+}
+
+fn workers(threads: Option<u16>) -> usize {
+    threads.map_or_else(default_workers, usize::from)
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The image; `-` reads a stream from standard input
+    image: PathBuf,
+    /// A block device or raw file; a missing file is created
+    #[arg(required_unless_present = "map", conflicts_with = "map")]
+    target: Option<PathBuf>,
+    /// Which volume of the image
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "target")]
+    volume: Option<u32>,
+    /// Restore volume N to TARGET; may be given several times
+    #[arg(long, value_name = "N=TARGET")]
+    map: Vec<String>,
+    /// Do not ask before overwriting
+    #[arg(long)]
+    pub(super) yes: bool,
+    /// Discard the target first
+    #[arg(long)]
+    discard: bool,
+    /// Read the target back and compare
+    #[arg(long)]
+    verify: bool,
+    /// Threads that check, decompress and write
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+impl RestoreArgs {
+    pub(super) fn options(&self) -> Result<restore::Options> {
+        let mut targets = Vec::new();
+        if let Some(target) = &self.target {
+            targets.push((self.volume.unwrap_or(0), target.clone()));
+        }
+        for text in &self.map {
+            let wrong = || {
+                Error::new(Kind::Usage, format!("`{text}` is no mapping"))
+                    .hint("write the volume's number and its target: --map 2=/dev/sdb1")
+            };
+            let (number, target) = text.split_once('=').ok_or_else(wrong)?;
+            let number: u32 = number
+                .parse()
+                .ok()
+                .filter(|number| *number > 0)
+                .ok_or_else(wrong)?;
+            targets.push((number, PathBuf::from(target)));
+        }
+        Ok(restore::Options {
+            image: self.image.clone(),
+            targets,
+            discard: self.discard,
+            verify: self.verify,
+            workers: workers(self.threads),
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyArgs {
+    /// The image; `-` reads a stream from standard input
+    image: PathBuf,
+    /// Also compare it with a device or raw file
+    #[arg(long, value_name = "DEVICE")]
+    against: Option<PathBuf>,
+    /// Which volume to compare
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "against")]
+    volume: Option<u32>,
+    /// Threads that check and decompress
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+impl VerifyArgs {
+    pub(super) fn options(&self) -> verify::Options {
+        verify::Options {
+            image: self.image.clone(),
+            against: self.against.clone(),
+            volume: self.volume.unwrap_or(0),
+            workers: workers(self.threads),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// A block device, mount point, raw file or image
+    #[arg(value_name = "SOURCE-OR-IMAGE")]
+    pub(super) what: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,196 @@
+//! Results as a person reads them.
+
+use std::fmt::Write;
+
+use crate::backup;
+use crate::error::Escaped;
+use crate::image::manifest::Grade;
+use crate::inspect;
+use crate::restore;
+use crate::units::ByteLen;
+use crate::verify;
+
+pub(super) fn backup(report: &backup::Report) -> String {
+    let mut text = String::new();
+    let used = ByteLen(report.used_bytes);
+    let stored = ByteLen(report.stored_bytes);
+    let _ = writeln!(
+        text,
+        "{}: {used} in {stored}, {}",
+        Escaped(&report.image),
+        grade(report.grade)
+    );
+    let _ = writeln!(
+        text,
+        "instant {}, writers blocked for {:.0} ms, done in {:.1} s",
+        report.instant, report.freeze_ms, report.elapsed_s
+    );
+    for volume in &report.volumes {
+        for (offset, len) in &volume.unreadable {
+            let _ = writeln!(
+                text,
+                "volume {}: {len} bytes at {offset} could not be read and are zeros",
+                volume.n
+            );
+        }
+    }
+    let _ = write!(text, "image id {}", report.image_id);
+    if let Some(content_id) = &report.content_id {
+        let _ = write!(text, "\ncontent id {content_id}");
+    }
+    text
+}
+
+pub(super) fn restore(report: &restore::Report) -> String {
+    let mut text = String::new();
+    for target in &report.targets {
+        let _ = writeln!(
+            text,
+            "volume {} is restored to {}",
+            target.n,
+            Escaped(&target.path)
+        );
+    }
+    let read_back = if report.verified {
+        ", read back and compared"
+    } else {
+        ""
+    };
+    let _ = write!(
+        text,
+        "{}{read_back}, done in {:.1} s",
+        grade(report.grade),
+        report.elapsed_s
+    );
+    text
+}
+
+pub(super) fn verify(report: &verify::Report) -> String {
+    let mut text = format!("{}: every byte is whole", Escaped(&report.image));
+    if let Some(against) = &report.against {
+        let _ = write!(text, ", and equal to {}", Escaped(against));
+    }
+    let _ = write!(
+        text,
+        "; {}, done in {:.1} s\nimage id {}",
+        grade(report.grade),
+        report.elapsed_s,
+        report.image_id
+    );
+    if let Some(content_id) = &report.content_id {
+        let _ = write!(text, "\ncontent id {content_id}");
+    }
+    text
+}
+
+pub(super) fn inspect(report: &inspect::Report) -> String {
+    match report {
+        inspect::Report::Image(image) => inspect_image(image),
+        inspect::Report::Source(source) => inspect_source(source),
+    }
+}
+
+fn inspect_image(report: &inspect::ImageReport) -> String {
+    let mut text = format!(
+        "{}: holdstill image of {}, {}",
+        Escaped(&report.image),
+        ByteLen(report.stored_bytes),
+        grade(report.trailer.grade)
+    );
+    let _ = write!(
+        text,
+        "\nmade {} by {}, step {}, instant {}, writers blocked for {:.0} ms",
+        Escaped(&report.manifest.created),
+        Escaped(&report.manifest.tool),
+        Escaped(&report.trailer.freeze),
+        Escaped(&report.trailer.instant),
+        report.trailer.freeze_ms,
+    );
+    let _ = write!(text, "\nimage id {}", report.image_id);
+    if let Some(content_id) = &report.trailer.content_id {
+        let _ = write!(text, "\ncontent id {}", Escaped(content_id));
+    }
+    for (volume, achieved) in report.manifest.volumes.iter().zip(&report.trailer.volumes) {
+        let _ = write!(
+            text,
+            "\nvolume {}: {} {}, size {}, used {}, {}",
+            volume.n,
+            Escaped(&volume.path),
+            identity(
+                volume.fs.as_deref(),
+                volume.label.as_deref(),
+                volume.uuid.as_deref()
+            ),
+            ByteLen(volume.size),
+            ByteLen(achieved.used_bytes),
+            achieved.grade.name(),
+        );
+        if !achieved.unreadable.is_empty() {
+            let _ = write!(text, ", {} unreadable ranges", achieved.unreadable.len());
+        }
+    }
+    for warning in &report.trailer.warnings {
+        let _ = write!(text, "\nwarning: {}", Escaped(warning));
+    }
+    text
+}
+
+fn inspect_source(report: &inspect::SourceReport) -> String {
+    let mut text = format!(
+        "{}: {}, size {}, {}",
+        Escaped(&report.path),
+        identity(
+            report.fs.as_deref(),
+            report.label.as_deref(),
+            report.uuid.as_deref()
+        ),
+        ByteLen(report.size),
+        report.condition,
+    );
+    if let Some(used) = report.used_bytes {
+        let _ = write!(text, ", used {}", ByteLen(used));
+    }
+    if let Some(point) = &report.mounted_at {
+        let _ = write!(text, "\nmounted at {}", Escaped(point));
+    }
+    for step in &report.ladder {
+        match &step.objection {
+            None => {
+                let _ = write!(text, "\nbackup would use `{}`", step.step);
+                break;
+            }
+            Some(why) => {
+                let _ = write!(text, "\nnot `{}`: {}", step.step, Escaped(why));
+            }
+        }
+    }
+    if report.step.is_none() {
+        text.push_str("\nbackup would refuse: nothing can make it hold still");
+    }
+    for warning in &report.warnings {
+        let _ = write!(text, "\nwarning: {}", Escaped(warning));
+    }
+    text
+}
+
+fn identity(fs: Option<&str>, label: Option<&str>, uuid: Option<&str>) -> String {
+    let mut text = fs.map_or("no known filesystem".to_owned(), |fs| {
+        Escaped(fs).to_string()
+    });
+    if let Some(label) = label {
+        let _ = write!(text, " `{}`", Escaped(label));
+    }
+    if let Some(uuid) = uuid {
+        let _ = write!(text, " {}", Escaped(uuid));
+    }
+    text
+}
+
+fn grade(grade: Grade) -> &'static str {
+    match grade {
+        Grade::Frozen => "grade frozen: exactly one instant of a filesystem in use",
+        Grade::Clean => "grade clean: offline and cleanly unmounted",
+        Grade::Crash => "grade CRASH: one instant, as a power cut would have left it",
+        Grade::Torn => "grade TORN: it changed while it was read",
+    }
+}

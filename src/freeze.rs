@@ -1,0 +1,92 @@
+//! The ladder of ways to make a source hold still, and what each of them promises.
+//!
+//! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
+
+pub mod offline;
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::manifest::{FreezeTimes, Grade};
+use crate::pipeline::store::Walk;
+use crate::read_at::ReadAt;
+use crate::survey::Survey;
+
+/// A way to make a source hold still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nobody has it mounted, held or open for writing.
+    Offline,
+}
+
+impl Step {
+    /// All steps of this version, in the order in which `auto` tries them.
+    pub const LADDER: [Self; 1] = [Self::Offline];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Offline => "offline",
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Step {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let known = Self::LADDER.into_iter().find(|step| step.name() == text);
+        known.ok_or_else(|| {
+            Error::new(
+                Kind::Usage,
+                format!("there is no way to freeze called `{text}`"),
+            )
+        })
+    }
+}
+
+/// One pass over a source that holds still.
+#[allow(missing_debug_implementations, reason = "a walk is a closure")]
+pub struct Pass<'a> {
+    /// Where to read.
+    pub source: &'a dyn ReadAt,
+    /// What to read, ascending.
+    pub walk: Box<Walk<'a>>,
+}
+
+/// A source that holds still.
+pub trait Still {
+    /// What is on it.
+    fn survey(&self) -> &Survey;
+
+    /// The next pass; `None` when nothing is left to read. What a later pass gives supersedes what
+    /// an earlier one gave.
+    ///
+    /// # Errors
+    /// If it moved after all, or reading fails.
+    fn next_pass(&mut self) -> Result<Option<Pass<'_>>>;
+
+    /// Proves that it held still, and lets go.
+    ///
+    /// # Errors
+    /// If it moved: what was read must not be used.
+    fn finish(self: Box<Self>) -> Result<Proof>;
+}
+
+/// What a source that held still is worth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Proof {
+    /// How far it can be relied on.
+    pub grade: Grade,
+    /// The instant all its bytes are of.
+    pub instant: jiff::Timestamp,
+    /// Each time writers were blocked.
+    pub freezes: Vec<FreezeTimes>,
+}

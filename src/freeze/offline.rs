@@ -1,0 +1,204 @@
+//! `offline`: nobody has the source mounted, held or open for writing, for as long as the copy takes.
+//!
+//! An exclusive open does not prove that: it succeeds beside a plain writer. So all users are searched
+//! and named, and then the medium itself must tell that nothing was written between the first read
+//! and the last: a device by its counters of writes and discards, a file by a read lease. Where
+//! neither exists the copy may still be right, but is graded `crash`.
+
+use holdstill_platform::counters::{self, Counters};
+use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::exclusive::{Claim, Lease, LeaseAnswer, Stamp};
+use holdstill_platform::in_use::{self, User, Users};
+use holdstill_platform::node::BlockDevice;
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::freeze::{Pass, Proof, Still};
+use crate::image::manifest::Grade;
+use crate::source::{Medium, Source};
+use crate::survey::Survey;
+
+/// A source that nobody writes to.
+#[derive(Debug)]
+pub struct Offline {
+    disk: Disk,
+    survey: Survey,
+    instant: jiff::Timestamp,
+    watch: Watch,
+    is_read: bool,
+}
+
+/// How writing by somebody else would show.
+#[derive(Debug)]
+enum Watch {
+    Counters {
+        device: BlockDevice,
+        before: Counters,
+        _claim: Claim,
+    },
+    Lease(Lease),
+    /// The file's size and times: a weak witness.
+    Stamp(Stamp),
+    /// The kernel does not count for this device.
+    Nothing {
+        _claim: Claim,
+    },
+}
+
+/// Why nobody may be assumed to leave the source alone; `None` if nothing speaks against it.
+///
+/// # Errors
+/// If the users cannot be searched.
+pub fn objection(source: &Source) -> Result<Option<String>> {
+    let Users { users, .. } = match &source.medium {
+        Medium::Device(device) => in_use::of_device(device, &[])?,
+        Medium::File(file) => in_use::of_file(*file, &[])?,
+    };
+    let writer = users.into_iter().find(User::may_write);
+    Ok(writer.map(|user| user.to_string()))
+}
+
+impl Offline {
+    /// Takes hold of a source.
+    ///
+    /// # Errors
+    /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
+    pub fn hold(source: &Source, all_blocks: bool) -> Result<Self> {
+        let disk = Disk::open(&source.path, Access::Read)?;
+        let watch = match &source.medium {
+            Medium::Device(device) => Watch::device(source, device, &disk),
+            Medium::File(_) => Watch::file(source, &disk),
+        }?;
+        // Searched for only now: whoever comes later is seen by the watch.
+        if let Some(user) = objection(source)? {
+            return Err(in_use(&disk, &user));
+        }
+        let mut survey = Survey::of_offline(&disk, all_blocks)?;
+        if let Some(weakness) = watch.weakness() {
+            survey.grade = survey.grade.max(Grade::Crash);
+            survey.warnings.push(weakness.to_owned());
+        }
+        Ok(Self {
+            disk,
+            survey,
+            instant: jiff::Timestamp::now(),
+            watch,
+            is_read: false,
+        })
+    }
+}
+
+fn in_use(disk: &Disk, user: &str) -> Error {
+    Error::new(Kind::InUse, format!("the source is in use: {user}"))
+        .on(disk.path())
+        .hint("unmount it, or end whatever writes to it")
+}
+
+impl Watch {
+    fn device(source: &Source, device: &BlockDevice, disk: &Disk) -> Result<Self> {
+        let claim = match Claim::new(disk.path()) {
+            Ok(claim) => claim,
+            Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy => {
+                let user = objection(source)?;
+                return Err(in_use(
+                    disk,
+                    user.as_deref().unwrap_or("the kernel says it is held"),
+                ));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        // What others wrote and the kernel has not passed on yet must count before, not meanwhile.
+        disk.sync()?;
+        if !counters::are_kept(device)? {
+            return Ok(Self::Nothing { _claim: claim });
+        }
+        Ok(Self::Counters {
+            device: device.clone(),
+            before: Counters::of(device.number)?,
+            _claim: claim,
+        })
+    }
+
+    fn file(source: &Source, disk: &Disk) -> Result<Self> {
+        match Lease::ask(disk.path())? {
+            LeaseAnswer::Granted(lease) => Ok(Self::Lease(lease)),
+            LeaseAnswer::Writer => {
+                let user = objection(source)?;
+                Err(in_use(
+                    disk,
+                    user.as_deref()
+                        .unwrap_or("somebody has it open for writing"),
+                ))
+            }
+            LeaseAnswer::Unsupported(_) => {
+                let metadata =
+                    std::fs::metadata(disk.path()).context("cannot examine", disk.path())?;
+                Ok(Self::Stamp(Stamp::of(&metadata)))
+            }
+        }
+    }
+
+    /// Why the watch could miss a writer.
+    fn weakness(&self) -> Option<&'static str> {
+        match self {
+            Self::Counters { .. } | Self::Lease(_) => None,
+            Self::Stamp(_) => Some(
+                "this file cannot be protected from writers (no leases here): only its size and \
+                 times are compared",
+            ),
+            Self::Nothing { .. } => Some(
+                "the kernel does not count writes to this device (queue/iostats is off): a writer \
+                 would go unnoticed",
+            ),
+        }
+    }
+
+    /// Whether nobody wrote since the watch began.
+    fn is_quiet(&self, disk: &Disk) -> Result<bool> {
+        Ok(match self {
+            Self::Counters { device, before, .. } => {
+                disk.sync()?;
+                Counters::of(device.number)?.nothing_written_since(before)
+            }
+            Self::Lease(lease) => lease.is_whole()?,
+            Self::Stamp(before) => {
+                let metadata =
+                    std::fs::metadata(disk.path()).context("cannot examine", disk.path())?;
+                Stamp::of(&metadata) == *before
+            }
+            Self::Nothing { .. } => true,
+        })
+    }
+}
+
+impl Still for Offline {
+    fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    fn next_pass(&mut self) -> Result<Option<Pass<'_>>> {
+        if std::mem::replace(&mut self.is_read, true) {
+            return Ok(None);
+        }
+        let (disk, survey) = (&self.disk, &self.survey);
+        Ok(Some(Pass {
+            source: disk,
+            walk: Box::new(move |sink| survey.walk(disk, sink)),
+        }))
+    }
+
+    fn finish(self: Box<Self>) -> Result<Proof> {
+        if !self.watch.is_quiet(&self.disk)? {
+            return Err(Error::new(
+                Kind::Inconsistent,
+                "somebody wrote to the source while it was copied",
+            )
+            .on(self.disk.path())
+            .hint("find out who, and try again"));
+        }
+        Ok(Proof {
+            grade: self.survey.grade,
+            instant: self.instant,
+            freezes: Vec::new(),
+        })
+    }
+}

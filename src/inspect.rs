@@ -1,0 +1,175 @@
+//! `inspect`: what a source or an image is, without changing anything.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use holdstill_platform::device::{Access, Disk};
+use serde::Serialize;
+
+use crate::error::{IoContext, Result};
+use crate::fs::{self, Condition, Opened};
+use crate::image::content::to_hex;
+use crate::image::format::MAGIC;
+use crate::image::manifest::{Manifest, Trailer};
+use crate::image::reader::{Summary, summarize};
+use crate::plan::{self, StepReport};
+use crate::source::Source;
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "what", rename_all = "lowercase")]
+pub enum Report {
+    /// An image.
+    Image(Box<ImageReport>),
+    /// Something that could be imaged.
+    Source(Box<SourceReport>),
+}
+
+/// An image, as it describes itself. That it is whole is not proven by this: `verify` does that.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ImageReport {
+    /// The image, as the user named it.
+    pub image: String,
+    /// The id of this file.
+    pub image_id: String,
+    /// BLAKE3 over all headers and tables.
+    pub root_hash: String,
+    /// Bytes of the image.
+    pub stored_bytes: u64,
+    /// What it says at its front.
+    pub manifest: Manifest,
+    /// What it says at its end.
+    pub trailer: Trailer,
+}
+
+/// A source.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SourceReport {
+    /// What is read.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Logical sector in bytes.
+    pub logical_sector: u32,
+    /// Where it is mounted.
+    pub mounted_at: Option<String>,
+    /// What is on it.
+    pub fs: Option<String>,
+    /// Its label.
+    pub label: Option<String>,
+    /// Its UUID.
+    pub uuid: Option<String>,
+    /// Whether it was left in order: `clean`, `frozen`, `dirty`, or `unknown`. A mounted filesystem
+    /// is dirty as a rule.
+    pub condition: String,
+    /// Bytes in use; only where the map can be trusted.
+    pub used_bytes: Option<u64>,
+    /// The step that `backup` would take.
+    pub step: Option<String>,
+    /// Every step of the ladder, and what speaks against it.
+    pub ladder: Vec<StepReport>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Looks at a source or an image.
+///
+/// # Errors
+/// If it cannot be found or read.
+pub fn run(text: &str) -> Result<Report> {
+    let path = Path::new(text);
+    if is_image(path)? {
+        let Summary {
+            image_id,
+            manifest,
+            trailer,
+            len,
+            root_hash,
+        } = summarize(&Disk::open(path, Access::Read)?).map_err(|error| error.on(path))?;
+        return Ok(Report::Image(Box::new(ImageReport {
+            image: text.to_owned(),
+            image_id: to_hex(&image_id),
+            root_hash: to_hex(&root_hash),
+            stored_bytes: len.0,
+            manifest,
+            trailer,
+        })));
+    }
+    source(text).map(|report| Report::Source(Box::new(report)))
+}
+
+/// Whether it is a regular file that begins as an image does.
+fn is_image(path: &Path) -> Result<bool> {
+    if !std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+        return Ok(false);
+    }
+    let mut start = Vec::new();
+    let file = File::open(path).context("cannot open", path)?;
+    file.take(MAGIC.len() as u64)
+        .read_to_end(&mut start)
+        .context("cannot read", path)?;
+    Ok(start == MAGIC)
+}
+
+fn source(text: &str) -> Result<SourceReport> {
+    let source = Source::resolve(text)?;
+    let disk = Disk::open(&source.path, Access::Read)?;
+    let geometry = disk.geometry();
+    let ladder = plan::ladder(&source)?;
+    let mut report = SourceReport {
+        path: source.path.display().to_string(),
+        size: geometry.size,
+        logical_sector: geometry.logical_sector,
+        mounted_at: source
+            .mount
+            .as_ref()
+            .map(|mount| mount.point.display().to_string()),
+        fs: None,
+        label: None,
+        uuid: None,
+        condition: "unknown".to_owned(),
+        used_bytes: None,
+        step: ladder
+            .iter()
+            .find(|step| step.objection.is_none())
+            .map(|step| step.step.clone()),
+        ladder,
+        warnings: Vec::new(),
+    };
+    // What is mounted here is marked as in use by this very machine.
+    let opened = if source.mount.is_some() {
+        fs::open_frozen(&disk)?
+    } else {
+        fs::open(&disk)?
+    };
+    let info = match opened {
+        Opened::Known(filesystem) => {
+            report.condition = match filesystem.condition() {
+                Condition::Clean => "clean".to_owned(),
+                Condition::Frozen => "frozen".to_owned(),
+                Condition::Dirty { reason } => format!("dirty: {reason}"),
+            };
+            if filesystem.condition().is_settled() && source.mount.is_none() {
+                let walk = filesystem.walk_used(&disk, &mut |_| Ok(()))?;
+                report.used_bytes = Some(walk.used.0);
+                report.warnings = walk.warnings;
+            }
+            Some(filesystem.info().clone())
+        }
+        Opened::AllBlocks { info, why } => {
+            report
+                .warnings
+                .push(format!("all blocks would be copied: {why}"));
+            Some(info)
+        }
+        Opened::NoMap(info) => Some(info),
+        Opened::Unknown => None,
+    };
+    if let Some(info) = info {
+        report.fs = Some(info.kind.name().to_owned());
+        report.label = info.label;
+        report.uuid = info.uuid;
+    }
+    Ok(report)
+}

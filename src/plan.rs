@@ -1,0 +1,131 @@
+//! What a command line means: which source, and which step makes it hold still.
+
+use std::fmt;
+use std::path::Path;
+
+use holdstill_platform::device::{Access, Disk, Geometry};
+use holdstill_platform::node::{FileId, Node};
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::freeze::offline::{self, Offline};
+use crate::freeze::{Step, Still};
+use crate::source::{Medium, Source};
+
+/// A source and the step chosen for it.
+#[derive(Debug)]
+pub struct Plan {
+    /// The source.
+    pub source: Source,
+    /// How it will hold still.
+    pub step: Step,
+    /// Steps that come earlier in the ladder, and why they do not apply.
+    pub passed_over: Vec<(Step, String)>,
+}
+
+impl Plan {
+    /// Finds the first step that applies to the source `text`, or checks that the named one does.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`] if the named step, or every step, does not apply; what
+    /// [`Source::resolve`] says.
+    pub fn make(text: &str, named: Option<Step>) -> Result<Self> {
+        let source = Source::resolve(text)?;
+        let candidates: Vec<Step> = match named {
+            Some(step) => vec![step],
+            None => Step::LADDER.to_vec(),
+        };
+        let mut passed_over = Vec::new();
+        for step in candidates {
+            match objection(step, &source)? {
+                None => {
+                    return Ok(Self {
+                        source,
+                        step,
+                        passed_over,
+                    });
+                }
+                Some(why) => passed_over.push((step, why)),
+            }
+        }
+        Err(nothing_applies(&source, named, &passed_over))
+    }
+
+    /// Makes the source hold still.
+    ///
+    /// # Errors
+    /// What the step says.
+    pub fn hold_still(&self, all_blocks: bool) -> Result<Box<dyn Still>> {
+        Ok(match self.step {
+            Step::Offline => Box::new(Offline::hold(&self.source, all_blocks)?),
+        })
+    }
+
+    /// Size and sectors of the source.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn geometry(&self) -> Result<Geometry> {
+        Ok(Disk::open(&self.source.path, Access::Read)?.geometry())
+    }
+
+    /// Whether the source is the very file that `path` leads to.
+    pub fn is_file(&self, path: &Path) -> bool {
+        let id: Option<FileId> = Node::of(path).ok().map(|node| node.id);
+        matches!(&self.source.medium, Medium::File(file) if Some(*file) == id)
+    }
+}
+
+/// One step of the ladder, and whether it applies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StepReport {
+    /// The step.
+    pub step: String,
+    /// Why it does not apply; absent if it does.
+    pub objection: Option<String>,
+}
+
+/// All steps that `auto` tries, and what speaks against each.
+///
+/// # Errors
+/// If the source cannot be examined.
+pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
+    let reports = Step::LADDER.into_iter().map(|step| {
+        Ok(StepReport {
+            step: step.name().to_owned(),
+            objection: objection(step, source)?,
+        })
+    });
+    reports.collect()
+}
+
+fn objection(step: Step, source: &Source) -> Result<Option<String>> {
+    match step {
+        Step::Offline => offline::objection(source),
+    }
+}
+
+fn nothing_applies(source: &Source, named: Option<Step>, passed_over: &[(Step, String)]) -> Error {
+    let reasons: Vec<String> = passed_over
+        .iter()
+        .map(|(step, why)| format!("{step}: {why}"))
+        .collect();
+    let message = match named {
+        Some(step) => format!("`{step}` does not apply ({})", reasons.join("; ")),
+        None => format!("nothing can make it hold still ({})", reasons.join("; ")),
+    };
+    Error::new(Kind::NotApplicable, message)
+        .on(&source.path)
+        .hint("unmount it, or end whatever writes to it")
+}
+
+/// One line for people.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.source.path.display(), self.step)?;
+        for (step, why) in &self.passed_over {
+            write!(f, "; not {step}, because {why}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! `restore`: a volume of an image back to a device or a raw file.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::image::content::to_hex;
+use crate::image::manifest::{Grade, Manifest, VolumeManifest};
+use crate::input::{self, ContentCheck};
+use crate::pipeline::load::{Receive, load};
+use crate::progress::{Event, Progress};
+use crate::target::{Candidate, Target};
+use crate::units::{ByteLen, Offset};
+use crate::verify;
+
+/// What to restore, and where to.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The image; `-` for standard input.
+    pub image: PathBuf,
+    /// Volumes and their targets. Number 0 stands for the only volume.
+    pub targets: Vec<(u32, PathBuf)>,
+    /// Discard the target first.
+    pub discard: bool,
+    /// Read the target back and compare.
+    pub verify: bool,
+    /// Threads that check, decompress and write.
+    pub workers: usize,
+}
+
+/// What a restore achieved.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The image, as the user named it.
+    pub image: String,
+    /// The id of the image file.
+    pub image_id: String,
+    /// The id of its content, if it says one.
+    pub content_id: Option<String>,
+    /// The image's grade.
+    pub grade: Grade,
+    /// Where volumes went.
+    pub targets: Vec<TargetReport>,
+    /// Whether the targets were read back and compared.
+    pub verified: bool,
+    /// Seconds from the start to the end.
+    pub elapsed_s: f64,
+    /// What the user was warned of.
+    pub warnings: Vec<String>,
+}
+
+/// One restored volume.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TargetReport {
+    /// The volume's number.
+    pub n: u32,
+    /// Where it went.
+    pub path: String,
+}
+
+/// Asked before something that exists is overwritten.
+pub type Confirm<'a> = dyn FnMut(&Path, &VolumeManifest) -> Result<()> + 'a;
+
+/// Restores an image.
+///
+/// # Errors
+/// Whatever went wrong; the targets then hold nothing that looks like a whole filesystem.
+pub fn run(
+    options: &Options,
+    confirm: &mut Confirm<'_>,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    if options.verify && input::is_stdin(&options.image) {
+        return Err(Error::new(
+            Kind::Usage,
+            "a stream cannot be read twice: --verify needs an image in a file",
+        ));
+    }
+    let mut image = input::open(&options.image)?;
+    let manifest = image.manifest().clone();
+    let wanted = choose(&manifest, &options.targets)?;
+    let mut candidates = Vec::new();
+    for (volume, path) in &wanted {
+        let candidate = Candidate::examine(path, ByteLen(volume.size))?;
+        refuse_image_as_target(&options.image, path)?;
+        candidates.push(candidate);
+    }
+    for (candidate, (volume, path)) in candidates.iter().zip(&wanted) {
+        if candidate.exists() {
+            confirm(path, volume)?;
+        }
+        let what = format!("volume {} to {}", volume.n, path.display());
+        progress.event(&Event::Plan(&what));
+    }
+    progress.total(manifest.used_bytes());
+    let mut targets = Targets::default();
+    for (candidate, (volume, _)) in candidates.into_iter().zip(&wanted) {
+        targets.0.push((volume.n, candidate.open(options.discard)?));
+    }
+    let mut content = ContentCheck::new(sizes(&manifest));
+    let end = load(&mut image, &targets, options.workers, progress, |head| {
+        content.add(head)
+    })
+    .map_err(|error| error.on(input::name(&options.image)))?;
+    input::check_content_id(content.finish().as_ref(), end.trailer.content_id.as_deref())?;
+    progress.check()?;
+    for (_, target) in targets.0 {
+        target.finish()?;
+    }
+    if options.verify {
+        verify::compare(&options.image, &wanted, options.workers, progress)?;
+    }
+    let warnings = verify::grade_warnings(&end.trailer);
+    for warning in &warnings {
+        progress.warn(warning);
+    }
+    Ok(Report {
+        image: options.image.display().to_string(),
+        image_id: to_hex(&image.image_id()),
+        content_id: end.trailer.content_id,
+        grade: end.trailer.grade,
+        targets: wanted
+            .iter()
+            .map(|(volume, path)| TargetReport {
+                n: volume.n,
+                path: path.display().to_string(),
+            })
+            .collect(),
+        verified: options.verify,
+        elapsed_s: begun.elapsed().as_secs_f64(),
+        warnings,
+    })
+}
+
+fn sizes(manifest: &Manifest) -> Vec<ByteLen> {
+    manifest
+        .volumes
+        .iter()
+        .map(|volume| ByteLen(volume.size))
+        .collect()
+}
+
+/// Which volume goes where.
+///
+/// # Errors
+/// [`Kind::Confirm`] if there are several volumes and none was chosen; [`Kind::Usage`] for a number
+/// that does not exist or is named twice.
+fn choose(
+    manifest: &Manifest,
+    targets: &[(u32, PathBuf)],
+) -> Result<Vec<(VolumeManifest, PathBuf)>> {
+    let mut chosen: Vec<(VolumeManifest, PathBuf)> = Vec::new();
+    for (number, path) in targets {
+        let index = match (*number, manifest.volumes.len()) {
+            (0, 1) => 0,
+            (0, 0) => return Err(Error::new(Kind::Usage, "the image holds no volume")),
+            (0, count) => {
+                return Err(
+                    Error::new(Kind::Confirm, format!("the image holds {count} volumes"))
+                        .hint("choose one with --volume N, or several with --map N=TARGET"),
+                );
+            }
+            (number, _) => number as usize - 1,
+        };
+        let Some(volume) = manifest.volumes.get(index) else {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("the image holds no volume {number}"),
+            ));
+        };
+        if chosen
+            .iter()
+            .any(|(other, target)| other.n == volume.n || target == path)
+        {
+            return Err(Error::new(Kind::Usage, "a volume or a target is named twice").on(path));
+        }
+        chosen.push((volume.clone(), path.clone()));
+    }
+    Ok(chosen)
+}
+
+fn refuse_image_as_target(image: &Path, target: &Path) -> Result<()> {
+    use holdstill_platform::node::Node;
+    let same = match (Node::of(image), Node::of(target)) {
+        (Ok(image), Ok(target)) => image.id == target.id,
+        _ => false,
+    };
+    if same {
+        return Err(Error::new(Kind::InUse, "the target is the image itself").on(target));
+    }
+    Ok(())
+}
+
+/// The targets of the chosen volumes; other volumes are checked and dropped.
+#[derive(Debug, Default)]
+struct Targets(Vec<(u32, Target)>);
+
+impl Targets {
+    fn of(&self, volume: u32) -> Option<&Target> {
+        self.0
+            .iter()
+            .find(|(number, _)| *number == volume)
+            .map(|(_, target)| target)
+    }
+}
+
+impl Receive for Targets {
+    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+        self.of(volume)
+            .map_or(Ok(()), |target| target.write(offset, bytes))
+    }
+
+    fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.of(volume).map_or(Ok(()), |target| target.zero(extent))
+    }
+}

@@ -1,0 +1,208 @@
+//! What is on a volume, how far its own map can be trusted, and so which blocks must be copied.
+
+use holdstill_platform::device::Disk;
+
+use crate::error::{Kind, Result};
+use crate::extent::Extent;
+use crate::fs::{self, Condition, Filesystem, Info, Opened};
+use crate::image::manifest::{Blocks, Grade};
+use crate::image::tables::{Content, Run};
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+/// What was found on a volume that holds still.
+#[derive(Debug)]
+pub struct Survey {
+    /// What is on it, if it was recognized.
+    pub info: Option<Info>,
+    /// `Some` if its map says truly which blocks are in use, and only those shall be copied.
+    filesystem: Option<Box<dyn Filesystem>>,
+    /// What its own state allows to say of it, given that it holds still.
+    pub grade: Grade,
+    /// Bytes to copy: those in use, or all that are not holes.
+    pub bytes: ByteLen,
+    /// What the user should know: why the grade is not better, why more is copied.
+    pub warnings: Vec<String>,
+}
+
+impl Survey {
+    /// Examines a volume that nobody writes to and nobody has mounted.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`] if part of its filesystem is elsewhere, [`Kind::InUse`] if another
+    /// host has it mounted; else if reading fails.
+    pub fn of_offline(disk: &Disk, all_blocks: bool) -> Result<Self> {
+        let opened = fs::open(disk)?;
+        Self::new(disk, opened, all_blocks, is_clean, Grade::Clean)
+    }
+
+    /// Examines a volume whose mounted filesystem we hold frozen.
+    ///
+    /// # Errors
+    /// As [`of_offline`](Self::of_offline).
+    pub fn of_frozen(disk: &Disk, all_blocks: bool) -> Result<Self> {
+        let opened = fs::open_frozen(disk)?;
+        Self::new(
+            disk,
+            opened,
+            all_blocks,
+            Condition::is_settled_if_frozen,
+            Grade::Frozen,
+        )
+    }
+
+    fn new(
+        disk: &Disk,
+        opened: Opened,
+        all_blocks: bool,
+        is_settled: fn(Condition) -> bool,
+        best: Grade,
+    ) -> Result<Self> {
+        let mut survey = Self {
+            info: None,
+            filesystem: None,
+            grade: Grade::Crash,
+            bytes: ByteLen::ZERO,
+            warnings: Vec::new(),
+        };
+        match opened {
+            Opened::Known(filesystem) => {
+                survey.info = Some(filesystem.info().clone());
+                survey.trust(disk, filesystem, all_blocks, is_settled, best)?;
+            }
+            Opened::AllBlocks { info, why } => {
+                survey
+                    .warnings
+                    .push(format!("all blocks are copied: {why}"));
+                survey.info = Some(info);
+            }
+            Opened::NoMap(info) => {
+                let kind = info.kind;
+                survey.warnings.push(format!(
+                    "all blocks are copied, and whether it was left in order is not known: \
+                     the used blocks of {kind} cannot be read yet"
+                ));
+                survey.info = Some(info);
+            }
+            Opened::Unknown => survey.warnings.push(
+                "all blocks are copied, and whether it was left in order is not known: \
+                 no filesystem was recognized"
+                    .to_owned(),
+            ),
+        }
+        if survey.filesystem.is_none() {
+            survey.bytes = data_bytes(disk)?;
+        }
+        Ok(survey)
+    }
+
+    /// Decides whether the map of a known filesystem is used, by its condition and by walking it once.
+    fn trust(
+        &mut self,
+        disk: &Disk,
+        filesystem: Box<dyn Filesystem>,
+        all_blocks: bool,
+        is_settled: fn(Condition) -> bool,
+        best: Grade,
+    ) -> Result<()> {
+        let condition = filesystem.condition();
+        if !is_settled(condition) {
+            let why = match condition {
+                Condition::Dirty { reason } => reason.to_string(),
+                _ => "it was frozen and never unmounted".to_owned(),
+            };
+            self.warnings.push(format!(
+                "the {} filesystem was not left in order ({why}): all blocks are copied, and after \
+                 a restore it will recover as after a power cut",
+                filesystem.info().kind
+            ));
+            return Ok(());
+        }
+        self.grade = best;
+        if all_blocks {
+            return Ok(());
+        }
+        match filesystem.walk_used(disk, &mut |_| Ok(())) {
+            Ok(walk) => {
+                self.bytes = walk.used;
+                self.warnings.extend(walk.warnings);
+                self.filesystem = Some(filesystem);
+                Ok(())
+            }
+            Err(error) if error.kind() == Kind::Damaged => {
+                self.grade = Grade::Crash;
+                self.warnings.push(format!(
+                    "all blocks are copied: the filesystem contradicts itself ({error}); check it"
+                ));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Which blocks are copied.
+    pub fn blocks(&self) -> Blocks {
+        match self.filesystem {
+            Some(_) => Blocks::Used,
+            None => Blocks::All,
+        }
+    }
+
+    /// Hands all runs that must be copied to `sink`, ascending.
+    ///
+    /// # Errors
+    /// If reading fails, or the sink's.
+    pub fn walk(&self, disk: &Disk, sink: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+        match &self.filesystem {
+            Some(filesystem) => {
+                let mut data = |extent| {
+                    sink(Run {
+                        extent,
+                        content: Content::Data,
+                    })
+                };
+                filesystem.walk_used(disk, &mut data).map(drop)
+            }
+            None => walk_all(disk, sink),
+        }
+    }
+}
+
+/// Offline only what was unmounted is trusted. An XFS that was frozen once, and then copied or cut
+/// off, is most likely whole too, but nothing proves that nobody wrote between.
+fn is_clean(condition: Condition) -> bool {
+    condition == Condition::Clean
+}
+
+/// All of a disk: what its own medium knows to be holes as zeros, the rest as data.
+fn walk_all(disk: &Disk, sink: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+    let size = Offset(ReadAt::len(disk).0);
+    let mut at = Offset::ZERO;
+    loop {
+        let data = disk.next_data(at.0)?;
+        let (start, end) = data.map_or((size, size), |(start, end)| (Offset(start), Offset(end)));
+        for (extent, content) in [
+            (Extent::between(at, start), Content::Zero),
+            (Extent::between(start, end), Content::Data),
+        ] {
+            if !extent.is_empty() {
+                sink(Run { extent, content })?;
+            }
+        }
+        if end >= size {
+            return Ok(());
+        }
+        at = end;
+    }
+}
+
+fn data_bytes(disk: &Disk) -> Result<ByteLen> {
+    let mut bytes = ByteLen::ZERO;
+    walk_all(disk, &mut |run| {
+        if run.content == Content::Data {
+            bytes += run.extent.len;
+        }
+        Ok(())
+    })?;
+    Ok(bytes)
+}

@@ -1,0 +1,218 @@
+//! Where a volume is written back: a block device or a raw file that must not look whole too early.
+//!
+//! Before the first write, the first MiB of the target (where every common filesystem and partition
+//! table has its signature) is zeroed; what belongs there is kept in memory, and written only after
+//! everything else has reached stable storage and all checks have passed. An interrupted restore
+//! leaves nothing that a system would mount, neither the new volume nor the one that was there.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::in_use::{self, Users};
+use holdstill_platform::node::{BlockDevice, Kind as NodeKind, Node};
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::extent::Extent;
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+/// What is held back until the end.
+const HEAD: ByteLen = ByteLen::mib(1);
+
+/// What is cleared at the end of a target that is larger than its volume: signatures that live there
+/// (backup partition tables, md, ZFS) would speak of what was before.
+const TAIL: ByteLen = ByteLen::mib(1);
+
+/// What a target was found to be, before anything is changed.
+#[derive(Debug)]
+pub struct Candidate {
+    path: PathBuf,
+    /// `None` if it does not exist yet.
+    existing: Option<NodeKind>,
+    size: ByteLen,
+}
+
+impl Candidate {
+    /// Examines a target for a volume of `size` bytes. Changes nothing.
+    ///
+    /// # Errors
+    /// [`Kind::InUse`] if it is mounted, held, open for writing or read-only; [`Kind::TooSmall`];
+    /// [`Kind::Usage`] if it is neither a device nor a file.
+    pub fn examine(path: &Path, size: ByteLen) -> Result<Self> {
+        let node = match Node::of(path) {
+            Ok(node) => node,
+            Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self {
+                    path: path.to_owned(),
+                    existing: None,
+                    size,
+                });
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let Users { users, .. } = match node.kind {
+            NodeKind::Block(_) => in_use::of_device(&BlockDevice::at(path)?, &[])?,
+            NodeKind::Regular => in_use::of_file(node.id, &[])?,
+            _ => {
+                return Err(
+                    Error::new(Kind::Usage, "a target is a block device or a file").on(path),
+                );
+            }
+        };
+        if let Some(user) = users.first() {
+            return Err(
+                Error::new(Kind::InUse, format!("the target is in use: {user}"))
+                    .on(path)
+                    .hint("unmount it, or let go of it, and try again"),
+            );
+        }
+        let geometry = Disk::open(path, Access::Read)?.geometry();
+        if geometry.read_only {
+            return Err(Error::new(Kind::InUse, "the target is read-only").on(path));
+        }
+        let room = ByteLen(geometry.size);
+        if room < size {
+            let what = format!(
+                "the target is too small: {room} ({} bytes), needed are {size} ({} bytes)",
+                room.0, size.0
+            );
+            return Err(Error::new(Kind::TooSmall, what).on(path));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            existing: Some(node.kind),
+            size,
+        })
+    }
+
+    /// Whether something is there that would be overwritten.
+    pub fn exists(&self) -> bool {
+        self.existing.is_some()
+    }
+
+    /// Takes the target: opens or creates it, and removes every signature.
+    ///
+    /// # Errors
+    /// If it cannot be opened for writing, or somebody took it first.
+    pub fn open(self, discard: bool) -> Result<Target> {
+        if self.existing.is_none() {
+            let file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&self.path);
+            let file = file.context("cannot create", &self.path)?;
+            file.set_len(self.size.0)
+                .context("cannot size", &self.path)?;
+        }
+        let disk = Disk::open(&self.path, Access::ReadWrite)?;
+        let head = HEAD.min(self.size);
+        let target = Target {
+            disk,
+            size: self.size,
+            is_new: self.existing.is_none(),
+            is_done: false,
+            head: Mutex::new(vec![0; head.as_usize()]),
+        };
+        if discard {
+            target.disk.discard_all()?;
+        }
+        target.clear_signatures()?;
+        Ok(target)
+    }
+}
+
+/// A target being written. Dropped before [`finish`](Self::finish), it holds no signature; if it is a
+/// file that did not exist before, it is removed.
+#[derive(Debug)]
+pub struct Target {
+    disk: Disk,
+    size: ByteLen,
+    is_new: bool,
+    is_done: bool,
+    head: Mutex<Vec<u8>>,
+}
+
+impl Target {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.disk.path()
+    }
+
+    fn clear_signatures(&self) -> Result<()> {
+        let room = ReadAt::len(&self.disk);
+        self.disk.zero_range(0, HEAD.min(room).0)?;
+        if room > self.size {
+            let tail = TAIL.min(room - self.size);
+            self.disk.zero_range((room - tail).0, tail.0)?;
+        }
+        Ok(self.disk.sync()?)
+    }
+
+    /// Writes bytes of the volume. Those of the head are kept back.
+    ///
+    /// # Errors
+    /// If the range lies behind the volume's end, or the device refuses.
+    pub fn write(&self, offset: Offset, bytes: &[u8]) -> Result<()> {
+        let mut rest = (offset, bytes);
+        if offset.0 < HEAD.0 {
+            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = ByteLen(offset.0).as_usize();
+            let len = bytes.len().min(head.len().saturating_sub(start));
+            head[start..start + len].copy_from_slice(&bytes[..len]);
+            rest = (offset + ByteLen(len as u64), &bytes[len..]);
+        }
+        let (offset, bytes) = rest;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.disk
+            .write_all_at(bytes, offset.0)
+            .map_err(|error| Error::from(error).at(offset))
+    }
+
+    /// Writes zeros, really.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn zero(&self, extent: Extent) -> Result<()> {
+        let head_end = Offset(HEAD.min(self.size).0);
+        if let Some(part) = extent.intersect(Extent::between(Offset::ZERO, head_end)) {
+            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            head[part.start.0 as usize..part.end().0 as usize].fill(0);
+        }
+        let rest = Extent::between(extent.start.max(head_end), extent.end());
+        self.disk
+            .zero_range(rest.start.0, rest.len.0)
+            .map_err(|error| Error::from(error).at(rest.start))
+    }
+
+    /// Makes the volume whole: everything written so far reaches stable storage, and then the head.
+    ///
+    /// # Errors
+    /// If the device refuses; the target then holds no signature, or is damaged at its start.
+    pub fn finish(mut self) -> Result<()> {
+        self.disk.sync()?;
+        {
+            let head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            self.disk.write_all_at(&head, 0)?;
+        }
+        self.disk.sync()?;
+        self.is_done = true;
+        Ok(())
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.is_new
+            && !self.is_done
+            && let Err(error) = std::fs::remove_file(self.disk.path())
+        {
+            log::warn!("cannot remove {}: {error}", self.disk.path().display());
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! `verify`: every byte of an image is checked, and on request compared with a device.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use holdstill_platform::buffer::Buffer;
+use holdstill_platform::device::{Access, Disk};
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::{Extent, ExtentSet};
+use crate::image::content::{is_zero, to_hex};
+use crate::image::format::BLOCK;
+use crate::image::manifest::{Grade, Trailer, VolumeManifest};
+use crate::input::{self, ContentCheck};
+use crate::pipeline::load::{Discard, Receive, load};
+use crate::progress::Progress;
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+/// What to verify.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The image; `-` for standard input.
+    pub image: PathBuf,
+    /// A device or raw file to compare it with.
+    pub against: Option<PathBuf>,
+    /// Which volume to compare; 0 stands for the only one.
+    pub volume: u32,
+    /// Threads that check and decompress.
+    pub workers: usize,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The image, as the user named it.
+    pub image: String,
+    /// The id of the image file.
+    pub image_id: String,
+    /// The id of its content, if it says one.
+    pub content_id: Option<String>,
+    /// BLAKE3 over all headers and tables.
+    pub root_hash: String,
+    /// The image's grade.
+    pub grade: Grade,
+    /// Bytes of the image.
+    pub stored_bytes: u64,
+    /// What it was compared with.
+    pub against: Option<String>,
+    /// Seconds from the start to the end.
+    pub elapsed_s: f64,
+    /// What the user was warned of.
+    pub warnings: Vec<String>,
+}
+
+/// Verifies an image.
+///
+/// # Errors
+/// [`Kind::Damaged`] and its kin; [`Kind::Mismatch`] if the comparison found a difference.
+pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    let name = input::name(&options.image);
+    let mut image = input::open(&options.image)?;
+    let sizes: Vec<ByteLen> = image
+        .manifest()
+        .volumes
+        .iter()
+        .map(|volume| ByteLen(volume.size))
+        .collect();
+    let mut content = ContentCheck::new(sizes);
+    progress.total(image.manifest().used_bytes());
+    let comparison = match &options.against {
+        Some(path) => Some(Comparison::new(
+            &volume_of(&image.manifest().volumes, options.volume)?,
+            path,
+        )?),
+        None => None,
+    };
+    let receiver: &dyn Receive = match &comparison {
+        Some(comparison) => comparison,
+        None => &Discard,
+    };
+    let end = load(&mut image, receiver, options.workers, progress, |head| {
+        content.add(head)
+    })
+    .and_then(|end| {
+        comparison.as_ref().map_or(Ok(()), Comparison::finish)?;
+        let said = end.trailer.content_id.as_deref();
+        input::check_content_id(content.finish().as_ref(), said).map(|()| end)
+    })
+    .map_err(|error| error.on(name))?;
+    let warnings = grade_warnings(&end.trailer);
+    for warning in &warnings {
+        progress.warn(warning);
+    }
+    Ok(Report {
+        image: options.image.display().to_string(),
+        image_id: to_hex(&image.image_id()),
+        content_id: end.trailer.content_id,
+        root_hash: to_hex(&end.root_hash),
+        grade: end.trailer.grade,
+        stored_bytes: end.len.0,
+        against: options
+            .against
+            .as_ref()
+            .map(|path| path.display().to_string()),
+        elapsed_s: begun.elapsed().as_secs_f64(),
+        warnings,
+    })
+}
+
+/// Reads restored targets back and compares them with their image.
+///
+/// # Errors
+/// As [`run`].
+pub fn compare(
+    image: &Path,
+    targets: &[(VolumeManifest, PathBuf)],
+    workers: usize,
+    progress: &dyn Progress,
+) -> Result<()> {
+    for (volume, path) in targets {
+        let options = Options {
+            image: image.to_owned(),
+            against: Some(path.clone()),
+            volume: volume.n,
+            workers,
+        };
+        run(&options, progress)?;
+    }
+    Ok(())
+}
+
+/// What must be said aloud of an image whose grade is below `clean`.
+pub fn grade_warnings(trailer: &Trailer) -> Vec<String> {
+    let below = trailer
+        .volumes
+        .iter()
+        .filter(|volume| volume.grade > Grade::Clean);
+    below
+        .map(|volume| match volume.grade {
+            Grade::Torn => format!("volume {} is torn: it was read while it changed", volume.n),
+            _ => format!(
+                "volume {} is graded crash: it is as a power cut would have left it",
+                volume.n
+            ),
+        })
+        .collect()
+}
+
+fn volume_of(volumes: &[VolumeManifest], number: u32) -> Result<VolumeManifest> {
+    let index = match (number, volumes.len()) {
+        (0, 1) => 0,
+        (0, count) => {
+            return Err(
+                Error::new(Kind::Confirm, format!("the image holds {count} volumes"))
+                    .hint("choose one with --volume N"),
+            );
+        }
+        (number, _) => number as usize - 1,
+    };
+    volumes
+        .get(index)
+        .cloned()
+        .ok_or_else(|| Error::new(Kind::Usage, format!("the image holds no volume {number}")))
+}
+
+/// Compares what an image holds with a device. Blocks that differ are remembered, not reported at
+/// once: a later pass of the image may hold what the device has.
+#[derive(Debug)]
+struct Comparison {
+    disk: Disk,
+    volume: u32,
+    differing: Mutex<ExtentSet>,
+}
+
+/// So many separate differences are enough to stop looking.
+const ENOUGH: usize = 100_000;
+
+impl Comparison {
+    fn new(volume: &VolumeManifest, path: &Path) -> Result<Self> {
+        let disk = Disk::open(path, Access::Read)?;
+        if ReadAt::len(&disk) < ByteLen(volume.size) {
+            return Err(Error::new(
+                Kind::Mismatch,
+                format!(
+                    "it is smaller ({}) than the volume ({})",
+                    ReadAt::len(&disk),
+                    ByteLen(volume.size)
+                ),
+            )
+            .on(path));
+        }
+        Ok(Self {
+            disk,
+            volume: volume.n,
+            differing: Mutex::default(),
+        })
+    }
+
+    /// Compares block by block what the device has at `offset` with what `expected` says.
+    fn compare(&self, extent: Extent, expected: impl Fn(usize, &[u8]) -> bool) -> Result<()> {
+        let mut found = Buffer::new(extent.len.0.min(COMPARED_AT_ONCE) as usize);
+        let mut at = extent.start;
+        while at < extent.end() {
+            let piece = extent.end().since(at).0.min(found.len() as u64) as usize;
+            self.disk
+                .read_exact_at(&mut found[..piece], at.0)
+                .map_err(|error| Error::from(error).at(at))?;
+            for (number, block) in found[..piece].chunks(BLOCK as usize).enumerate() {
+                let start = at + ByteLen(number as u64 * BLOCK);
+                let block_extent = Extent::new(start.0, block.len() as u64);
+                let differs = !expected(start.since(extent.start).as_usize(), block);
+                self.note(block_extent, differs)?;
+            }
+            at = at + ByteLen(piece as u64);
+        }
+        Ok(())
+    }
+
+    fn note(&self, block: Extent, differs: bool) -> Result<()> {
+        let mut set = self
+            .differing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if differs {
+            set.insert(block);
+            if set.runs().len() > ENOUGH {
+                return Err(self.mismatch(&set));
+            }
+        } else if !set.is_empty() {
+            set.remove(block);
+        }
+        Ok(())
+    }
+
+    fn mismatch(&self, differing: &ExtentSet) -> Error {
+        let bytes = differing.bytes();
+        let first = differing
+            .runs()
+            .first()
+            .map_or(Offset::ZERO, |run| run.start);
+        Error::new(
+            Kind::Mismatch,
+            format!("{} ({} bytes) differ from the image, first", bytes, bytes.0),
+        )
+        .on(self.disk.path())
+        .at(first)
+    }
+
+    fn finish(&self) -> Result<()> {
+        let set = self
+            .differing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if set.is_empty() {
+            Ok(())
+        } else {
+            Err(self.mismatch(&set))
+        }
+    }
+}
+
+/// Bytes read from the device at once.
+const COMPARED_AT_ONCE: u64 = 1 << 20;
+
+impl Receive for Comparison {
+    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+        if volume != self.volume {
+            return Ok(());
+        }
+        let extent = Extent::new(offset.0, bytes.len() as u64);
+        self.compare(extent, |at, block| bytes[at..at + block.len()] == *block)
+    }
+
+    fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
+        if volume != self.volume {
+            return Ok(());
+        }
+        self.compare(extent, |_, block| is_zero(block))
+    }
+
+    fn trim(&self, volume: u32, extent: Extent) {
+        if volume == self.volume {
+            self.differing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(extent);
+        }
+    }
+}
