@@ -9,6 +9,8 @@ pub mod counters;
 pub mod device;
 pub mod error;
 pub mod exclusive;
+pub mod freeze;
+pub mod guard;
 pub mod in_use;
 pub mod lock;
 pub mod mounts;

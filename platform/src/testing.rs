@@ -156,6 +156,10 @@ impl Mounted {
         run("mount", args);
         Self(point.to_owned())
     }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
 }
 
 impl Drop for Mounted {
@@ -219,6 +223,18 @@ impl Role {
                 return rest.trim_start().to_owned();
             }
         }
+    }
+
+    /// Sends it a line.
+    pub(crate) fn send(&mut self, line: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        writeln!(stdin, "{line}").unwrap();
+    }
+
+    /// Kills it with SIGKILL and waits for its end.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// The arguments, in the process that plays the role; `None` in an ordinary test run.

@@ -1,0 +1,492 @@
+//! The guard: a second process that thaws, runs the post-freeze hook and removes what must go when
+//! the run dies, is killed, or is stopped while a filesystem is frozen.
+//!
+//! It is forked before the run does anything else, ignores every signal it can, is locked in memory
+//! and runs at real-time priority. Before each freeze the run arms it; it thaws when the run's end
+//! of their socket closes (which happens only after a FIFREEZE that the dying run was in has
+//! returned) or when the deadline passes. It thaws only what was armed, so a freeze of the
+//! administrator's stays. Since only one of the two can thaw, the run knows from its own FITHAW
+//! whether the freeze held: "not frozen" means it did not.
+//!
+//! What it cannot help against: both processes killed; a FIFREEZE that hangs in the kernel.
+
+mod child;
+mod wire;
+
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{ForkResult, Pid, fork};
+
+use crate::command::Ending;
+use crate::error::{Context, Error, Result};
+use crate::freeze::{FreezeError, MountPoint};
+use wire::{Ask, Counts, Reply, Request};
+
+/// How long the guard may take to answer before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A command to run once after the freeze, whatever happens to the run.
+#[derive(Clone, Debug)]
+pub struct Hook {
+    /// Run by `/bin/sh -c`; what it prints goes to standard error.
+    pub script: OsString,
+    /// Variables added to the environment we have.
+    pub env: Vec<(OsString, OsString)>,
+    /// How long it may run before it is killed.
+    pub deadline: Duration,
+}
+
+/// What a guard is given for its life.
+#[derive(Debug, Default)]
+pub struct Config<'a> {
+    /// The post-freeze hook.
+    pub hook: Option<Hook>,
+    /// Descriptors that the guard keeps open: the lock that says the run is alive.
+    pub keep: Vec<BorrowedFd<'a>>,
+}
+
+/// What a guard has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// How many freezes it ended.
+    pub thawed: u32,
+    /// How the hook ended, if the guard ran it.
+    pub hook: Option<HookEnd>,
+    /// How many files and folders it removed.
+    pub removed: u32,
+    /// How many it could not remove.
+    pub left: u32,
+}
+
+/// How the hook ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HookEnd {
+    /// It ran.
+    Ran(Ending),
+    /// It could not be started: error number.
+    NotStarted(i32),
+}
+
+/// Something registered to be removed should the run die.
+#[derive(Debug)]
+#[must_use = "to be handed to `forget` once it is gone"]
+pub struct Leftover(u32);
+
+/// What is to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeftoverKind {
+    /// A file: `unlink`.
+    File,
+    /// An empty folder, or a trace instance: `rmdir`.
+    Folder,
+}
+
+/// A running guard. Dropped with all its freezes, it does whatever is left to do and ends.
+#[derive(Debug)]
+pub struct Guard(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// One request and its answer at a time.
+    socket: Mutex<Option<OwnedFd>>,
+    /// It did not answer, or what it answered made no sense.
+    lost: AtomicBool,
+    pid: Pid,
+    hook_deadline: Duration,
+}
+
+impl Guard {
+    /// Forks the guard. To be called at the very start of a run, while this process is small and
+    /// has one thread: the guard locks in memory what it inherits.
+    ///
+    /// # Errors
+    /// If the process cannot fork, or the guard does not answer; a hook with a zero byte.
+    pub fn spawn(config: Config<'_>) -> Result<Self> {
+        let hook_deadline = config
+            .hook
+            .as_ref()
+            .map_or(Duration::ZERO, |hook| hook.deadline);
+        let hook = config.hook.map(prepare).transpose()?;
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .context("cannot start", "the guard process")?;
+        let mut kept: Vec<_> = config.keep.iter().map(AsRawFd::as_raw_fd).collect();
+        kept.push(theirs.as_raw_fd());
+        kept.sort_unstable();
+        // SAFETY: the child runs `child::run`, which allocates nothing, takes no lock and never
+        // returns, so the state of other threads (in tests) does not matter to it.
+        match unsafe { fork() }.context("cannot start", "the guard process")? {
+            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref()),
+            ForkResult::Parent { child } => {
+                drop(theirs);
+                let guard = Self(Arc::new(Inner {
+                    socket: Mutex::new(Some(ours)),
+                    lost: AtomicBool::new(false),
+                    pid: child,
+                    hook_deadline,
+                }));
+                guard.check()?;
+                Ok(guard)
+            }
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.0.pid.as_raw()
+    }
+
+    /// Whether the guard lives and answers. To be called between the steps of a run.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if it was killed; `TimedOut` if it was stopped.
+    pub fn check(&self) -> Result<()> {
+        self.0
+            .ask(&Request::new(Ask::Ping), None, PATIENCE)
+            .map(drop)
+            .context("no answer from", "the guard process")
+    }
+
+    /// Has the guard remove `name` in `folder` should the run die. Register first, create then.
+    ///
+    /// # Errors
+    /// If `name` is no plain file name, the guard is lost, or has too much to remember already.
+    pub fn register(
+        &self,
+        folder: impl AsFd,
+        name: &OsStr,
+        kind: LeftoverKind,
+    ) -> Result<Leftover> {
+        let ask = match kind {
+            LeftoverKind::File => Ask::File,
+            LeftoverKind::Folder => Ask::Folder,
+        };
+        let request = Request::named(ask, name.as_bytes())
+            .ok_or_else(|| Error::other("cannot register", name, "no plain file name"))?;
+        let reply = self
+            .0
+            .ask(&request, Some(folder.as_fd()), PATIENCE)
+            .context("cannot register", name)?;
+        Ok(Leftover(reply.id))
+    }
+
+    /// The leftover is gone, or has become what it was meant to be.
+    ///
+    /// # Errors
+    /// If the guard is lost.
+    pub fn forget(&self, leftover: Leftover) -> Result<()> {
+        let mut request = Request::new(Ask::Forget);
+        request.id = leftover.0;
+        self.0
+            .ask(&request, None, PATIENCE)
+            .map(drop)
+            .context("no answer from", "the guard process")
+    }
+
+    /// From now on the hook runs once whatever happens: to be called before the pre-freeze hook is.
+    ///
+    /// # Errors
+    /// If the guard is lost.
+    pub fn owe_hook(&self) -> Result<()> {
+        self.0
+            .ask(&Request::new(Ask::Owe), None, PATIENCE)
+            .map(drop)
+            .context("no answer from", "the guard process")
+    }
+
+    /// Has the guard run the hook now, unless it ran before, and waits for its end. `None` if there
+    /// is no hook.
+    ///
+    /// # Errors
+    /// If the guard is lost: the run then has to run the hook itself.
+    pub fn run_hook(&self) -> Result<Option<HookEnd>> {
+        let patience = PATIENCE + self.0.hook_deadline;
+        let reply = self
+            .0
+            .ask(&Request::new(Ask::Hook), None, patience)
+            .context("no answer from", "the guard process")?;
+        Ok(Report::from(reply.report).hook)
+    }
+
+    /// What the guard has done so far.
+    ///
+    /// # Errors
+    /// If it is lost.
+    pub fn report(&self) -> Result<Report> {
+        self.0
+            .ask(&Request::new(Ask::Ping), None, PATIENCE)
+            .map(|reply| reply.report.into())
+            .context("no answer from", "the guard process")
+    }
+
+    /// Has the guard do what is left to do, and waits until it has ended.
+    ///
+    /// # Errors
+    /// If it is lost.
+    pub fn finish(self) -> Result<Report> {
+        let patience = PATIENCE + self.0.hook_deadline;
+        self.0
+            .ask(&Request::new(Ask::Finish), None, patience)
+            .map(|reply| reply.report.into())
+            .context("no answer from", "the guard process")
+    }
+
+    /// Freezes the filesystem at `mount`, to be thawed by [`Frozen::thaw`] or by the guard once
+    /// `deadline` has passed since now. Between the two the caller neither writes, logs, allocates
+    /// nor waits for anybody who might.
+    ///
+    /// # Errors
+    /// Nothing is frozen then.
+    pub fn freeze(
+        &self,
+        mount: &Arc<MountPoint>,
+        deadline: Duration,
+    ) -> std::result::Result<Frozen, FreezeError> {
+        let mut request = Request::new(Ask::Arm);
+        let deadline = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+        request.value = wire::monotonic().saturating_add(deadline);
+        let slot = match self.0.ask(&request, Some(mount.as_fd()), PATIENCE) {
+            Ok(reply) => reply.id,
+            Err(error) => return Err(FreezeError::GuardLost(error)),
+        };
+        let begin = Instant::now();
+        let frozen = mount.freeze();
+        let since = Instant::now();
+        if let Err(errno) = frozen {
+            // At once: until then the guard would thaw somebody else's freeze if we died.
+            let _ = self.0.disarm(slot);
+            return Err(FreezeError::from_freeze(errno));
+        }
+        Ok(Frozen {
+            guard: self.0.clone(),
+            mount: mount.clone(),
+            slot,
+            begin,
+            since,
+            is_frozen: true,
+        })
+    }
+}
+
+impl Inner {
+    fn disarm(&self, slot: u32) -> io::Result<()> {
+        let mut request = Request::new(Ask::Disarm);
+        request.id = slot;
+        self.ask(&request, None, PATIENCE).map(drop)
+    }
+
+    /// Sends a request and waits for the answer. Allocates nothing unless it fails.
+    fn ask(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+        patience: Duration,
+    ) -> io::Result<Reply> {
+        let socket = match self.socket.lock() {
+            Ok(socket) => socket,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        let Some(socket) = socket
+            .as_ref()
+            .filter(|_| !self.lost.load(Ordering::Relaxed))
+        else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        let answer = exchange(socket.as_raw_fd(), request, fd, patience);
+        match answer {
+            Ok(reply) if reply.errno == 0 => Ok(reply),
+            Ok(reply) => Err(io::Error::from_raw_os_error(reply.errno)),
+            Err(error) => {
+                // A late answer would be taken for that of the next request.
+                self.lost.store(true, Ordering::Relaxed);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let socket = match self.socket.get_mut() {
+            Ok(socket) => socket,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        drop(socket.take());
+        // It ends once it has done its work. One that is stopped is left to itself.
+        let end = Instant::now() + PATIENCE + self.hook_deadline;
+        while Instant::now() < end {
+            match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(nix::sys::wait::WaitStatus::StillAlive) | Err(Errno::EINTR) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                _ => return,
+            }
+        }
+    }
+}
+
+/// A frozen filesystem. Dropped, it is thawed.
+#[derive(Debug)]
+#[must_use = "dropping it thaws"]
+pub struct Frozen {
+    guard: Arc<Inner>,
+    mount: Arc<MountPoint>,
+    slot: u32,
+    begin: Instant,
+    since: Instant,
+    is_frozen: bool,
+}
+
+/// How long a freeze took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thawed {
+    /// The FIFREEZE call: writers begin to wait somewhere within it.
+    pub freeze_call: Duration,
+    /// From its return to the begin of the thaw.
+    pub held: Duration,
+    /// The FITHAW call.
+    pub thaw_call: Duration,
+    /// Whether the guard still lived at the end. If not, the freeze held all the same, but nothing
+    /// watches over the next one.
+    pub guard_alive: bool,
+}
+
+impl Thawed {
+    /// All the time that writers may have waited.
+    pub fn total(&self) -> Duration {
+        self.freeze_call + self.held + self.thaw_call
+    }
+}
+
+impl Frozen {
+    /// How long the FIFREEZE call took.
+    pub fn freeze_call(&self) -> Duration {
+        self.since - self.begin
+    }
+
+    /// How long it is frozen by now.
+    pub fn held(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Thaws.
+    ///
+    /// # Errors
+    /// [`FreezeError::DidNotHold`] if it was no longer frozen: whatever was read is worthless.
+    pub fn thaw(mut self) -> std::result::Result<Thawed, FreezeError> {
+        let held = self.since.elapsed();
+        let begin = Instant::now();
+        self.is_frozen = false;
+        let thawed = self.mount.thaw();
+        let thaw_call = begin.elapsed();
+        match thawed {
+            Ok(()) => {}
+            Err(Errno::EINVAL) => {
+                let _ = self.guard.disarm(self.slot);
+                return Err(FreezeError::DidNotHold);
+            }
+            // Stays armed: the guard tries again at the deadline.
+            Err(errno) => return Err(FreezeError::Failed(errno.into())),
+        }
+        Ok(Thawed {
+            freeze_call: self.freeze_call(),
+            held,
+            thaw_call,
+            guard_alive: self.guard.disarm(self.slot).is_ok(),
+        })
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        if self.is_frozen && matches!(self.mount.thaw(), Ok(()) | Err(Errno::EINVAL)) {
+            let _ = self.guard.disarm(self.slot);
+        }
+    }
+}
+
+impl From<Counts> for Report {
+    fn from(counts: Counts) -> Self {
+        let value = counts.hook_value;
+        Self {
+            thawed: counts.thawed,
+            hook: match counts.hook {
+                wire::hook::EXITED => Some(HookEnd::Ran(Ending::Exit(value))),
+                wire::hook::KILLED => Some(HookEnd::Ran(Ending::Signal(value))),
+                wire::hook::LATE => Some(HookEnd::Ran(Ending::Deadline)),
+                wire::hook::NOT_STARTED => Some(HookEnd::NotStarted(value)),
+                _ => None,
+            },
+            removed: counts.removed,
+            left: counts.left,
+        }
+    }
+}
+
+fn exchange(
+    socket: i32,
+    request: &Request,
+    fd: Option<BorrowedFd<'_>>,
+    patience: Duration,
+) -> io::Result<Reply> {
+    wire::send(socket, request, fd.map(|fd| fd.as_raw_fd()))?;
+    let end = Instant::now() + patience;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+        if wire::wait(socket, left)? {
+            break;
+        }
+        if left == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    match wire::receive::<Reply>(socket)? {
+        Some((reply, _)) => Ok(reply),
+        None => Err(io::ErrorKind::BrokenPipe.into()),
+    }
+}
+
+/// Makes everything ready for `execve(2)`.
+fn prepare(hook: Hook) -> Result<child::Prepared> {
+    let script = hook.script.clone();
+    let string = |bytes: Vec<u8>| {
+        CString::new(bytes)
+            .map_err(|_| Error::other("cannot run the hook", &script, "a zero byte in it"))
+    };
+    let args = vec![
+        string(b"/bin/sh".to_vec())?,
+        string(b"-c".to_vec())?,
+        string(hook.script.into_vec())?,
+    ];
+    let inherited = std::env::vars_os()
+        .filter(|(name, _)| !hook.env.iter().any(|(ours, _)| ours == name))
+        .collect::<Vec<_>>();
+    let env = inherited
+        .into_iter()
+        .chain(hook.env.iter().cloned())
+        .map(|(name, value)| {
+            let mut variable = name.into_vec();
+            variable.push(b'=');
+            variable.extend(value.into_vec());
+            string(variable)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(child::Prepared::new(args, env, hook.deadline))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,478 @@
+//! The guard's own process. It is forked, not executed, so nothing in here allocates, locks or
+//! panics: all it needs was prepared before, and it talks to the kernel alone.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{IntoRawFd, RawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::wire::{self, Ask, Counts, MAX_NAME, Reply, Request, hook};
+use crate::freeze;
+
+/// Freezes watched at a time.
+pub(super) const SLOTS: usize = 64;
+
+/// Things to remove at a time.
+pub(super) const ENTRIES: usize = 64;
+
+/// How often an overdue filesystem that is not frozen yet is tried again, in milliseconds.
+const RETRY_MS: i32 = 10;
+
+/// Real-time priority: above what an administrator gives to ordinary real-time work (1 to 20 or
+/// so), below the kernel's own watchdogs.
+const PRIORITY: i32 = 50;
+
+/// How much stack is touched beforehand, in bytes.
+const STACK: usize = 64 << 10;
+
+/// A program with its arguments and environment, ready for `execve(2)`.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// Keeps alive what the pointers below point to.
+    _strings: Vec<CString>,
+    program: *const libc::c_char,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    deadline: Duration,
+}
+
+impl Prepared {
+    pub(super) fn new(args: Vec<CString>, env: Vec<CString>, deadline: Duration) -> Self {
+        let pointers = |strings: &[CString]| {
+            let mut pointers: Vec<_> = strings.iter().map(|string| string.as_ptr()).collect();
+            pointers.push(std::ptr::null());
+            pointers
+        };
+        let argv = pointers(&args);
+        let envp = pointers(&env);
+        let mut strings = args;
+        strings.extend(env);
+        Self {
+            program: argv.first().copied().unwrap_or(std::ptr::null()),
+            argv,
+            envp,
+            _strings: strings,
+            deadline,
+        }
+    }
+}
+
+/// A freeze that the run has announced.
+#[derive(Clone, Copy)]
+struct Slot {
+    /// The mount point; negative: free.
+    fd: RawFd,
+    /// CLOCK_MONOTONIC, nanoseconds.
+    deadline: u64,
+    /// We ended it.
+    thawed: bool,
+}
+
+/// Something to remove.
+#[derive(Clone, Copy)]
+struct Entry {
+    /// Its folder; negative: free.
+    folder: RawFd,
+    name: [u8; MAX_NAME + 1],
+    is_folder: bool,
+}
+
+struct Child<'a> {
+    socket: RawFd,
+    slots: [Slot; SLOTS],
+    entries: [Entry; ENTRIES],
+    hook: Option<&'a Prepared>,
+    hook_owed: bool,
+    done: Counts,
+}
+
+/// Runs the guard in the forked child until the run ends, then ends the process. `kept` are sorted
+/// descriptors that stay open, `socket` among them.
+pub(super) fn run(socket: RawFd, kept: &[RawFd], hook: Option<&Prepared>) -> ! {
+    settle(kept);
+    let mut child = Child {
+        socket,
+        slots: [Slot {
+            fd: -1,
+            deadline: 0,
+            thawed: false,
+        }; SLOTS],
+        entries: [Entry {
+            folder: -1,
+            name: [0; MAX_NAME + 1],
+            is_folder: false,
+        }; ENTRIES],
+        hook,
+        hook_owed: false,
+        done: Counts::default(),
+    };
+    child.serve();
+    // SAFETY: ends this process without running anything of the parent's.
+    unsafe { libc::_exit(0) }
+}
+
+impl Child<'_> {
+    /// Answers requests until the run finishes or dies.
+    fn serve(&mut self) {
+        loop {
+            let timeout = self.thaw_overdue();
+            match wire::wait(self.socket, timeout) {
+                Ok(false) => continue,
+                Ok(true) => {}
+                Err(_) => break,
+            }
+            let Ok(Some((request, fd))) = wire::receive::<Request>(self.socket) else {
+                break;
+            };
+            let fd = fd.map(IntoRawFd::into_raw_fd);
+            let ask = request.ask();
+            if ask == Some(Ask::Finish) {
+                self.finish();
+                self.reply(0, 0);
+                return;
+            }
+            let (errno, id) = match self.answer(ask, &request, fd) {
+                Ok(id) => (0, id),
+                Err(errno) => {
+                    if let Some(fd) = fd {
+                        close(fd);
+                    }
+                    (errno as i32, 0)
+                }
+            };
+            self.reply(errno, id);
+        }
+        self.finish();
+    }
+
+    fn reply(&self, errno: i32, id: u32) {
+        let reply = Reply {
+            errno,
+            id,
+            report: self.done,
+        };
+        // If nobody listens any more, the next look at the socket says so.
+        let _ = wire::send(self.socket, &reply, None);
+    }
+
+    fn answer(
+        &mut self,
+        ask: Option<Ask>,
+        request: &Request,
+        fd: Option<RawFd>,
+    ) -> Result<u32, Errno> {
+        match ask.ok_or(Errno::EBADMSG)? {
+            Ask::Ping | Ask::Finish => Ok(0),
+            Ask::Arm => {
+                let fd = fd.ok_or(Errno::EBADF)?;
+                let (id, slot) = find(&mut self.slots, |slot| slot.fd < 0)?;
+                *slot = Slot {
+                    fd,
+                    deadline: request.value,
+                    thawed: false,
+                };
+                Ok(id)
+            }
+            Ask::Disarm => {
+                let slot = at(&mut self.slots, request.id)?;
+                close(slot.fd);
+                slot.fd = -1;
+                Ok(0)
+            }
+            Ask::File | Ask::Folder => {
+                let folder = fd.ok_or(Errno::EBADF)?;
+                let (id, entry) = find(&mut self.entries, |entry| entry.folder < 0)?;
+                *entry = Entry {
+                    folder,
+                    name: request.name(),
+                    is_folder: ask == Some(Ask::Folder),
+                };
+                Ok(id)
+            }
+            Ask::Forget => {
+                let entry = at(&mut self.entries, request.id)?;
+                close(entry.folder);
+                entry.folder = -1;
+                Ok(0)
+            }
+            Ask::Owe => {
+                self.hook_owed = true;
+                Ok(0)
+            }
+            Ask::Hook => {
+                self.run_hook();
+                Ok(0)
+            }
+        }
+    }
+
+    /// Thaws what is past its deadline; how long the guard may sleep then, in milliseconds.
+    fn thaw_overdue(&mut self) -> i32 {
+        let now = wire::monotonic();
+        let mut sleep = -1;
+        for slot in &mut self.slots {
+            if slot.fd < 0 || slot.thawed {
+                continue;
+            }
+            let wait = if now < slot.deadline {
+                i32::try_from((slot.deadline - now).div_ceil(1_000_000)).unwrap_or(i32::MAX)
+            } else if freeze::thaw(slot.fd).is_ok() {
+                slot.thawed = true;
+                self.done.thawed += 1;
+                continue;
+            } else {
+                // Not frozen yet: the run was stopped before its FIFREEZE, or that takes long.
+                RETRY_MS
+            };
+            if sleep < 0 || wait < sleep {
+                sleep = wait;
+            }
+        }
+        sleep
+    }
+
+    /// The run is over, one way or the other: thaw, run the hook, remove.
+    fn finish(&mut self) {
+        for slot in &mut self.slots {
+            if slot.fd >= 0 && !slot.thawed {
+                // The run's descriptors were closed after its last system call returned, so it is
+                // either frozen now or will not be. A signal cannot interrupt: all are ignored.
+                if freeze::thaw(slot.fd).is_ok() {
+                    slot.thawed = true;
+                    self.done.thawed += 1;
+                }
+                close(slot.fd);
+                slot.fd = -1;
+            }
+        }
+        if self.hook_owed {
+            self.run_hook();
+        }
+        for at in 0..ENTRIES {
+            let Some(entry) = self.entries.get(at).filter(|entry| entry.folder >= 0) else {
+                continue;
+            };
+            if remove(entry) {
+                self.done.removed += 1;
+            } else {
+                self.done.left += 1;
+            }
+        }
+    }
+
+    /// Runs the hook to its end or deadline, unless it ran already.
+    fn run_hook(&mut self) {
+        let Some(hook) = self.hook.take() else {
+            return;
+        };
+        self.hook_owed = false;
+        // SAFETY: the child of this single-threaded process calls nothing but the kernel until it
+        // executes the hook.
+        let pid = unsafe { libc::fork() };
+        if pid < 0 {
+            self.done.hook = hook::NOT_STARTED;
+            self.done.hook_value = Errno::last_raw();
+            return;
+        }
+        if pid == 0 {
+            execute(hook);
+        }
+        let deadline = u64::try_from(hook.deadline.as_nanos()).unwrap_or(u64::MAX);
+        let end = wire::monotonic().saturating_add(deadline);
+        let mut late = false;
+        let mut status = 0;
+        loop {
+            // SAFETY: waits for our own child; `status` is memory for its status.
+            let waited = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+            if waited == pid {
+                break;
+            }
+            if waited < 0 && Errno::last() != Errno::EINTR {
+                self.done.hook = hook::NOT_STARTED;
+                self.done.hook_value = Errno::last_raw();
+                return;
+            }
+            if !late && wire::monotonic() >= end {
+                late = true;
+                // SAFETY: the group of our own child, not yet waited for.
+                unsafe { libc::kill(-pid, libc::SIGKILL) };
+                // SAFETY: as above; it may not have made its group yet.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+            }
+            self.thaw_overdue();
+            sleep_ms(RETRY_MS / 2);
+        }
+        (self.done.hook, self.done.hook_value) = if late {
+            (hook::LATE, 0)
+        } else if libc::WIFEXITED(status) {
+            (hook::EXITED, libc::WEXITSTATUS(status))
+        } else {
+            (hook::KILLED, libc::WTERMSIG(status))
+        };
+    }
+}
+
+fn find<T>(all: &mut [T], is_free: impl Fn(&T) -> bool) -> Result<(u32, &mut T), Errno> {
+    let mut free = all.iter_mut().enumerate().filter(|(_, one)| is_free(one));
+    let (id, one) = free.next().ok_or(Errno::ENOSPC)?;
+    Ok((u32::try_from(id).map_err(|_| Errno::ENOSPC)?, one))
+}
+
+fn at<T>(all: &mut [T], id: u32) -> Result<&mut T, Errno> {
+    let id = usize::try_from(id).map_err(|_| Errno::EINVAL)?;
+    all.get_mut(id).ok_or(Errno::EINVAL)
+}
+
+/// Removes a file or an empty folder; whether it is gone. A trace instance is busy until the
+/// kernel has let go of the readers of the dead run.
+fn remove(entry: &Entry) -> bool {
+    let flags = if entry.is_folder {
+        libc::AT_REMOVEDIR
+    } else {
+        0
+    };
+    for _ in 0..200 {
+        // SAFETY: the name ends with a zero byte within its array.
+        let removed = unsafe { libc::unlinkat(entry.folder, entry.name.as_ptr().cast(), flags) };
+        match Errno::result(removed) {
+            Ok(_) | Err(Errno::ENOENT) => return true,
+            Err(Errno::EBUSY | Errno::EINTR) => sleep_ms(RETRY_MS),
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
+fn sleep_ms(milliseconds: i32) {
+    let time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: libc::c_long::from(milliseconds) * 1_000_000,
+    };
+    // SAFETY: one initialized timespec; the time left is not asked for.
+    unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) };
+}
+
+fn close(fd: RawFd) {
+    // SAFETY: only ever called on descriptors that came to this process for it alone.
+    unsafe { libc::close(fd) };
+}
+
+/// Makes a bare guard of a fresh fork. What a kernel or container does not grant is done without:
+/// each step only makes a bad day less likely.
+fn settle(kept: &[RawFd]) {
+    // SAFETY: system calls with constants and addresses of locals or statics, in a process with one
+    // thread. None of them touches memory that Rust owns elsewhere.
+    unsafe {
+        libc::setsid();
+        for signal in 1..=libc::SIGRTMAX() {
+            if signal != libc::SIGCHLD {
+                libc::signal(signal, libc::SIG_IGN);
+            }
+        }
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        libc::prctl(libc::PR_SET_NAME, c"holdstill-guard".as_ptr());
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        if null >= 0 {
+            libc::dup2(null, 0);
+            libc::dup2(null, 1);
+        }
+    }
+    close_all_but(kept);
+    write_to(c"/proc/self/oom_score_adj", b"-1000");
+    // SAFETY: integers only; some C libraries have more of them than the priority.
+    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
+    priority.sched_priority = PRIORITY;
+    // SAFETY: one initialized struct; children start with an ordinary priority.
+    unsafe {
+        let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+        // Through the system call: musl's function refuses.
+        libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority);
+    }
+    touch_stack();
+    // SAFETY: locks this process's own memory.
+    unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
+}
+
+#[inline(never)]
+fn touch_stack() {
+    let mut stack = [0u8; STACK];
+    std::hint::black_box(&mut stack);
+}
+
+/// Closes every descriptor but standard error and the sorted ones given, so that pipes, locks and
+/// devices of the run do not stay open with us.
+fn close_all_but(kept: &[RawFd]) {
+    let mut first: libc::c_uint = 3;
+    for &fd in kept {
+        let Ok(fd) = libc::c_uint::try_from(fd) else {
+            continue;
+        };
+        if fd >= first {
+            close_range(first, fd);
+            first = fd + 1;
+        }
+    }
+    close_range(first, libc::c_uint::MAX);
+}
+
+/// Closes the descriptors from `first` to below `end`.
+fn close_range(first: libc::c_uint, end: libc::c_uint) {
+    if first >= end {
+        return;
+    }
+    // SAFETY: this process owns all its descriptors, and uses none of those closed here.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
+    if closed == 0 {
+        return;
+    }
+    // Before Linux 5.9.
+    let mut limit = libc::rlimit {
+        rlim_cur: 1024,
+        rlim_max: 1024,
+    };
+    // SAFETY: memory for one rlimit.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    let last = u64::from(end).min(limit.rlim_cur);
+    for fd in u64::from(first)..last {
+        if let Ok(fd) = RawFd::try_from(fd) {
+            close(fd);
+        }
+    }
+}
+
+fn write_to(path: &CStr, bytes: &[u8]) {
+    // SAFETY: a terminated path and an initialized buffer; the descriptor is closed again.
+    unsafe {
+        let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if fd >= 0 {
+            libc::write(fd, bytes.as_ptr().cast(), bytes.len());
+            libc::close(fd);
+        }
+    }
+}
+
+/// Becomes the hook.
+fn execute(hook: &Prepared) -> ! {
+    // SAFETY: in the fresh child of a single-threaded process; the vectors end with null pointers
+    // and point to strings that live as long as they do.
+    unsafe {
+        libc::setpgid(0, 0);
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
+        // What it prints goes to standard error: standard output may be the image.
+        libc::dup2(2, 1);
+    }
+    write_to(c"/proc/self/oom_score_adj", b"0");
+    // The guard's locks and folders are not the hook's.
+    close_range(3, libc::c_uint::MAX);
+    // SAFETY: see above.
+    unsafe {
+        libc::execve(hook.program, hook.argv.as_ptr(), hook.envp.as_ptr());
+        libc::_exit(127)
+    }
+}
