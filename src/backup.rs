@@ -13,8 +13,9 @@ use crate::image::manifest::{
     Blocks, FreezeTimes, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer,
 };
 use crate::image::writer::ImageWriter;
+use crate::pipeline::read::OnReadError;
 use crate::pipeline::sink::OutputSink;
-use crate::pipeline::store::{Compression, Job, OnReadError, store};
+use crate::pipeline::store::{Compression, Job, store};
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::units::ByteLen;

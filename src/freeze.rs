@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::{FreezeTimes, Grade};
-use crate::pipeline::store::Walk;
+use crate::pipeline::read::Walk;
 use crate::read_at::ReadAt;
 use crate::survey::Survey;
 

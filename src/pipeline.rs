@@ -9,7 +9,9 @@
 //! lowest unfinished chunk always has what it needs to finish it.
 
 pub mod batch;
+pub mod copy;
 pub mod load;
+pub mod read;
 pub mod sink;
 pub mod store;
 

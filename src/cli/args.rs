@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Step;
 use crate::pipeline::default_workers;
-use crate::pipeline::store::{Compression, OnReadError};
+use crate::pipeline::read::OnReadError;
+use crate::pipeline::store::Compression;
 use crate::{backup, restore, verify};
 
 const EXIT_CODES: &str = "Exit codes:

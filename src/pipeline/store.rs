@@ -11,13 +11,14 @@ use holdstill_platform::buffer::{Buffer, Pool};
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::image::format::{BLOCK, codec};
-use crate::image::tables::{Elide, Run, Tables};
+use crate::image::format::codec;
+use crate::image::tables::{Elide, Tables};
 use crate::image::writer::{DataRecord, ImageWriter, Sink};
-use crate::pipeline::batch::{Batcher, Chunk};
+use crate::pipeline::batch::Chunk;
+use crate::pipeline::read::{Moved, Numbered, OnReadError, Walk, read_chunk, send_chunks};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::units::{ByteLen, Offset};
+use crate::units::ByteLen;
 
 /// How payloads are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,15 +90,6 @@ const LEVELS: RangeInclusive<i32> = -7..=19;
 /// they are stored as they are, which costs nothing to restore.
 const WORTH_COMPRESSING: usize = 32;
 
-/// What to do with blocks that cannot be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnReadError {
-    /// Fail.
-    Fail,
-    /// Retry block by block, store zeros for what stays unreadable, and list it.
-    Zero,
-}
-
 /// What and how to store.
 #[derive(Clone, Copy)]
 #[allow(
@@ -119,18 +111,6 @@ pub struct Job<'a> {
     pub workers: usize,
 }
 
-/// What was stored.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stored {
-    /// Bytes of all extents, zeros included.
-    pub bytes: ByteLen,
-    /// What could not be read and became zeros.
-    pub unreadable: Vec<Extent>,
-}
-
-/// Hands ascending runs to the function it is given.
-pub type Walk<'a> = dyn FnOnce(&mut dyn FnMut(Run) -> Result<()>) -> Result<()> + Send + 'a;
-
 /// Stores all runs that `walk` gives as records of one pass, in ascending order.
 ///
 /// # Errors
@@ -140,14 +120,14 @@ pub fn store<S: Sink>(
     walk: Box<Walk<'_>>,
     image: &mut ImageWriter<S>,
     progress: &dyn Progress,
-) -> Result<Stored> {
+) -> Result<Moved> {
     let room = job.compression.chunk_len();
     let plain = Pool::new(2 * job.workers + 2, room);
     let packed = Pool::new(2 * job.workers + 2, room);
     let (to_workers, chunks) = bounded(job.workers);
     let (to_writer, finished) = bounded(job.workers);
     std::thread::scope(|scope| {
-        let planner = scope.spawn(move || plan(walk, room, job.source.len(), &to_workers));
+        let planner = scope.spawn(move || send_chunks(walk, room, job.source.len(), &to_workers));
         for _ in 0..job.workers {
             let (chunks, to_writer) = (chunks.clone(), to_writer.clone());
             let (plain, packed) = (&plain, &packed);
@@ -167,29 +147,6 @@ pub fn store<S: Sink>(
         }
         Ok(stored)
     })
-}
-
-/// A chunk and its place in the order.
-type Numbered<T> = (u64, T);
-
-/// Returns how many chunks there were.
-fn plan(
-    walk: Box<Walk<'_>>,
-    room: usize,
-    size: ByteLen,
-    to_workers: &Sender<Numbered<Chunk>>,
-) -> Result<u64> {
-    let mut number = 0;
-    let mut batcher = Batcher::new(room, size, |chunk| {
-        let numbered = (number, chunk);
-        number += 1;
-        // Nobody listens any more: the writer knows why and says so.
-        let gone = |_| Error::new(Kind::Failed, "the pipeline has ended");
-        to_workers.send(numbered).map_err(gone)
-    });
-    walk(&mut |run| batcher.push(run))?;
-    batcher.finish()?;
-    Ok(number)
 }
 
 /// A record ready to be written, with the buffer its payload lies in.
@@ -238,7 +195,7 @@ fn process(
     compressor: &mut Compressor,
 ) -> Result<Finished> {
     let len = chunk.data_len().as_usize();
-    let unreadable = read_chunk(job, chunk, &mut plain[..len])?;
+    let unreadable = read_chunk(job.source, chunk, job.on_read_error, &mut plain[..len])?;
     let elide = match job.compression {
         Compression::None => Elide::EveryBlock,
         Compression::Zstd(_) => Elide::Ends,
@@ -305,52 +262,13 @@ fn compress(
     }
 }
 
-fn read_chunk(job: &Job<'_>, chunk: &Chunk, plain: &mut [u8]) -> Result<Vec<Extent>> {
-    let mut unreadable = Vec::new();
-    let mut rest = plain;
-    for extent in chunk.data() {
-        let (bytes, behind) = rest.split_at_mut(extent.len.as_usize());
-        rest = behind;
-        match job.source.read_exact_at(bytes, extent.start) {
-            Ok(()) => {}
-            Err(error) if job.on_read_error == OnReadError::Fail => {
-                return Err(error.hint(
-                    "the disk may be failing: --on-read-error zero copies what can be read",
-                ));
-            }
-            Err(_) => read_block_by_block(job.source, extent.start, bytes, &mut unreadable),
-        }
-    }
-    Ok(unreadable)
-}
-
-fn read_block_by_block(
-    source: &dyn ReadAt,
-    start: Offset,
-    bytes: &mut [u8],
-    unreadable: &mut Vec<Extent>,
-) {
-    let mut at = start;
-    for block in bytes.chunks_mut(BLOCK as usize) {
-        let len = block.len() as u64;
-        if source.read_exact_at(block, at).is_err() {
-            block.fill(0);
-            match unreadable.last_mut() {
-                Some(last) if last.end() == at => last.len += ByteLen(len),
-                _ => unreadable.push(Extent::new(at.0, len)),
-            }
-        }
-        at = at + ByteLen(len);
-    }
-}
-
 /// Returns with what was stored the number of chunks.
 fn write_in_order<S: Sink>(
     finished: &Receiver<Result<Numbered<Finished>>>,
     image: &mut ImageWriter<S>,
     progress: &dyn Progress,
-) -> Result<(Stored, u64)> {
-    let mut stored = Stored::default();
+) -> Result<(Moved, u64)> {
+    let mut stored = Moved::default();
     let mut waiting: BTreeMap<u64, Finished> = BTreeMap::new();
     let mut next = 0;
     for message in finished {

@@ -1,0 +1,102 @@
+//! The reading end of every pipeline: runs are cut into chunks, chunks are read into buffers.
+
+use crossbeam_channel::Sender;
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::image::format::BLOCK;
+use crate::image::tables::Run;
+use crate::pipeline::batch::{Batcher, Chunk};
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset};
+
+/// What to do with blocks that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReadError {
+    /// Fail.
+    Fail,
+    /// Retry block by block, take zeros for what stays unreadable, and list it.
+    Zero,
+}
+
+/// Hands ascending runs to the function it is given.
+pub type Walk<'a> = dyn FnOnce(&mut dyn FnMut(Run) -> Result<()>) -> Result<()> + Send + 'a;
+
+/// What went through a pipeline.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes of all runs, zeros included.
+    pub bytes: ByteLen,
+    /// What could not be read and became zeros.
+    pub unreadable: Vec<Extent>,
+}
+
+/// A chunk and its place in the order.
+pub(super) type Numbered<T> = (u64, T);
+
+/// Cuts what `walk` gives into chunks of at most `room` bytes of data and sends them on. Returns how
+/// many there were.
+pub(super) fn send_chunks(
+    walk: Box<Walk<'_>>,
+    room: usize,
+    size: ByteLen,
+    to_workers: &Sender<Numbered<Chunk>>,
+) -> Result<u64> {
+    let mut number = 0;
+    let mut batcher = Batcher::new(room, size, |chunk| {
+        let numbered = (number, chunk);
+        number += 1;
+        // Nobody listens any more: whoever failed says why.
+        let gone = |_| Error::new(Kind::Failed, "the pipeline has ended");
+        to_workers.send(numbered).map_err(gone)
+    });
+    walk(&mut |run| batcher.push(run))?;
+    batcher.finish()?;
+    Ok(number)
+}
+
+/// Reads the data runs of a chunk one behind the other into `bytes`, which is just as long. Returns
+/// what could not be read.
+pub(super) fn read_chunk(
+    source: &dyn ReadAt,
+    chunk: &Chunk,
+    on_error: OnReadError,
+    bytes: &mut [u8],
+) -> Result<Vec<Extent>> {
+    let mut unreadable = Vec::new();
+    let mut rest = bytes;
+    for extent in chunk.data() {
+        let (bytes, behind) = rest.split_at_mut(extent.len.as_usize());
+        rest = behind;
+        match source.read_exact_at(bytes, extent.start) {
+            Ok(()) => {}
+            Err(error) if on_error == OnReadError::Fail => {
+                return Err(error.hint(
+                    "the disk may be failing: --on-read-error zero copies what can be read",
+                ));
+            }
+            Err(_) => read_block_by_block(source, extent.start, bytes, &mut unreadable),
+        }
+    }
+    Ok(unreadable)
+}
+
+fn read_block_by_block(
+    source: &dyn ReadAt,
+    start: Offset,
+    bytes: &mut [u8],
+    unreadable: &mut Vec<Extent>,
+) {
+    let mut at = start;
+    for block in bytes.chunks_mut(BLOCK as usize) {
+        let len = block.len() as u64;
+        if source.read_exact_at(block, at).is_err() {
+            block.fill(0);
+            match unreadable.last_mut() {
+                Some(last) if last.end() == at => last.len += ByteLen(len),
+                _ => unreadable.push(Extent::new(at.0, len)),
+            }
+        }
+        at = at + ByteLen(len);
+    }
+}
