@@ -228,17 +228,7 @@ impl Target {
                 }
             }
         }
-        let slaves = device.disk_sysfs().join("slaves");
-        match std::fs::read_dir(&slaves) {
-            Ok(entries) => {
-                for entry in entries {
-                    let path = entry.context("cannot read", &slaves)?.path();
-                    below.push(node::read_number(&path.join("dev"))?);
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::new("cannot read", slaves, error)),
-        }
+        below.extend(device.lower_devices()?);
         for number in below {
             let lower = BlockDevice::of(number)?;
             self.devices.insert(lower.disk);

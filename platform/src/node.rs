@@ -313,6 +313,25 @@ impl BlockDevice {
         Ok(names)
     }
 
+    /// The devices that this one, or the disk it is on, is directly built of (dm, md).
+    ///
+    /// # Errors
+    /// If sysfs cannot be read.
+    pub fn lower_devices(&self) -> Result<Vec<DeviceNumber>> {
+        let dir = self.disk_sysfs().join("slaves");
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::new("cannot read", dir, error)),
+        };
+        let mut numbers = Vec::new();
+        for entry in entries {
+            let path = entry.context("cannot read", &dir)?.path();
+            numbers.push(read_number(&path.join("dev"))?);
+        }
+        Ok(numbers)
+    }
+
     /// Whether requests pass through the multi-queue block layer under this disk's own number.
     /// Only then do `block_rq_*` trace events name it: bio-based devices (dm, md, zram, brd, pmem,
     /// the head of an NVMe multipath device) have no folder `mq`.

@@ -1,0 +1,113 @@
+//! What lies beneath a file: whether writing to it would write to a given block device.
+//!
+//! Whoever writes to a filesystem that is frozen waits until it thaws. So before a source is frozen,
+//! everything that will be written meanwhile is followed down: file, filesystem, loop device, dm and
+//! md devices, partition, disk.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+use crate::mounts::{self, Mount};
+use crate::node::{BlockDevice, DeviceNumber};
+
+/// Whether the filesystem numbered `filesystem` (`st_dev` of a file on it) lies on `source`, directly
+/// or through other devices. What is below a network or FUSE filesystem cannot be seen.
+///
+/// # Errors
+/// If /proc or /sys cannot be read.
+pub fn rests_on(filesystem: DeviceNumber, source: &BlockDevice) -> Result<bool> {
+    let mounts = mounts::of_this_process()?;
+    let mut seen = BTreeSet::new();
+    let mut open = vec![filesystem];
+    while let Some(number) = open.pop() {
+        if number == source.number {
+            return Ok(true);
+        }
+        if !seen.insert(number) {
+            continue;
+        }
+        if number.major == 0 {
+            let on_it = mounts.iter().filter(|mount| mount.device == number);
+            open.extend(on_it.filter_map(below_mount));
+            continue;
+        }
+        match BlockDevice::of(number) {
+            Ok(device) => open.extend(below_device(&device)?),
+            // A number that sysfs does not know has nothing below it that could be frozen.
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
+/// The same for an open file, pipe or terminal; only files on a filesystem rest on anything.
+///
+/// # Errors
+/// As [`rests_on`].
+pub fn file_rests_on(file: impl AsFd, source: &BlockDevice) -> Result<bool> {
+    let fd = file.as_fd();
+    let stat = nix::sys::stat::fstat(fd).map_err(io::Error::from).context(
+        "cannot look at",
+        PathBuf::from(format!("file descriptor {}", fd.as_raw_fd())),
+    )?;
+    let kind = stat.st_mode & libc::S_IFMT;
+    if kind != libc::S_IFREG && kind != libc::S_IFDIR {
+        return Ok(false);
+    }
+    rests_on(DeviceNumber::from_raw(stat.st_dev), source)
+}
+
+/// The filesystem or device that a filesystem without a device number of its own writes to.
+fn below_mount(mount: &Mount) -> Option<DeviceNumber> {
+    if mount.fs_type == "overlay" {
+        let upper = mount
+            .super_options
+            .split(',')
+            .find_map(|option| option.strip_prefix("upperdir="))?;
+        let metadata = std::fs::metadata(Path::new(upper)).ok()?;
+        return Some(DeviceNumber::from_raw(metadata.dev()));
+    }
+    mount.block_device()
+}
+
+/// Devices that a device writes to, one level down.
+fn below_device(device: &BlockDevice) -> Result<Vec<DeviceNumber>> {
+    let mut below = Vec::new();
+    if !device.is_whole_disk() {
+        below.push(device.disk);
+    }
+    if let Some(backing) = device.loop_backing()? {
+        below.push(backing.device.unwrap_or(backing.file.filesystem));
+    }
+    below.extend(device.lower_devices()?);
+    Ok(below)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Loop, Mounted, mkfs, needs_root, scratch};
+
+    #[test]
+    fn privileged_a_file_on_a_loop_on_the_source_rests_on_it() {
+        needs_root!();
+        let dir = scratch();
+        let outer = Loop::sparse(&dir.path().join("outer"), 64 << 20);
+        mkfs("ext4", outer.path());
+        let mount = Mounted::new(outer.path(), &dir.path().join("m"), "rw");
+        let inner = Loop::sparse(&mount.path().join("inner"), 16 << 20);
+        let source = BlockDevice::at(outer.path()).unwrap();
+        let inside = BlockDevice::at(inner.path()).unwrap();
+        assert!(rests_on(inside.number, &source).unwrap());
+        let file = std::fs::File::open(mount.path()).unwrap();
+        assert!(file_rests_on(&file, &source).unwrap());
+        assert!(!file_rests_on(&file, &inside).unwrap());
+        let elsewhere = std::fs::File::open("/proc/self/status").unwrap();
+        assert!(!file_rests_on(&elsewhere, &source).unwrap());
+    }
+}
