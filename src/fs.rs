@@ -18,6 +18,7 @@ mod bitmap;
 mod emit;
 mod ext4;
 mod probe;
+mod xfs;
 
 pub use probe::probe;
 
@@ -301,6 +302,7 @@ fn open_as(source: &dyn ReadAt, held_by_caller: bool) -> Result<Opened> {
     };
     match info.kind {
         Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),
+        Kind::Xfs => xfs::open(source, info),
         _ => Ok(Opened::NoMap(info)),
     }
 }

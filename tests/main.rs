@@ -4,3 +4,4 @@ mod common;
 mod ext4;
 mod harness;
 mod image;
+mod xfs;

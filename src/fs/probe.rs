@@ -4,7 +4,7 @@
 //! documentation. Where several match (a filesystem made over an old one of another kind), the
 //! order follows libblkid: containers first, then filesystems, partition tables last.
 
-use super::{Info, Kind, ext4};
+use super::{Info, Kind, ext4, xfs};
 use crate::error::Result;
 use crate::read_at::ReadAt;
 use crate::units::ByteLen;
@@ -14,7 +14,10 @@ use crate::units::ByteLen;
 /// # Errors
 /// If reading fails.
 pub fn probe(source: &dyn ReadAt) -> Result<Option<Info>> {
-    ext(source)
+    if let Some(info) = ext(source)? {
+        return Ok(Some(info));
+    }
+    xfs(source)
 }
 
 /// Text of a fixed field: up to the first NUL, without blanks at the end; `None` if nothing is
@@ -70,5 +73,25 @@ fn ext(source: &dyn ReadAt) -> Result<Option<Info>> {
                 .blocks_count()
                 .saturating_mul(u64::from(block_size)),
         ),
+    }))
+}
+
+/// XFS.
+fn xfs(source: &dyn ReadAt) -> Result<Option<Info>> {
+    if source.len() < ByteLen(512) {
+        return Ok(None);
+    }
+    let superblock = xfs::read_superblock(source)?;
+    if superblock.magic.get() != xfs::format::SB_MAGIC {
+        return Ok(None);
+    }
+    let block_size = superblock.block_size.get();
+    let blocks = superblock.data_blocks.get();
+    Ok(Some(Info {
+        kind: Kind::Xfs,
+        label: text(&superblock.label),
+        uuid: uuid(&superblock.uuid),
+        block_size,
+        size: ByteLen(blocks.saturating_mul(u64::from(block_size))),
     }))
 }

@@ -1,0 +1,503 @@
+//! Whether anything waits in the log.
+//!
+//! The log is a ring of 512-byte blocks. Records are written to it one behind the other; the
+//! first word of every block on disk is the number of the round it was written in (its cycle),
+//! or, where a record begins, a magic followed by the cycle. The head is where the next record
+//! would go; the last record before it says where the tail is: the oldest record whose changes
+//! are not all in their places. The search for both follows `xlog_find_head` and
+//! `xlog_find_tail` in the kernel's `fs/xfs/xfs_log_recover.c`.
+
+use zerocopy::FromBytes;
+
+use super::Geometry;
+use super::format::{self, BufferItem, LogOp, LogRecord, SuperBlock};
+use crate::error::Result;
+use crate::read_at::ReadAt;
+use crate::units::{ByteLen, Offset, SECTOR};
+
+/// What a log says about its filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Its last record is that of an unmount, or it was never written to.
+    Clean,
+    /// Behind its tail there is nothing but new versions of the superblock's counters: what a
+    /// freeze (`xfs_fs_freeze`) or a moment without any changes (`xfs_log_cover`) leaves.
+    Frozen,
+    /// Something would have to be replayed.
+    Dirty,
+    /// It makes no sense.
+    Damaged,
+}
+
+/// More than this behind the tail is never a freeze alone. A record may be padded to 256 KiB,
+/// and a freeze leaves but a few.
+const MAX_FREEZE_BLOCKS: u64 = (4 << 20) / SECTOR;
+/// Blocks read at once while cycles are looked at.
+const SCAN_BLOCKS: u64 = (256 << 10) / SECTOR;
+
+/// Judges the internal log.
+///
+/// # Errors
+/// If reading fails.
+pub(super) fn state(
+    source: &dyn ReadAt,
+    superblock: &SuperBlock,
+    geometry: &Geometry,
+) -> Result<State> {
+    let log = Log {
+        source,
+        superblock,
+        start: geometry.log.start,
+        blocks: geometry.log.len.0 / SECTOR,
+    };
+    log.state()
+}
+
+struct Log<'a> {
+    source: &'a dyn ReadAt,
+    superblock: &'a SuperBlock,
+    start: Offset,
+    /// Blocks of 512 bytes.
+    blocks: u64,
+}
+
+/// A record and where it begins.
+struct Found {
+    block: u64,
+    record: LogRecord,
+}
+
+impl Log<'_> {
+    fn state(&self) -> Result<State> {
+        if self.blocks < 2 {
+            return Ok(State::Damaged);
+        }
+        let Some(head) = self.find_head()? else {
+            return Ok(State::Damaged);
+        };
+        if head == 0 && self.cycle(0)? == 0 {
+            return Ok(State::Clean);
+        }
+        let Some(last) = self.last_record(head)? else {
+            return Ok(State::Damaged);
+        };
+        if last.record.uuid != self.superblock.uuid {
+            return Ok(State::Damaged);
+        }
+        if self.wrap(last.block + self.record_blocks(&last.record)) != head {
+            return Ok(State::Damaged);
+        }
+        let Some(body) = self.read_record(&last)? else {
+            return Ok(State::Damaged);
+        };
+        if last.record.ops.get() == 1
+            && LogOp::read_from_prefix(&body)
+                .is_ok_and(|(op, _)| op.flags & format::OP_UNMOUNT != 0)
+        {
+            return Ok(State::Clean);
+        }
+        self.behind_tail(&last, head)
+    }
+
+    /// The block where the next record would go; `None` if the log makes no sense.
+    fn find_head(&self) -> Result<Option<u64>> {
+        let first_cycle = self.cycle(0)?;
+        let last_cycle = self.cycle(self.blocks - 1)?;
+        if first_cycle == 0 {
+            return Ok(Some(0));
+        }
+        // Several records may have been on their way to disk at once, in any order: around the
+        // place where the cycles change, that much is looked at block by block.
+        let window = self
+            .blocks
+            .min(format::LOG_MAX_IN_FLIGHT * self.max_record() / SECTOR);
+        if last_cycle == 0 {
+            if first_cycle != 1 {
+                return Ok(None);
+            }
+            let change = self.find_change(0, self.blocks - 1, 0)?;
+            let from = change - window.min(change);
+            let head = self.first_with(from, change, 0)?.unwrap_or(change);
+            return self.whole_record_before(head);
+        }
+        let (mut head, stop_at) = if first_cycle == last_cycle {
+            (self.blocks, last_cycle.wrapping_sub(1))
+        } else {
+            (
+                self.find_change(0, self.blocks - 1, last_cycle)?,
+                last_cycle,
+            )
+        };
+        if head >= window {
+            head = self
+                .first_with(head - window, head, stop_at)?
+                .unwrap_or(head);
+        } else {
+            let from = self.blocks - (window - head);
+            head = match self.first_with(from, self.blocks, stop_at.wrapping_sub(1))? {
+                Some(hole) => hole,
+                None => self.first_with(0, head, stop_at)?.unwrap_or(head),
+            };
+        }
+        self.whole_record_before(head)
+    }
+
+    /// By halving: where blocks begin to have `cycle`, between `low`, which has not, and `high`,
+    /// which has.
+    fn find_change(&self, mut low: u64, mut high: u64, cycle: u32) -> Result<u64> {
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.cycle(middle)? == cycle {
+                high = middle;
+            } else {
+                low = middle;
+            }
+        }
+        Ok(high)
+    }
+
+    /// The first block in `[from, to)` that has `cycle`.
+    fn first_with(&self, from: u64, to: u64, cycle: u32) -> Result<Option<u64>> {
+        let mut at = from;
+        while at < to {
+            let count = SCAN_BLOCKS.min(to - at);
+            let bytes = self.read(at, count)?;
+            let found = bytes
+                .chunks_exact(ByteLen(SECTOR).as_usize())
+                .position(|block| cycle_of(block) == cycle);
+            if let Some(index) = found {
+                return Ok(Some(at + index as u64));
+            }
+            at += count;
+        }
+        Ok(None)
+    }
+
+    /// `head`, if a record ends just there; else where the last record that begins before it
+    /// begins, for that one is not whole. Both the block behind the last and the first stand for
+    /// a head at the start.
+    fn whole_record_before(&self, head: u64) -> Result<Option<u64>> {
+        let reach = self.max_record() / SECTOR;
+        let here = head.min(reach);
+        if let Some(found) = self.last_header(head - here, head)? {
+            let whole = head - found.block == self.record_blocks(&found.record);
+            return Ok(Some(self.wrap(if whole { head } else { found.block })));
+        }
+        if head >= reach {
+            return Ok(None);
+        }
+        let from = self.blocks.saturating_sub(reach - head).max(head);
+        let Some(found) = self.last_header(from, self.blocks)? else {
+            return Ok(None);
+        };
+        let whole = self.blocks - found.block + head == self.record_blocks(&found.record);
+        Ok(Some(self.wrap(if whole { head } else { found.block })))
+    }
+
+    /// The last record that begins before `head`, going round.
+    fn last_record(&self, head: u64) -> Result<Option<Found>> {
+        let reach = self.max_record() / SECTOR + format::LOG_MAX_IN_FLIGHT;
+        let here = head.min(reach);
+        if let Some(found) = self.last_header(head - here, head)? {
+            return Ok(Some(found));
+        }
+        let from = self.blocks.saturating_sub(reach - here).max(head);
+        self.last_header(from, self.blocks)
+    }
+
+    /// The last record header in `[from, to)`.
+    fn last_header(&self, from: u64, to: u64) -> Result<Option<Found>> {
+        let mut end = to;
+        while end > from {
+            let count = SCAN_BLOCKS.min(end - from);
+            let bytes = self.read(end - count, count)?;
+            let blocks = bytes.chunks_exact(ByteLen(SECTOR).as_usize()).enumerate();
+            for (index, block) in blocks.rev() {
+                let Ok((record, _)) = LogRecord::read_from_prefix(block) else {
+                    continue;
+                };
+                if record.magic.get() == format::LOG_MAGIC {
+                    return Ok(Some(Found {
+                        block: end - count + index as u64,
+                        record,
+                    }));
+                }
+            }
+            end -= count;
+        }
+        Ok(None)
+    }
+
+    /// Whether all from the tail to `head` is what a freeze leaves.
+    fn behind_tail(&self, last: &Found, head: u64) -> Result<State> {
+        let tail = last.record.tail_lsn.get() & u64::from(u32::MAX);
+        if tail >= self.blocks {
+            return Ok(State::Damaged);
+        }
+        let distance = self.wrap(head + self.blocks - tail);
+        if distance == 0 || distance > MAX_FREEZE_BLOCKS {
+            return Ok(State::Dirty);
+        }
+        let mut at = 0;
+        let mut transactions = Transactions::default();
+        while at < distance {
+            let block = self.wrap(tail + at);
+            let bytes = self.read(block, 1)?;
+            let Ok((record, _)) = LogRecord::read_from_prefix(&bytes) else {
+                return Ok(State::Damaged);
+            };
+            let found = Found { block, record };
+            if found.record.magic.get() != format::LOG_MAGIC
+                || found.record.uuid != self.superblock.uuid
+                || found.record.lsn.get() & u64::from(u32::MAX) != block
+            {
+                return Ok(State::Damaged);
+            }
+            if found.record.format.get() != format::LOG_FORMAT_LINUX_LE {
+                return Ok(State::Dirty);
+            }
+            let len = self.record_blocks(&found.record);
+            let Some(body) = self.read_record(&found)? else {
+                return Ok(State::Damaged);
+            };
+            if !transactions.take(&found.record, &body) {
+                return Ok(State::Dirty);
+            }
+            at += len;
+        }
+        Ok(if at == distance && transactions.is_idle() {
+            State::Frozen
+        } else {
+            State::Dirty
+        })
+    }
+
+    /// Blocks of a record, its headers included.
+    fn record_blocks(&self, record: &LogRecord) -> u64 {
+        header_blocks(record) + u64::from(record.len.get()).div_ceil(SECTOR)
+    }
+
+    /// What a record holds, checked, its first words put back; `None` if it is damaged.
+    fn read_record(&self, found: &Found) -> Result<Option<Vec<u8>>> {
+        let record = &found.record;
+        let len = u64::from(record.len.get());
+        let headers = header_blocks(record);
+        if len > self.max_record()
+            || u64::from(record.size.get()) > self.max_record()
+            || self.record_blocks(record) > self.blocks
+        {
+            return Ok(None);
+        }
+        let header = self.read(found.block, headers)?;
+        let mut body = self.read(self.wrap(found.block + headers), len.div_ceil(SECTOR))?;
+        if !log_crc_holds(record, &header, &body[..ByteLen(len).as_usize()]) {
+            return Ok(None);
+        }
+        // The words of the first 64 blocks are in the header, of the next 64 in the next, …
+        // Behind the end of the ring the next cycle begins.
+        let sector = ByteLen(SECTOR).as_usize();
+        let before_wrap = self.blocks.saturating_sub(found.block + headers);
+        for (index, block) in body.chunks_exact_mut(sector).enumerate() {
+            let (which, word) = (
+                index / format::LOG_CYCLE_WORDS,
+                index % format::LOG_CYCLE_WORDS,
+            );
+            let cycle = record.cycle.get();
+            let expected = if (index as u64) < before_wrap {
+                cycle
+            } else {
+                next_cycle(cycle)
+            };
+            let original = if which == 0 {
+                record.cycle_data.get(word).copied()
+            } else {
+                let at = which * sector + 4 + 4 * word;
+                header
+                    .get(at..)
+                    .and_then(|rest| rest.first_chunk().copied())
+            };
+            match original {
+                Some(original) if block[..4] == expected.to_be_bytes() => {
+                    block[..4].copy_from_slice(&original);
+                }
+                _ => return Ok(None),
+            }
+        }
+        body.truncate(ByteLen(len).as_usize());
+        Ok(Some(body))
+    }
+
+    /// The largest record, in bytes.
+    fn max_record(&self) -> u64 {
+        if self.superblock.has_log_v2() {
+            format::LOG_MAX_RECORD_V2
+        } else {
+            format::LOG_MAX_RECORD_V1
+        }
+    }
+
+    /// The cycle of one block.
+    fn cycle(&self, block: u64) -> Result<u32> {
+        Ok(cycle_of(&self.read(block, 1)?))
+    }
+
+    /// A block number, going round.
+    fn wrap(&self, block: u64) -> u64 {
+        block % self.blocks
+    }
+
+    /// `count` blocks from `block` on, going round once.
+    fn read(&self, block: u64, count: u64) -> Result<Vec<u8>> {
+        let first = count.min(self.blocks - block);
+        let at = |block: u64| self.start + ByteLen(block * SECTOR);
+        let mut bytes = self
+            .source
+            .read_vec_at(at(block), ByteLen(first * SECTOR))?;
+        if count > first {
+            let rest = ByteLen((count - first) * SECTOR);
+            bytes.extend(self.source.read_vec_at(at(0), rest)?);
+        }
+        Ok(bytes)
+    }
+}
+
+/// The cycle a block was written in.
+fn cycle_of(block: &[u8]) -> u32 {
+    let word = |at: usize| {
+        let bytes = block.get(at..).and_then(|rest| rest.first_chunk());
+        u32::from_be_bytes(bytes.copied().unwrap_or_default())
+    };
+    if word(0) == format::LOG_MAGIC {
+        word(4)
+    } else {
+        word(0)
+    }
+}
+
+/// The cycle after `cycle`: never the magic (`xlog_split_iclog`).
+fn next_cycle(cycle: u32) -> u32 {
+    match cycle.wrapping_add(1) {
+        format::LOG_MAGIC => format::LOG_MAGIC + 1,
+        next => next,
+    }
+}
+
+/// Blocks of headers before what a record holds (`xlog_logrec_hblks`).
+fn header_blocks(record: &LogRecord) -> u64 {
+    let size = record.size.get();
+    if record.version.get() & format::LOG_VERSION_2 != 0 && size > format::LOG_CYCLE_SIZE {
+        u64::from(size.div_ceil(format::LOG_CYCLE_SIZE))
+    } else {
+        1
+    }
+}
+
+/// Whether a record's checksum holds (`xlog_cksum`). Those of mkfs and of old kernels have none.
+fn log_crc_holds(record: &LogRecord, headers: &[u8], body: &[u8]) -> bool {
+    if record.crc == [0; 4] {
+        return true;
+    }
+    format::LOG_HEADER_SIZES.into_iter().any(|size| {
+        let Some(first) = headers.get(..size) else {
+            return false;
+        };
+        let (before, rest) = first.split_at(format::LOG_CRC_OFFSET);
+        let mut crc = [before, &[0; 4], &rest[4..]]
+            .into_iter()
+            .fold(0, crc32c::crc32c_append);
+        for extended in headers.chunks_exact(ByteLen(SECTOR).as_usize()).skip(1) {
+            crc = crc32c::crc32c_append(crc, &extended[..format::LOG_EXT_HEADER_SIZE]);
+        }
+        crc32c::crc32c_append(crc, body).to_le_bytes() == record.crc
+    })
+}
+
+/// What comes next in the transactions of a log that was frozen.
+#[derive(Default)]
+enum Transactions {
+    /// A transaction begins.
+    #[default]
+    Start,
+    /// Its header follows.
+    Header { transaction: u32 },
+    /// Its items follow, of the current one `pieces` more; then its commit.
+    Items { transaction: u32, pieces: u16 },
+}
+
+impl Transactions {
+    /// Takes the operations of one record. False if there is anything in them but whole
+    /// transactions that write the superblock.
+    fn take(&mut self, record: &LogRecord, body: &[u8]) -> bool {
+        let mut rest = body;
+        for _ in 0..record.ops.get() {
+            let Ok((op, behind)) = LogOp::read_from_prefix(rest) else {
+                return false;
+            };
+            let Some((data, behind)) =
+                behind.split_at_checked(ByteLen(op.len.get().into()).as_usize())
+            else {
+                return false;
+            };
+            if !self.step(&op, data) {
+                return false;
+            }
+            rest = behind;
+        }
+        true
+    }
+
+    fn is_idle(&self) -> bool {
+        matches!(self, Self::Start)
+    }
+
+    fn step(&mut self, op: &LogOp, data: &[u8]) -> bool {
+        let id = op.transaction.get();
+        let next = match *self {
+            Self::Start if op.flags == format::OP_START && data.is_empty() => {
+                Self::Header { transaction: id }
+            }
+            Self::Header { transaction }
+                if id == transaction
+                    && op.flags == 0
+                    && data.starts_with(&format::TRANSACTION_MAGIC.to_le_bytes()) =>
+            {
+                Self::Items {
+                    transaction,
+                    pieces: 0,
+                }
+            }
+            Self::Items {
+                transaction,
+                pieces: 0,
+            } if id == transaction && op.flags == format::OP_COMMIT && data.is_empty() => {
+                Self::Start
+            }
+            Self::Items {
+                transaction,
+                pieces: 0,
+            } if id == transaction && op.flags == 0 => match BufferItem::read_from_prefix(data) {
+                Ok((item, _))
+                    if item.kind.get() == format::ITEM_BUFFER
+                        && item.sector.get() == 0
+                        && item.pieces.get() >= 1 =>
+                {
+                    Self::Items {
+                        transaction,
+                        pieces: item.pieces.get() - 1,
+                    }
+                }
+                _ => return false,
+            },
+            Self::Items {
+                transaction,
+                pieces,
+            } if id == transaction && op.flags == 0 => Self::Items {
+                transaction,
+                pieces: pieces - 1,
+            },
+            _ => return false,
+        };
+        *self = next;
+        true
+    }
+}
