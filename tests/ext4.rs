@@ -10,7 +10,7 @@ use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
 use holdstill::units::{ByteLen, Offset};
 
-use crate::common::volume::{copy, digests, map, open, poison, populate, walk};
+use crate::common::volume::{copy, digests, direct_copy, map, open, poison, populate, walk};
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, needs_root, output, run, seed, sparse_file, temp_dir,
 };
@@ -263,23 +263,6 @@ fn a_filesystem_that_was_grown_is_mapped() {
         assert_eq!(map.walk.warnings, [""; 0], "{options}");
         assert_eq!(map.free(), free_by_dumpe2fs(&image), "{options}");
     }
-}
-
-/// Copies a device past its page cache.
-fn direct_copy(device: &Path, to: &Path) {
-    let from = format!("if={}", device.display());
-    let to = format!("of={}", to.display());
-    run(
-        "dd",
-        [
-            "iflag=direct",
-            "bs=512K",
-            "conv=sparse",
-            "status=none",
-            &from,
-            &to,
-        ],
-    );
 }
 
 #[test]

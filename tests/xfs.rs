@@ -1,13 +1,21 @@
 //! The map of XFS, and the state of its log, against the tools that make and check them.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use holdstill::error::Kind;
 use holdstill::extent::{Extent, ExtentSet};
-use holdstill::fs::Condition;
-use holdstill::units::ByteLen;
+use holdstill::fs::{self, Condition, DirtyReason, Opened};
+use holdstill::read_at::ReadAt;
+use holdstill::units::{ByteLen, Offset};
 
-use crate::common::volume::{copy, digests, map, poison, populate};
-use crate::common::{LoopDevice, Mount, Rng, needs_root, output, run, seed, sparse_file, temp_dir};
+use crate::common::volume::{
+    copy, digests, direct_copy, free_by_fsmap, map, open, poison, populate, walk,
+};
+use crate::common::{
+    FileSource, LoopDevice, Mount, Rng, count, needs_root, output, run, seed, sparse_file, temp_dir,
+};
 
 /// How `mkfs` is called to get every arrangement of metadata and every feature.
 const FEATURES: &[(&str, &str)] = &[
@@ -187,4 +195,303 @@ fn privileged_the_map_is_right_after_the_kernel_wrote() {
         std::fs::remove_file(&image).unwrap();
         std::fs::remove_file(&poisoned).unwrap();
     }
+}
+
+/// Whether `xfs_logprint` calls the log clean.
+fn log_is_clean(image: &Path) -> bool {
+    let text = run("xfs_logprint", [Path::new("-t"), image]);
+    let is_clean = text.contains("state: <CLEAN>");
+    assert!(is_clean || text.contains("state: <DIRTY>"), "{text}");
+    is_clean
+}
+
+/// Logs of every kind, some so small that they go round within a test.
+const LOGS: &[(&str, &str)] = &[
+    ("default", ""),
+    ("small", "--unsupported -l size=8m"),
+    ("small_stripe", "--unsupported -l size=8m,su=65536"),
+    ("largest_stripe", "-l su=262144"),
+    (
+        "small_sectors_of_4k",
+        "--unsupported -s size=4096 -l size=12m",
+    ),
+    ("large_blocks", "-b size=65536"),
+    ("rmapbt", "-m rmapbt=1"),
+];
+
+/// Something that fills the log.
+fn churn(dir: &Path, rng: &mut Rng, rounds: u64) {
+    for round in 0..rounds {
+        let folder = dir.join(format!("churn{}", rng.below(5)));
+        std::fs::create_dir_all(&folder).unwrap();
+        for number in 0..40 {
+            std::fs::write(folder.join(format!("{round}.{number}")), [7; 5000]).unwrap();
+        }
+        if rng.below(2) == 0 {
+            std::fs::remove_dir_all(&folder).unwrap();
+        }
+        run("sync", ["-f", dir.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn privileged_a_freeze_is_told_from_a_crash_wherever_the_log_stands() {
+    needs_root!();
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let mount_point = dir.path().join("mnt");
+    let (frozen, crashed) = (dir.path().join("frozen"), dir.path().join("crashed"));
+    let dirty = Condition::Dirty {
+        reason: DirtyReason::Log,
+    };
+    for &(name, options) in LOGS {
+        let image = dir.path().join(name);
+        make(&image, name, options, None);
+        let device = LoopDevice::attach(&image);
+        for round in 0..count(3, 30) {
+            println!("{name} {round}");
+            // A freeze: the map is what the kernel says, and without the rest all is there.
+            let expected = {
+                let mount = Mount::new(device.path(), &mount_point, "xfs", "");
+                let rounds = 1 + rng.below(8);
+                churn(mount.dir(), &mut rng, rounds);
+                populate(
+                    &mount.dir().join(format!("round{round}")),
+                    &mut rng,
+                    1 << 20,
+                );
+                // A file that is deleted and still open.
+                let orphan = std::fs::File::create(mount.dir().join("orphan")).unwrap();
+                orphan.write_all_at(&vec![1; 300_000], 0).unwrap();
+                std::fs::remove_file(mount.dir().join("orphan")).unwrap();
+                let free = {
+                    let _frozen = mount.freeze();
+                    direct_copy(device.path(), &frozen);
+                    free_by_fsmap(mount.dir())
+                };
+                let map = map(&frozen);
+                assert_eq!(map.condition, Condition::Frozen, "{name}");
+                assert_eq!(map.walk.warnings, [""; 0], "{name}");
+                // The kernel calls the blocks of the free lists used, as the map does.
+                assert_eq!(map.free(), free, "{name}");
+                poison(&frozen, &map.used, map.volume.len);
+                digests(mount.dir())
+            };
+            {
+                let device = LoopDevice::attach(&frozen);
+                let mount = Mount::new(device.path(), &mount_point, "xfs", "nouuid");
+                assert_eq!(digests(mount.dir()), expected, "{name}");
+            }
+            run("xfs_repair", [Path::new("-n"), &frozen]);
+
+            // A clean unmount, and a crash.
+            let is_clean = |image: &Path| {
+                let condition = open(&FileSource::open(image)).condition();
+                assert_eq!(condition == Condition::Clean, log_is_clean(image), "{name}");
+                condition
+            };
+            direct_copy(device.path(), &crashed);
+            assert_eq!(is_clean(&crashed), Condition::Clean, "{name}");
+            {
+                let mount = Mount::new(device.path(), &mount_point, "xfs", "");
+                let rounds = 1 + rng.below(8);
+                churn(mount.dir(), &mut rng, rounds);
+                std::fs::write(mount.dir().join("last"), [9; 9000]).unwrap();
+                run(
+                    "xfs_io",
+                    ["-x", "-c", "shutdown -f", mount.dir().to_str().unwrap()],
+                );
+            }
+            direct_copy(device.path(), &crashed);
+            assert_eq!(is_clean(&crashed), dirty, "{name}");
+        }
+    }
+}
+
+/// A small filesystem in memory, after changing some of its bytes.
+fn altered(options: &str, change: impl FnOnce(&Path)) -> Vec<u8> {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    make(&image, "altered", options, None);
+    change(&image);
+    std::fs::read(&image).unwrap()
+}
+
+fn patch(image: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(image).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+/// Sets a field with its checksum.
+fn write_field(image: &Path, structure: &str, field: &str, value: &str) {
+    let write = format!("write {field} {value}");
+    run(
+        "xfs_db",
+        ["-x", "-c", structure, "-c", &write, image.to_str().unwrap()],
+    );
+}
+
+/// Changes bytes of the superblock and sets its checksum anew.
+fn alter_superblock(image: &Path, offset: usize, change: impl FnOnce(&mut [u8])) {
+    let source = FileSource::open(image);
+    let mut sector = source.read_vec_at(Offset(0), ByteLen(512)).unwrap();
+    change(&mut sector[offset..]);
+    sector[224..228].fill(0);
+    let crc = crc32c::crc32c(&sector).to_le_bytes();
+    sector[224..228].copy_from_slice(&crc);
+    patch(image, 0, &sector);
+}
+
+#[test]
+fn a_group_whose_tree_is_wrong_is_used_as_a_whole() {
+    type Change = fn(&Path);
+    let changes: &[(&str, &str, Change)] = &[
+        ("checksum of block", "", |image| {
+            patch(image, 4096 + 4000, &[1])
+        }),
+        ("its AGF is wrong", "", |image| patch(image, 512 + 60, &[1])),
+        ("its AGI is wrong", "", |image| {
+            patch(image, 1024 + 60, &[1])
+        }),
+        ("its AGFL is wrong", "", |image| {
+            patch(image, 1536 + 60, &[1])
+        }),
+        ("it claims 20000 free blocks", "", |image| {
+            write_field(image, "agf 0", "longest", "19000");
+            write_field(image, "agf 0", "freeblks", "20000");
+        }),
+        ("is none", "-m crc=0", |image| patch(image, 4096 + 5, &[1])),
+        ("overfull", "-m crc=0", |image| {
+            patch(image, 4096 + 6, &[0xff])
+        }),
+        ("do not ascend", "-m crc=0", |image| {
+            patch(image, 4096 + 16, &[0xff])
+        }),
+        ("do not ascend", "-m crc=0", |image| {
+            patch(image, 4096 + 19, &[0])
+        }),
+        ("do not follow", "-m crc=0", |image| {
+            patch(image, 4096 + 8, &[0])
+        }),
+        ("goes on", "-m crc=0", |image| patch(image, 4096 + 12, &[0])),
+        ("leaves it", "-m crc=0", |image| {
+            write_field(image, "agf 0", "bnoroot", "4000000")
+        }),
+        ("levels", "-m crc=0", |image| {
+            write_field(image, "agf 0", "bnolevel", "77")
+        }),
+        ("is none", "-m crc=0", |image| {
+            write_field(image, "agf 0", "bnolevel", "2")
+        }),
+    ];
+    for &(expected, options, change) in changes {
+        let volume = altered(options, change);
+        let (used, result) = walk(open(&volume).as_ref(), &volume);
+        let warnings = result.unwrap().warnings;
+        assert_eq!(warnings.len(), 1, "{expected}: {warnings:?}");
+        assert!(
+            warnings[0].contains("group 0") && warnings[0].contains(expected),
+            "{warnings:?}"
+        );
+        let group = Extent::new(0, (SIZE / 4096 / 4) * 4096);
+        assert_eq!(used.gaps(group).count(), 0, "{expected}");
+        assert!(used.bytes() < ByteLen(SIZE / 2), "{expected}");
+    }
+}
+
+#[test]
+fn a_filesystem_that_contradicts_itself_has_no_map() {
+    let volume = altered("", |image| write_field(image, "sb 0", "fdblocks", "1234"));
+    let (_, result) = walk(open(&volume).as_ref(), &volume);
+    assert_eq!(result.unwrap_err().kind(), Kind::Damaged);
+}
+
+#[test]
+fn what_is_not_understood_is_copied_as_a_whole() {
+    let why = |volume: &[u8]| match fs::open(&volume.to_vec()).unwrap() {
+        Opened::AllBlocks { why, .. } => why,
+        other => panic!("{other:?}"),
+    };
+    let checksum = altered("", |image| patch(image, 108, b"label"));
+    assert!(why(&checksum).contains("checksum"));
+    // The words of features: read-only compatible and incompatible.
+    for (offset, name) in [
+        (212, "read-only compatible 0x40000000"),
+        (216, "incompatible 0x40000000"),
+    ] {
+        let volume = altered("", |image| {
+            alter_superblock(image, offset, |word| word[0] |= 0x40)
+        });
+        assert!(why(&volume).contains(name), "{}", why(&volume));
+    }
+    for (name, offset, value) in [
+        ("block or sector size", 4, 1u8),
+        ("larger than the volume", 8, 1),
+        ("allocation groups", 84, 1),
+        ("allocation groups", 88, 1),
+        ("log", 48, 1),
+        ("block or sector size", 102, 3),
+        ("version 6", 101, 0xb6),
+    ] {
+        let volume = altered("", |image| {
+            alter_superblock(image, offset, |bytes| bytes[0] = value)
+        });
+        assert!(why(&volume).contains(name), "{name}: {}", why(&volume));
+    }
+}
+
+#[test]
+fn what_is_on_other_devices_is_refused_by_name() {
+    let dir = temp_dir();
+    let (data, other) = (dir.path().join("data"), dir.path().join("other"));
+    for (option, name) in [("-l", "logdev"), ("-r", "rtdev")] {
+        sparse_file(&data, SIZE);
+        sparse_file(&other, SIZE);
+        let device = format!("{name}={},size=300m", other.display());
+        run(
+            "mkfs.xfs",
+            ["-q", "-f", option, &device, data.to_str().unwrap()],
+        );
+        let error = fs::open(&FileSource::open(&data)).unwrap_err();
+        assert_eq!(error.kind(), Kind::NotApplicable);
+        let expected = if name == "logdev" {
+            "external log"
+        } else {
+            "realtime"
+        };
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn unfinished_business_makes_it_dirty() {
+    let in_progress = altered("", |image| alter_superblock(image, 126, |byte| byte[0] = 1));
+    let needs_repair = altered("", |image| {
+        alter_superblock(image, 219, |byte| byte[0] |= 1 << 4)
+    });
+    let log = |image: &Path| {
+        let group = field(image, "sb 0", "agblocks");
+        let start = field(image, "sb 0", "logstart");
+        let shift = field(image, "sb 0", "agblklog");
+        ((start >> shift) * group + (start & ((1 << shift) - 1))) * 4096
+    };
+    // The unmount record: its flag, its UUID, its length.
+    let no_unmount = altered("", |image| patch(image, log(image) + 512 + 9, &[0]));
+    let foreign = altered("", |image| patch(image, log(image) + 304, &[0xee]));
+    let longer = altered("", |image| patch(image, log(image) + 12, &[1]));
+    for (name, volume, reason) in [
+        ("in progress", in_progress, DirtyReason::InProgress),
+        ("needs repair", needs_repair, DirtyReason::NeedsRepair),
+        ("no unmount", no_unmount, DirtyReason::Log),
+        ("foreign", foreign, DirtyReason::LogDamaged),
+        ("longer", longer, DirtyReason::LogDamaged),
+    ] {
+        assert_eq!(
+            open(&volume).condition(),
+            Condition::Dirty { reason },
+            "{name}"
+        );
+    }
+    let zeroed = altered("", |image| patch(image, log(image), &[0; 4096]));
+    assert_eq!(open(&zeroed).condition(), Condition::Clean);
 }

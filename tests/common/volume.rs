@@ -163,3 +163,36 @@ pub(crate) fn digests(dir: &Path) -> BTreeMap<PathBuf, String> {
 pub(crate) fn copy(from: &Path, to: &Path) {
     run("cp", [Path::new("--sparse=always"), from, to]);
 }
+
+/// Copies a device past its page cache.
+pub(crate) fn direct_copy(device: &Path, to: &Path) {
+    let from = format!("if={}", device.display());
+    let to = format!("of={}", to.display());
+    run(
+        "dd",
+        [
+            "iflag=direct",
+            "bs=512K",
+            "conv=sparse",
+            "status=none",
+            &from,
+            &to,
+        ],
+    );
+}
+
+/// What the kernel itself calls free in a mounted filesystem (`FS_IOC_GETFSMAP`, owner
+/// `FMR_OWN_FREE`).
+pub(crate) fn free_by_fsmap(dir: &Path) -> ExtentSet {
+    let text = run(
+        "xfs_io",
+        ["-r", "-c", "fsmap -m", dir.to_str().expect("a path")],
+    );
+    let mut free = ExtentSet::new();
+    for line in text.lines().filter(|line| line.contains(",special_0:1,")) {
+        let fields: Vec<&str> = line.split(',').collect();
+        let [first, last] = [fields[3], fields[4]].map(|n| n.parse::<u64>().expect("a sector"));
+        free.insert(Extent::new(first * 512, (last + 1 - first) * 512));
+    }
+    free
+}
