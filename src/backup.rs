@@ -1,5 +1,6 @@
 //! `backup`: sources that hold still, into one image.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use holdstill_platform::output::Output;
@@ -7,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::{Proof, Step, Still};
+use crate::freeze::{Context, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
     Blocks, FreezeTimes, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer,
@@ -18,6 +19,7 @@ use crate::pipeline::sink::OutputSink;
 use crate::pipeline::store::{Compression, Job, store};
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
+use crate::run::{Hooks, Run};
 use crate::units::ByteLen;
 
 /// What to back up, and how.
@@ -39,6 +41,8 @@ pub struct Options {
     pub force: bool,
     /// Threads that read, hash and compress.
     pub workers: usize,
+    /// Commands around the freeze.
+    pub hooks: Hooks,
     /// The run's id, for the image and for what is made on the way.
     pub run_id: String,
 }
@@ -132,14 +136,27 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     for plan in &plans {
         progress.event(&Event::Plan(&plan.to_string()));
     }
+    let is_guarded = plans.iter().any(|plan| plan.step.needs_guard());
+    let run = Run::begin(
+        &options.run_id,
+        options.hooks.clone(),
+        &options.sources,
+        is_guarded,
+    )?;
     let output = match &options.output {
         Some(path) => Output::create(path, options.force).map_err(explain_output)?,
         None => Output::stdout()?,
     };
+    let context = Context {
+        run: &run,
+        output: Some(output.as_fd()),
+        all_blocks: options.all_blocks,
+        progress,
+    };
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in &plans {
-        let still = plan.hold_still(options.all_blocks)?;
+        let still = plan.hold_still(&context)?;
         for warning in &still.survey().warnings {
             progress.warn(warning);
             warnings.push(warning.clone());
@@ -201,7 +218,7 @@ fn copy(
 ) -> Result<(Proof, Vec<Extent>, ByteLen)> {
     let mut unreadable = Vec::new();
     let mut pass_number = 0;
-    while let Some(pass) = still.next_pass()? {
+    while let Some(pass) = still.next_pass(progress)? {
         let job = Job {
             source: pass.source,
             volume,
@@ -215,7 +232,7 @@ fn copy(
         pass_number += 1;
     }
     let used = still.survey().bytes;
-    Ok((still.finish()?, unreadable, used))
+    Ok((still.finish(progress)?, unreadable, used))
 }
 
 fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Result<Manifest> {

@@ -2,15 +2,20 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+pub mod hold;
+mod mounted;
 pub mod offline;
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::pipeline::read::Walk;
+use crate::progress::Progress;
 use crate::read_at::ReadAt;
+use crate::run::Run;
 use crate::survey::Survey;
 
 /// A way to make a source hold still.
@@ -18,16 +23,27 @@ use crate::survey::Survey;
 pub enum Step {
     /// Nobody has it mounted, held or open for writing.
     Offline,
+    /// Its filesystem is frozen for the whole copy.
+    Hold,
 }
 
 impl Step {
-    /// All steps of this version, in the order in which `auto` tries them.
+    /// The steps that `auto` tries, in this order.
     pub const LADDER: [Self; 1] = [Self::Offline];
+
+    /// All steps of this version. Those that are not in the ladder are taken only when named.
+    pub const ALL: [Self; 2] = [Self::Offline, Self::Hold];
+
+    /// Whether the step freezes or creates something that a guard has to watch over.
+    pub fn needs_guard(self) -> bool {
+        self != Self::Offline
+    }
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Offline => "offline",
+            Self::Hold => "hold",
         }
     }
 }
@@ -42,7 +58,7 @@ impl FromStr for Step {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let known = Self::LADDER.into_iter().find(|step| step.name() == text);
+        let known = Self::ALL.into_iter().find(|step| step.name() == text);
         known.ok_or_else(|| {
             Error::new(
                 Kind::Usage,
@@ -50,6 +66,23 @@ impl FromStr for Step {
             )
         })
     }
+}
+
+/// What a step is given to work with.
+#[derive(Clone, Copy)]
+#[allow(
+    missing_debug_implementations,
+    reason = "a listener need not be printable"
+)]
+pub struct Context<'a> {
+    /// The run: its guard, its record, its hooks.
+    pub run: &'a Run,
+    /// What the copy is written to, if it is a file or device of this machine.
+    pub output: Option<BorrowedFd<'a>>,
+    /// Copy unallocated blocks too.
+    pub all_blocks: bool,
+    /// Who listens.
+    pub progress: &'a dyn Progress,
 }
 
 /// One pass over a source that holds still.
@@ -71,13 +104,13 @@ pub trait Still {
     ///
     /// # Errors
     /// If it moved after all, or reading fails.
-    fn next_pass(&mut self) -> Result<Option<Pass<'_>>>;
+    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>>;
 
     /// Proves that it held still, and lets go.
     ///
     /// # Errors
     /// If it moved: what was read must not be used.
-    fn finish(self: Box<Self>) -> Result<Proof>;
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof>;
 }
 
 /// What a source that held still is worth.

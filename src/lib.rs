@@ -9,6 +9,7 @@
 
 pub mod backup;
 pub mod cli;
+
 pub mod error;
 pub mod extent;
 pub mod freeze;
@@ -22,6 +23,7 @@ pub mod plan;
 pub mod progress;
 pub mod read_at;
 pub mod restore;
+pub mod run;
 pub mod source;
 pub mod survey;
 pub mod target;

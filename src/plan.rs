@@ -8,8 +8,9 @@ use holdstill_platform::node::{FileId, Node};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::hold::{self, Hold};
 use crate::freeze::offline::{self, Offline};
-use crate::freeze::{Step, Still};
+use crate::freeze::{Context, Step, Still};
 use crate::source::{Medium, Source};
 
 /// A source and the step chosen for it.
@@ -55,9 +56,10 @@ impl Plan {
     ///
     /// # Errors
     /// What the step says.
-    pub fn hold_still(&self, all_blocks: bool) -> Result<Box<dyn Still>> {
+    pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
         Ok(match self.step {
-            Step::Offline => Box::new(Offline::hold(&self.source, all_blocks)?),
+            Step::Offline => Box::new(Offline::hold(&self.source, context)?),
+            Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
         })
     }
 
@@ -102,6 +104,7 @@ pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
 fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     match step {
         Step::Offline => offline::objection(source),
+        Step::Hold => hold::objection(source),
     }
 }
 

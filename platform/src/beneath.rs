@@ -45,7 +45,7 @@ pub fn rests_on(filesystem: DeviceNumber, source: &BlockDevice) -> Result<bool> 
     Ok(false)
 }
 
-/// The same for an open file, pipe or terminal; only files on a filesystem rest on anything.
+/// The same for an open file, block device, pipe or terminal; the last two rest on nothing.
 ///
 /// # Errors
 /// As [`rests_on`].
@@ -55,11 +55,11 @@ pub fn file_rests_on(file: impl AsFd, source: &BlockDevice) -> Result<bool> {
         "cannot look at",
         PathBuf::from(format!("file descriptor {}", fd.as_raw_fd())),
     )?;
-    let kind = stat.st_mode & libc::S_IFMT;
-    if kind != libc::S_IFREG && kind != libc::S_IFDIR {
-        return Ok(false);
+    match stat.st_mode & libc::S_IFMT {
+        libc::S_IFREG | libc::S_IFDIR => rests_on(DeviceNumber::from_raw(stat.st_dev), source),
+        libc::S_IFBLK => rests_on(DeviceNumber::from_raw(stat.st_rdev), source),
+        _ => Ok(false),
     }
-    rests_on(DeviceNumber::from_raw(stat.st_dev), source)
 }
 
 /// The filesystem or device that a filesystem without a device number of its own writes to.

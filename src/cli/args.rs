@@ -9,6 +9,7 @@ use crate::freeze::Step;
 use crate::pipeline::default_workers;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
+use crate::run::Hooks;
 use crate::{backup, restore, verify};
 
 const EXIT_CODES: &str = "Exit codes:
@@ -82,7 +83,8 @@ pub(super) struct BackupArgs {
     /// The image to write; `-` streams it to standard output
     #[arg(short, long, value_name = "IMAGE")]
     output: PathBuf,
-    /// How the source is made to hold still
+    /// How the source is made to hold still: auto (the first that applies), offline, or hold
+    /// (frozen for the whole copy, 60 s at most; never chosen by auto)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// How to compress: zstd, zstd:LEVEL (-7 to 19, default 1) or none
@@ -94,12 +96,33 @@ pub(super) struct BackupArgs {
     /// What to do with blocks that cannot be read
     #[arg(long, value_enum, default_value_t = ReadError::Fail, value_name = "WHAT")]
     on_read_error: ReadError,
+    #[command(flatten)]
+    hooks: HookArgs,
     /// Replace an existing image
     #[arg(long)]
     force: bool,
     /// Threads that read, hash and compress
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
+}
+
+#[derive(Debug, Args)]
+struct HookArgs {
+    /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
+    #[arg(long, value_name = "CMD")]
+    pre_freeze: Option<String>,
+    /// Run CMD right after the thaw; always, once the first was started
+    #[arg(long, value_name = "CMD")]
+    post_freeze: Option<String>,
+}
+
+impl HookArgs {
+    fn hooks(&self) -> Hooks {
+        Hooks {
+            pre: self.pre_freeze.clone(),
+            post: self.post_freeze.clone(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -127,6 +150,7 @@ impl BackupArgs {
             },
             force: self.force,
             workers: workers(self.threads),
+            hooks: self.hooks.hooks(),
             run_id: run_id.to_owned(),
         })
     }

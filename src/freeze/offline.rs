@@ -12,8 +12,10 @@ use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::freeze::{Pass, Proof, Still};
+use crate::freeze::{Context, Pass, Proof, Still};
 use crate::image::manifest::Grade;
+use crate::progress::Progress;
+use crate::run::Run;
 use crate::source::{Medium, Source};
 use crate::survey::Survey;
 
@@ -25,6 +27,7 @@ pub struct Offline {
     instant: jiff::Timestamp,
     watch: Watch,
     is_read: bool,
+    run: Run,
 }
 
 /// How writing by somebody else would show.
@@ -62,7 +65,8 @@ impl Offline {
     ///
     /// # Errors
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
-    pub fn hold(source: &Source, all_blocks: bool) -> Result<Self> {
+    pub fn hold(source: &Source, context: &Context<'_>) -> Result<Self> {
+        context.run.before_freeze()?;
         let disk = Disk::open(&source.path, Access::Read)?;
         let watch = match &source.medium {
             Medium::Device(device) => Watch::device(source, device, &disk),
@@ -72,7 +76,7 @@ impl Offline {
         if let Some(user) = objection(source)? {
             return Err(in_use(&disk, &user));
         }
-        let mut survey = Survey::of_offline(&disk, all_blocks)?;
+        let mut survey = Survey::of_offline(&disk, context.all_blocks)?;
         if let Some(weakness) = watch.weakness() {
             survey.grade = survey.grade.max(Grade::Crash);
             survey.warnings.push(weakness.to_owned());
@@ -83,6 +87,7 @@ impl Offline {
             instant: jiff::Timestamp::now(),
             watch,
             is_read: false,
+            run: context.run.clone(),
         })
     }
 }
@@ -175,7 +180,7 @@ impl Still for Offline {
         &self.survey
     }
 
-    fn next_pass(&mut self) -> Result<Option<Pass<'_>>> {
+    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
         if std::mem::replace(&mut self.is_read, true) {
             return Ok(None);
         }
@@ -186,8 +191,10 @@ impl Still for Offline {
         }))
     }
 
-    fn finish(self: Box<Self>) -> Result<Proof> {
-        if !self.watch.is_quiet(&self.disk)? {
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        let is_quiet = self.watch.is_quiet(&self.disk)?;
+        self.run.after_thaw(progress);
+        if !is_quiet {
             return Err(Error::new(
                 Kind::Inconsistent,
                 "somebody wrote to the source while it was copied",

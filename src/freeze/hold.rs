@@ -1,0 +1,160 @@
+//! `hold`: the filesystem stays frozen for the whole copy. For small volumes that can do without
+//! writers for a while (`/boot`), and only when asked for: everybody who writes to it waits.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::guard::Frozen;
+
+use super::mounted;
+use crate::error::{Error, Kind, Result};
+use crate::freeze::{Context, Pass, Proof, Still};
+use crate::progress::{Event, Progress};
+use crate::run::Run;
+use crate::source::Source;
+use crate::survey::Survey;
+
+/// The longest a filesystem is held frozen. At this moment the guard thaws it, and the run fails.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// A source held frozen.
+#[derive(Debug)]
+pub struct Hold {
+    source: Source,
+    disk: Disk,
+    survey: Survey,
+    // Dropped first of what matters: fields are dropped in order, and the thaw must not wait.
+    frozen: Option<Frozen>,
+    instant: jiff::Timestamp,
+    is_read: bool,
+    run: Run,
+}
+
+/// Why the source cannot be held frozen; `None` if nothing speaks against it.
+///
+/// # Errors
+/// If it cannot be examined.
+pub fn objection(source: &Source) -> Result<Option<String>> {
+    let device = match mounted::device(source) {
+        Ok(device) => device,
+        Err(why) => return Ok(Some(why)),
+    };
+    if mounted::has_swap(device)? {
+        return Ok(Some("swap space lies on it".to_owned()));
+    }
+    mounted::other_writer(device)
+}
+
+impl Hold {
+    /// Freezes the source. What the copy is written to must not lie on it.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`] if the copy would wait for itself; else if it cannot be frozen or read.
+    pub fn freeze(source: &Source, context: &Context<'_>) -> Result<Self> {
+        let Context {
+            run,
+            output,
+            all_blocks,
+            progress,
+        } = *context;
+        let no = |why: String| {
+            Error::new(
+                Kind::NotApplicable,
+                format!("it cannot be held frozen: {why}"),
+            )
+            .on(&source.path)
+        };
+        let device = mounted::device(source).map_err(no)?;
+        let mount = source
+            .mount
+            .as_ref()
+            .ok_or_else(|| no("it is not mounted here".to_owned()))?;
+        if let Some(why) = mounted::would_wait_for_itself(device, output)? {
+            return Err(
+                no(why.to_owned()).hint("write the image elsewhere, or to a pipe that does")
+            );
+        }
+        let disk = Disk::open(&source.path, Access::Read)?;
+        let point = Arc::new(MountPoint::open(&mount.point)?);
+        run.note(|record| record.mount_points.push(mount.point.clone()))?;
+        run.before_freeze()?;
+        point.sync()?;
+        let frozen = run
+            .guard()?
+            .freeze(&point, LIMIT)
+            .map_err(|error| mounted::explain(error, source))?;
+        let instant = jiff::Timestamp::now();
+        let survey = Survey::of_frozen(&disk, all_blocks)?;
+        progress.event(&Event::Frozen {
+            instant: &instant.to_string(),
+        });
+        Ok(Self {
+            source: source.clone(),
+            disk,
+            survey,
+            frozen: Some(frozen),
+            instant,
+            is_read: false,
+            run: run.clone(),
+        })
+    }
+
+    fn too_long(&self) -> Error {
+        Error::new(
+            Kind::Inconsistent,
+            format!(
+                "the copy takes longer than the {} s a filesystem may be held frozen",
+                LIMIT.as_secs()
+            ),
+        )
+        .on(&self.source.path)
+        .hint("--freeze auto, if that can image it, or unmount it")
+    }
+}
+
+impl Still for Hold {
+    fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        if std::mem::replace(&mut self.is_read, true) {
+            return Ok(None);
+        }
+        let this = &*self;
+        Ok(Some(Pass {
+            source: &this.disk,
+            walk: Box::new(move |sink| {
+                this.survey.walk(&this.disk, &mut |run| {
+                    // After the deadline the guard has thawed: every further byte is for nothing.
+                    if this
+                        .frozen
+                        .as_ref()
+                        .is_none_or(|frozen| frozen.held() >= LIMIT)
+                    {
+                        return Err(this.too_long());
+                    }
+                    sink(run)
+                })
+            }),
+        }))
+    }
+
+    fn finish(mut self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        let missing = || Error::new(Kind::Failed, "thawed twice");
+        let frozen = self.frozen.take().ok_or_else(missing)?;
+        let read_ms = mounted::milliseconds(frozen.held());
+        let thawed = frozen.thaw();
+        self.run.after_thaw(progress);
+        let thawed = thawed.map_err(|error| mounted::explain(error, &self.source))?;
+        let times = mounted::times("final", &thawed, 0.0, read_ms);
+        progress.event(&Event::Thawed(&times));
+        Ok(Proof {
+            grade: self.survey.grade,
+            instant: self.instant,
+            freezes: vec![times],
+        })
+    }
+}

@@ -1,0 +1,119 @@
+//! What `hold` and `track` share: a mounted filesystem that can be frozen, and what must not lie on
+//! it while it is.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use holdstill_platform::beneath;
+use holdstill_platform::freeze::FreezeError;
+use holdstill_platform::guard::Thawed;
+use holdstill_platform::in_use::{self, User};
+use holdstill_platform::node::BlockDevice;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::manifest::FreezeTimes;
+use crate::source::{Medium, Source};
+
+/// The device of a source and where it is mounted; or why it cannot be frozen at all.
+pub(super) fn device(source: &Source) -> std::result::Result<&BlockDevice, String> {
+    let Medium::Device(device) = &source.medium else {
+        return Err("it is a file, not a mounted device".to_owned());
+    };
+    let Some(mount) = &source.mount else {
+        return Err("it is not mounted here".to_owned());
+    };
+    match mount.fs_type.as_str() {
+        "ext2" | "ext3" | "ext4" | "xfs" => Ok(device),
+        other => Err(format!("a mounted {other} cannot be imaged this way yet")),
+    }
+}
+
+/// Why something of ours that is written while the source is frozen would wait for its thaw, and the
+/// thaw for it. `output` is what the copy is written to.
+pub(super) fn would_wait_for_itself(
+    device: &BlockDevice,
+    output: Option<BorrowedFd<'_>>,
+) -> Result<Option<&'static str>> {
+    let stdout = std::io::stdout();
+    let stderr = std::io::stderr();
+    let written = [
+        (output, "the output lies on the source itself"),
+        (
+            Some(stdout.as_fd()),
+            "standard output goes to a file on the source",
+        ),
+        (
+            Some(stderr.as_fd()),
+            "standard error goes to a file on the source",
+        ),
+    ];
+    for (fd, what) in written {
+        let Some(fd) = fd else { continue };
+        if beneath::file_rests_on(fd, device)? {
+            return Ok(Some(what));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether swap space lies on the source: memory could not be written out while it is frozen.
+pub(super) fn has_swap(device: &BlockDevice) -> Result<bool> {
+    for swap in in_use::swaps()? {
+        let Ok(file) = std::fs::File::open(&swap.path) else {
+            continue;
+        };
+        if beneath::file_rests_on(&file, device)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Who could change the device behind the back of its filesystem: a freeze does not stop them.
+pub(super) fn other_writer(device: &BlockDevice) -> Result<Option<String>> {
+    let users = in_use::of_device(device, &[])?.users;
+    let writer = users
+        .into_iter()
+        .find(|user| !matches!(user, User::Mount { .. } | User::Swap { .. }) && user.may_write());
+    Ok(writer.map(|user| user.to_string()))
+}
+
+/// A freeze that failed or did not hold, as the user should see it.
+pub(super) fn explain(error: FreezeError, source: &Source) -> Error {
+    let (kind, hint) = match &error {
+        FreezeError::AlreadyFrozen => (
+            Kind::InUse,
+            "thaw it (fsfreeze --unfreeze), or wait for whoever froze it",
+        ),
+        FreezeError::Unsupported => (Kind::NotApplicable, "unmount it and image it offline"),
+        FreezeError::NotPermitted => (Kind::Permission, "try again as root"),
+        FreezeError::GuardLost(_) => (
+            Kind::Failed,
+            "without its guard process holdstill freezes nothing",
+        ),
+        FreezeError::DidNotHold => (
+            Kind::Inconsistent,
+            "the copy is worthless and was discarded; try again",
+        ),
+        FreezeError::Failed(_) => (Kind::Io, "check the disk and the kernel's log"),
+    };
+    Error::new(kind, "cannot freeze the filesystem")
+        .on(&source.path)
+        .because(error.to_string())
+        .hint(hint)
+}
+
+/// The report of a freeze that held.
+pub(super) fn times(purpose: &str, thawed: &Thawed, drain_ms: f64, read_ms: f64) -> FreezeTimes {
+    FreezeTimes {
+        purpose: purpose.to_owned(),
+        freeze_ms: milliseconds(thawed.total()),
+        drain_ms,
+        read_ms,
+        thaw_ms: milliseconds(thawed.thaw_call),
+    }
+}
+
+/// A duration in milliseconds.
+pub(super) fn milliseconds(duration: std::time::Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}

@@ -1,0 +1,291 @@
+//! One run of the program: its id, its guard process, its record on disk, and its hooks.
+//!
+//! Order matters. The guard is forked while the process is small and has one thread; the record is on
+//! disk before anything is frozen or created; the post-freeze hook is owed from the moment before the
+//! pre-freeze hook starts, and the guard runs it even if this process is killed.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use holdstill_platform::command::{Ending, Output, Tool};
+use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind};
+use holdstill_platform::records::{Record, Records};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::progress::Progress;
+
+/// How long the pre-freeze hook may take, and the post-freeze hook.
+pub const HOOK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Commands of the user around the freeze, run by `/bin/sh -c`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hooks {
+    /// Before the (final) freeze: if it fails, nothing is frozen.
+    pub pre: Option<String>,
+    /// Right after the thaw; always once the first was started.
+    pub post: Option<String>,
+}
+
+/// What a run writes down before it does it, for `cleanup` after a power cut.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The process.
+    pub pid: u32,
+    /// When it began (RFC 3339).
+    pub begun: String,
+    /// Mount points it may have frozen.
+    pub mount_points: Vec<PathBuf>,
+    /// Write-tracking instance, if any.
+    pub trace_instance: Option<String>,
+    /// Files that are not whole yet.
+    pub part_files: Vec<PathBuf>,
+}
+
+/// A run. Clones are the same run.
+#[derive(Clone, Debug)]
+pub struct Run(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    id: String,
+    hooks: Hooks,
+    sources: String,
+    guarded: Option<Guarded>,
+    hook_state: Mutex<HookState>,
+}
+
+/// What only runs that freeze or create something have.
+#[derive(Debug)]
+struct Guarded {
+    /// `None` only while being dropped.
+    guard: Option<Guard>,
+    record: Mutex<(RunRecord, Option<Record>)>,
+}
+
+/// How many freezes are still to come, and whether the pre-freeze hook ran.
+#[derive(Debug)]
+struct HookState {
+    freezes_left: usize,
+    is_owed: bool,
+}
+
+impl Run {
+    /// Begins a run over `sources`, each of which is frozen once at the end. `is_guarded`: something
+    /// will be frozen, so a guard and a record are needed.
+    ///
+    /// # Errors
+    /// If the guard cannot be started, or the record not be written.
+    pub fn begin(id: &str, hooks: Hooks, sources: &[String], is_guarded: bool) -> Result<Self> {
+        let sources_text = sources.join("\n");
+        let guarded = if is_guarded || hooks.post.is_some() {
+            Some(Guarded::begin(id, &hooks, &sources_text)?)
+        } else {
+            None
+        };
+        Ok(Self(Arc::new(Inner {
+            id: id.to_owned(),
+            hooks,
+            sources: sources_text,
+            guarded,
+            hook_state: Mutex::new(HookState {
+                freezes_left: sources.len(),
+                is_owed: false,
+            }),
+        })))
+    }
+
+    /// The run's id.
+    pub fn id(&self) -> &str {
+        &self.0.id
+    }
+
+    /// The guard.
+    ///
+    /// # Errors
+    /// If the run was begun without one.
+    pub fn guard(&self) -> Result<&Guard> {
+        let missing = || Error::new(Kind::Failed, "this run has no guard process");
+        self.maybe_guard().ok_or_else(missing)
+    }
+
+    fn maybe_guard(&self) -> Option<&Guard> {
+        self.0.guarded.as_ref()?.guard.as_ref()
+    }
+
+    /// Whether the guard still lives: asked between steps, so that nothing is frozen without one.
+    ///
+    /// # Errors
+    /// If it was killed or stopped.
+    pub fn check_guard(&self) -> Result<()> {
+        let lost =
+            |error| Error::from(error).hint("without its guard process holdstill freezes nothing");
+        self.maybe_guard()
+            .map_or(Ok(()), |guard| guard.check().map_err(lost))
+    }
+
+    /// Writes down what is about to be done. It is on disk when this returns.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn note(&self, change: impl FnOnce(&mut RunRecord)) -> Result<()> {
+        let Some(guarded) = &self.0.guarded else {
+            return Ok(());
+        };
+        let mut record = guarded
+            .record
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        change(&mut record.0);
+        let json = to_json(&record.0)?;
+        match &record.1 {
+            Some(on_disk) => Ok(on_disk.update(&json)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the guard remove a file or folder should this process die.
+    ///
+    /// # Errors
+    /// If the guard is lost.
+    pub fn register(&self, path: &std::path::Path, kind: LeftoverKind) -> Result<Option<Leftover>> {
+        let Some(guard) = self.maybe_guard() else {
+            return Ok(None);
+        };
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+            return Ok(None);
+        };
+        let folder = std::fs::File::open(folder)
+            .map_err(|error| Error::io("cannot open", error).on(folder))?;
+        Ok(Some(guard.register(folder.as_fd(), name, kind)?))
+    }
+
+    /// What was registered is gone, or has become what it was meant to be.
+    pub fn forget(&self, leftover: Option<Leftover>) {
+        if let (Some(guard), Some(leftover)) = (self.maybe_guard(), leftover)
+            && let Err(error) = guard.forget(leftover)
+        {
+            log::debug!("{error}");
+        }
+    }
+
+    /// To be called right before a source's (final) freeze: runs the pre-freeze hook, once.
+    ///
+    /// # Errors
+    /// [`Kind::Tool`] if it fails: then nothing must be frozen.
+    pub fn before_freeze(&self) -> Result<()> {
+        let mut state = self
+            .0
+            .hook_state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.is_owed {
+            return Ok(());
+        }
+        if let Some(guard) = self.maybe_guard() {
+            guard.owe_hook()?;
+        }
+        state.is_owed = true;
+        let Some(script) = &self.0.hooks.pre else {
+            return Ok(());
+        };
+        let mut tool = Tool::shell(script).deadline(HOOK_DEADLINE);
+        for (name, value) in hook_env(&self.0.id, &self.0.sources, "pre") {
+            tool = tool.env(name, value);
+        }
+        tool.run()
+            .and_then(Output::checked)
+            .map(drop)
+            .map_err(|error| {
+                Error::new(
+                    Kind::Tool,
+                    "the pre-freeze command failed, so nothing is frozen",
+                )
+                .because(error)
+            })
+    }
+
+    /// To be called right after a source's thaw (or last read, where nothing is frozen): after that
+    /// of the last source the post-freeze hook runs.
+    pub fn after_thaw(&self, progress: &dyn Progress) {
+        let mut state = self
+            .0
+            .hook_state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        state.freezes_left = state.freezes_left.saturating_sub(1);
+        if state.freezes_left > 0 || !state.is_owed || self.0.hooks.post.is_none() {
+            return;
+        }
+        drop(state);
+        let Some(guard) = self.maybe_guard() else {
+            return;
+        };
+        let trouble = match guard.run_hook() {
+            Ok(Some(HookEnd::Ran(Ending::Exit(0)))) => None,
+            Ok(Some(HookEnd::Ran(ending))) => Some(ending.to_string()),
+            Ok(Some(HookEnd::NotStarted(errno))) => {
+                Some(std::io::Error::from_raw_os_error(errno).to_string())
+            }
+            Ok(None) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(trouble) = trouble {
+            progress.warn(&format!("the post-freeze command failed: {trouble}"));
+        }
+    }
+}
+
+/// Ends the run, however it went: the guard does what is left to do (the hook, if it is still owed),
+/// and the record goes. Only a run that is killed leaves its record, for `cleanup`.
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.guard.take().map(Guard::finish) {
+            log::warn!("{error}");
+        }
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(error)) = record.1.take().map(Record::remove) {
+            log::warn!("{error}");
+        }
+    }
+}
+
+impl Guarded {
+    fn begin(id: &str, hooks: &Hooks, sources: &str) -> Result<Self> {
+        let content = RunRecord {
+            pid: std::process::id(),
+            begun: jiff::Timestamp::now().to_string(),
+            ..RunRecord::default()
+        };
+        let record = Records::default().create(id, &to_json(&content)?)?;
+        let hook = hooks.post.as_ref().map(|script| Hook {
+            script: OsString::from(script),
+            env: hook_env(id, sources, "post")
+                .map(|(name, value)| (name.into(), value.into()))
+                .to_vec(),
+            deadline: HOOK_DEADLINE,
+        });
+        let keep = vec![record.lock().as_fd()];
+        let guard = Guard::spawn(Config { hook, keep })?;
+        Ok(Self {
+            guard: Some(guard),
+            record: Mutex::new((content, Some(record))),
+        })
+    }
+}
+
+fn hook_env<'a>(id: &'a str, sources: &'a str, phase: &'a str) -> [(&'static str, &'a str); 3] {
+    [
+        ("HOLDSTILL_RUN_ID", id),
+        ("HOLDSTILL_SOURCE", sources),
+        ("HOLDSTILL_PHASE", phase),
+    ]
+}
+
+fn to_json(record: &RunRecord) -> Result<Vec<u8>> {
+    serde_json::to_vec(record)
+        .map_err(|source| Error::new(Kind::Failed, "cannot describe the run").because(source))
+}
