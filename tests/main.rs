@@ -3,5 +3,6 @@
 mod common;
 mod ext4;
 mod harness;
+mod hostile_fs;
 mod image;
 mod xfs;

@@ -66,7 +66,7 @@ fn make(image: &Path, name: &str, options: &str, from: Option<&Path>) {
 }
 
 /// A prototype file, as `mkfs.xfs -p` wants it, of a folder.
-fn prototype(dir: &Path) -> String {
+pub(crate) fn prototype(dir: &Path) -> String {
     fn folder(dir: &Path, text: &mut String) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
@@ -494,4 +494,116 @@ fn unfinished_business_makes_it_dirty() {
     }
     let zeroed = altered("", |image| patch(image, log(image), &[0; 4096]));
     assert_eq!(open(&zeroed).condition(), Condition::Clean);
+}
+
+/// Replaces the free-space tree of group 0 of a version 4 filesystem, which has no checksums, by
+/// one of `runs`, its blocks at the end of the group and no fuller than `fill` records. The
+/// blocks of the tree.
+pub(crate) fn plant_tree(volume: &mut [u8], runs: &[(u32, u32)], fill: usize) -> Vec<u32> {
+    let get = |volume: &[u8], at: usize| u32::from_be_bytes(volume[at..at + 4].try_into().unwrap());
+    let block_size = get(volume, 4) as usize;
+    let last = get(volume, 84) - 1;
+    let mut planted = Vec::new();
+    let mut level: Vec<(u32, u32, u32)> = runs.iter().map(|&(at, len)| (at, len, 0)).collect();
+    let mut depth = 0u16;
+    loop {
+        let capacity = (block_size - 16) / if depth == 0 { 8 } else { 12 };
+        let parts: Vec<_> = level.chunks(fill.clamp(2, capacity)).collect();
+        let first = last - planted.len() as u32;
+        let block_of = |index: usize| first - index as u32;
+        let mut above = Vec::new();
+        for (index, part) in parts.iter().enumerate() {
+            let block = block_of(index);
+            let right = if index + 1 < parts.len() {
+                block_of(index + 1)
+            } else {
+                u32::MAX
+            };
+            let left = if index > 0 {
+                block_of(index - 1)
+            } else {
+                u32::MAX
+            };
+            let bytes = &mut volume[block as usize * block_size..][..block_size];
+            bytes.fill(0);
+            bytes[..4].copy_from_slice(b"ABTB");
+            bytes[4..6].copy_from_slice(&depth.to_be_bytes());
+            bytes[6..8].copy_from_slice(&(part.len() as u16).to_be_bytes());
+            bytes[8..12].copy_from_slice(&left.to_be_bytes());
+            bytes[12..16].copy_from_slice(&right.to_be_bytes());
+            for (n, (at, len, child)) in part.iter().enumerate() {
+                bytes[16 + 8 * n..][..4].copy_from_slice(&at.to_be_bytes());
+                bytes[20 + 8 * n..][..4].copy_from_slice(&len.to_be_bytes());
+                if depth > 0 {
+                    bytes[16 + 8 * capacity + 4 * n..][..4].copy_from_slice(&child.to_be_bytes());
+                }
+            }
+            above.push((part[0].0, part[0].1, block));
+        }
+        planted.extend((0..parts.len()).map(block_of));
+        depth += 1;
+        if above.len() == 1 {
+            break;
+        }
+        level = above;
+    }
+    let free: u32 = runs.iter().map(|run| run.1).sum();
+    let longest = runs.iter().map(|run| run.1).max().unwrap();
+    let agf = 512;
+    let before = get(volume, agf + 52);
+    let total = u64::from_be_bytes(volume[144..152].try_into().unwrap());
+    let total = total - u64::from(before) + u64::from(free);
+    volume[144..152].copy_from_slice(&total.to_be_bytes());
+    for (at, value) in [
+        (16, *planted.last().unwrap()),
+        (28, u32::from(depth)),
+        (52, free),
+        (56, longest),
+    ] {
+        volume[agf + at..][..4].copy_from_slice(&value.to_be_bytes());
+    }
+    planted
+}
+
+/// Random runs that leave out the start and the end of a group of `blocks` blocks.
+pub(crate) fn random_runs(rng: &mut Rng, blocks: u32, runs: u64) -> Vec<(u32, u32)> {
+    let room = u64::from(blocks) - 4000;
+    let stride = room / runs;
+    (0..runs)
+        .map(|n| {
+            let gap = rng.below(stride / 2);
+            let len = 1 + rng.below(stride - gap);
+            ((20 + n * stride + gap) as u32, len as u32)
+        })
+        .collect()
+}
+
+#[test]
+fn trees_of_any_height_are_walked() {
+    let mut rng = Rng(seed());
+    for options in ["-m crc=0", "-m crc=0 -b size=512"] {
+        let mut volume = altered(options, |_| {});
+        let get = |at: usize| u32::from_be_bytes(volume[at..at + 4].try_into().unwrap());
+        let (block, blocks) = (u64::from(get(4)), get(84));
+        for _ in 0..count(10, 200) {
+            let number = 1 + rng.below(3000);
+            let runs = random_runs(&mut rng, blocks, number);
+            let fill = [3, 4, 10, 10_000][rng.below(4) as usize];
+            plant_tree(&mut volume, &runs, fill);
+            let (used, result) = walk(open(&volume).as_ref(), &volume);
+            assert_eq!(
+                result.unwrap().warnings,
+                [""; 0],
+                "{options} {number} by {fill}"
+            );
+            let group = Extent::new(0, u64::from(blocks) * block);
+            let mut expected = ExtentSet::new();
+            for (at, len) in runs {
+                expected.insert(Extent::new(u64::from(at) * block, u64::from(len) * block));
+            }
+            let mut free = ExtentSet::new();
+            used.gaps(group).for_each(|gap| free.insert(gap));
+            assert_eq!(free, expected, "{options} {number} by {fill}");
+        }
+    }
 }

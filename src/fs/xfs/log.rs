@@ -90,6 +90,9 @@ impl Log<'_> {
         let Some(body) = self.read_record(&last)? else {
             return Ok(State::Damaged);
         };
+        if self.goes_on(&last, head)? {
+            return Ok(State::Dirty);
+        }
         if last.record.ops.get() == 1
             && LogOp::read_from_prefix(&body)
                 .is_ok_and(|(op, _)| op.flags & format::OP_UNMOUNT != 0)
@@ -226,6 +229,18 @@ impl Log<'_> {
             end -= count;
         }
         Ok(None)
+    }
+
+    /// Whether something was written behind `head` after all: where a crash tore records apart,
+    /// or where a damaged cycle made the search stop too early. Never so after an unmount or a
+    /// freeze, which wait for all writes.
+    fn goes_on(&self, last: &Found, head: u64) -> Result<bool> {
+        let cycle = last.record.cycle.get();
+        let next = if head == 0 { next_cycle(cycle) } else { cycle };
+        let window = format::LOG_MAX_IN_FLIGHT * self.max_record() / SECTOR;
+        let bytes = self.read(head, window.min(self.blocks - head))?;
+        let mut cycles = bytes.chunks_exact(ByteLen(SECTOR).as_usize()).map(cycle_of);
+        Ok(cycles.any(|cycle| cycle >= next))
     }
 
     /// Whether all from the tail to `head` is what a freeze leaves.

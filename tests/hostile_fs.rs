@@ -1,0 +1,338 @@
+//! Damaged and malicious filesystems: nothing panics, hangs or takes memory without bound, and
+//! where there are checksums, damage never makes a used block free.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use holdstill::error::Result;
+use holdstill::extent::{Extent, ExtentSet};
+use holdstill::fs::{self, Opened};
+use holdstill::read_at::{ReadAt, check_range};
+use holdstill::units::{ByteLen, Offset};
+
+use crate::common::volume::{populate, walk};
+use crate::common::{Rng, count, run, seed, sparse_file, temp_dir};
+
+/// No single read is larger.
+const MAX_READ: usize = 4 << 20;
+/// No walk over one of these small volumes reads more.
+const MAX_READ_IN_ALL: u64 = 256 << 20;
+
+/// A volume, changed here and there. Panics where a parser reads without bound.
+struct Changed<'a> {
+    base: &'a [u8],
+    len: ByteLen,
+    patches: Vec<(u64, Vec<u8>)>,
+    read: AtomicU64,
+}
+
+impl ReadAt for Changed<'_> {
+    fn len(&self) -> ByteLen {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        assert!(buf.len() <= MAX_READ, "{} bytes in one read", buf.len());
+        let all = self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        assert!(all <= MAX_READ_IN_ALL, "it reads and reads");
+        let whole = Extent::new(offset.0, buf.len() as u64);
+        check_range(self.len, offset, whole.len)?;
+        self.base.read_exact_at(buf, offset)?;
+        for (at, bytes) in &self.patches {
+            if let Some(both) = whole.intersect(Extent::new(*at, bytes.len() as u64)) {
+                let from = (both.start.0 - at) as usize;
+                let to = (both.start.0 - offset.0) as usize;
+                let len = both.len.0 as usize;
+                buf[to..to + len].copy_from_slice(&bytes[from..from + len]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A volume and where its metadata lies.
+struct Victim {
+    name: &'static str,
+    bytes: Vec<u8>,
+    metadata: Vec<Extent>,
+    used: ExtentSet,
+    /// All metadata has checksums.
+    is_checked: bool,
+}
+
+/// Something to write in place of a number.
+const NASTY: &[u32] = &[
+    0,
+    1,
+    2,
+    7,
+    8,
+    255,
+    0x7fff,
+    0x8000,
+    0xffff,
+    0x1_0000,
+    0x7fff_ffff,
+    0x8000_0000,
+    u32::MAX - 1,
+    u32::MAX,
+];
+
+/// One small change of something on the volume, mostly of metadata.
+fn patch(victim: &Victim, rng: &mut Rng) -> (u64, Vec<u8>) {
+    let places = &victim.metadata;
+    let place = places[rng.below(places.len() as u64) as usize];
+    // Mostly where the fields are.
+    let within = if rng.below(3) > 0 {
+        place.len.0.min(512)
+    } else {
+        place.len.0
+    };
+    let at = place.start.0 + rng.below(within);
+    let old = |at: u64, len: usize| {
+        let from = at.min(victim.bytes.len() as u64 - len as u64) as usize;
+        victim.bytes[from..from + len].to_vec()
+    };
+    match rng.below(5) {
+        0 => (at, vec![old(at, 1)[0] ^ 1 << rng.below(8)]),
+        1 => {
+            let at = at & !3;
+            let number = NASTY[rng.below(NASTY.len() as u64) as usize];
+            let bytes = if rng.below(2) == 0 {
+                number.to_le_bytes()
+            } else {
+                number.to_be_bytes()
+            };
+            (at, bytes.to_vec())
+        }
+        2 => {
+            let at = at & !1;
+            let number = NASTY[rng.below(NASTY.len() as u64) as usize] as u16;
+            let bytes = if rng.below(2) == 0 {
+                number.to_le_bytes()
+            } else {
+                number.to_be_bytes()
+            };
+            (at, bytes.to_vec())
+        }
+        3 => {
+            let mut noise = vec![0; 1 + rng.below(64) as usize];
+            rng.fill(&mut noise);
+            (at, noise)
+        }
+        _ => {
+            // A piece of other metadata: blocks that are whole, but in the wrong place.
+            let other = places[rng.below(places.len() as u64) as usize];
+            let len = [4, 512, 1024, 4096][rng.below(4) as usize];
+            (at & !511, old(other.start.0, len))
+        }
+    }
+}
+
+/// Walks a changed volume; what a caller could come to believe is free must be free.
+fn attack(victim: &Victim, source: &Changed<'_>, is_damage: bool) {
+    for opened in [fs::open(source), fs::open_frozen(source)] {
+        let Ok(Opened::Known(filesystem)) = opened else {
+            continue;
+        };
+        let (used, result) = walk(filesystem.as_ref(), source);
+        if result.is_err() || !is_damage || !filesystem.condition().is_settled_if_frozen() {
+            continue;
+        }
+        for run in victim.used.runs() {
+            let lost = used.gaps(*run).next();
+            assert_eq!(lost, None, "{}: a used block became free", victim.name);
+        }
+    }
+}
+
+fn run_all(victims: &[Victim], tries: u64) {
+    let seed = seed();
+    for victim in victims {
+        for number in 0..tries {
+            let mut rng = Rng(seed.wrapping_add(number));
+            // One change of checked metadata is damage. Several could be a forgery: whole blocks
+            // may come to lie in each other's places.
+            let changes = if rng.below(2) == 0 {
+                1
+            } else {
+                1 + rng.below(6)
+            };
+            let patches: Vec<_> = (0..changes).map(|_| patch(victim, &mut rng)).collect();
+            let len = victim.bytes.len() as u64;
+            let len = if rng.below(20) == 0 {
+                rng.below(len)
+            } else {
+                len
+            };
+            let source = Changed {
+                base: &victim.bytes,
+                len: ByteLen(len),
+                patches,
+                read: AtomicU64::new(0),
+            };
+            let shown = format!(
+                "{}, HOLDSTILL_SEED={}",
+                victim.name,
+                seed.wrapping_add(number)
+            );
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                attack(victim, &source, victim.is_checked && changes == 1);
+            }));
+            assert!(result.is_ok(), "failed on {shown}: {:?}", source.patches);
+        }
+    }
+}
+
+fn victim(
+    name: &'static str,
+    is_checked: bool,
+    make: impl FnOnce(&Path),
+    places: impl FnOnce(&[u8]) -> Vec<Extent>,
+) -> Victim {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    make(&image);
+    let bytes = std::fs::read(&image).unwrap();
+    let Ok(Opened::Known(filesystem)) = fs::open(&bytes) else {
+        panic!("{name} does not open");
+    };
+    let (used, result) = walk(filesystem.as_ref(), &bytes);
+    assert_eq!(result.unwrap().warnings, [""; 0], "{name}");
+    let metadata = places(&bytes);
+    Victim {
+        name,
+        bytes,
+        metadata,
+        used,
+        is_checked,
+    }
+}
+
+#[test]
+fn ext4() {
+    let dir = temp_dir();
+    let tree = dir.path().join("tree");
+    populate(&tree, &mut Rng(1), 4 << 20);
+    let kinds: &[(&str, bool, &str)] = &[
+        ("checked", true, "-b 1024"),
+        (
+            "checked, 32 bit, meta_bg",
+            true,
+            "-b 1024 -g 512 -N 2048 -O ^64bit,meta_bg,^resize_inode",
+        ),
+        ("uninit_bg", false, "-b 1024 -O ^metadata_csum,uninit_bg"),
+        (
+            "plain",
+            false,
+            "-b 1024 -O ^metadata_csum,^uninit_bg,^64bit",
+        ),
+        (
+            "bigalloc",
+            false,
+            "-b 1024 -O ^metadata_csum,^uninit_bg,bigalloc",
+        ),
+        (
+            "meta_bg",
+            false,
+            "-b 1024 -g 512 -N 2048 -O ^metadata_csum,meta_bg,^resize_inode",
+        ),
+        ("mmp", true, "-b 4096 -g 1024 -O mmp"),
+    ];
+    let victims: Vec<_> = kinds
+        .iter()
+        .map(|&(name, is_checked, options)| {
+            let make = |image: &Path| {
+                sparse_file(image, 32 << 20);
+                let mut args = vec!["-q", "-t", "ext4", "-d", tree.to_str().unwrap()];
+                args.extend(options.split_whitespace());
+                args.push(image.to_str().unwrap());
+                run("mke2fs", args);
+            };
+            let places = |bytes: &[u8]| {
+                let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+                let block = 1024u64 << number(1024 + 0x18);
+                let descs = (1024 / block + 1) * block;
+                let mut places = vec![Extent::new(1024, 1024), Extent::new(1024, 1024)];
+                places.push(Extent::new(descs, 1024));
+                // Group descriptors begin with the block of the bitmap.
+                for desc in bytes[descs as usize..][..1024].chunks(32) {
+                    let bitmap = u64::from(u32::from_le_bytes(desc[..4].try_into().unwrap()));
+                    if bitmap > 0 && (bitmap + 1) * block <= bytes.len() as u64 {
+                        places.push(Extent::new(bitmap * block, block));
+                    }
+                }
+                places
+            };
+            victim(name, is_checked, make, places)
+        })
+        .collect();
+    run_all(&victims, count(300, 20_000));
+}
+
+#[test]
+fn xfs() {
+    let dir = temp_dir();
+    let tree = dir.path().join("tree");
+    populate(&tree, &mut Rng(2), 4 << 20);
+    let kinds: &[(&str, bool, &str)] = &[
+        ("version 5", true, "-b size=4096"),
+        ("version 5, fragmented", true, "-b size=1024 -m rmapbt=1"),
+        ("version 4", false, "-m crc=0 -b size=512"),
+        ("version 4, log version 1", false, "-m crc=0 -l version=1"),
+    ];
+    let victims: Vec<_> = kinds
+        .iter()
+        .map(|&(name, is_checked, options)| {
+            let mut planted = Vec::new();
+            let make = |image: &Path| {
+                sparse_file(image, 64 << 20);
+                let proto = dir.path().join("proto");
+                std::fs::write(&proto, crate::xfs::prototype(&tree)).unwrap();
+                let mut args = vec!["-q", "-f", "--unsupported", "-d", "agcount=3"];
+                args.extend(options.split_whitespace());
+                args.extend(["-p", proto.to_str().unwrap(), image.to_str().unwrap()]);
+                run("mkfs.xfs", args);
+                if !is_checked {
+                    // A tree of several levels, which mkfs does not make.
+                    let mut bytes = std::fs::read(image).unwrap();
+                    let blocks = u32::from_be_bytes(bytes[84..88].try_into().unwrap());
+                    let runs = crate::xfs::random_runs(&mut Rng(3), blocks, 200);
+                    planted = crate::xfs::plant_tree(&mut bytes, &runs, 8);
+                    std::fs::write(image, bytes).unwrap();
+                }
+            };
+            let places = |bytes: &[u8]| {
+                let number = |at: usize| {
+                    u64::from(u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()))
+                };
+                let block = number(4);
+                let (group_blocks, groups) = (number(84), number(88));
+                let mut places = vec![Extent::new(0, 272), Extent::new(0, 272)];
+                for group in 0..groups {
+                    let start = group * group_blocks * block;
+                    places.push(Extent::new(start + 512, 224));
+                    places.push(Extent::new(start + 1024, 512));
+                    places.push(Extent::new(start + 1536, 512));
+                    let root = number(start as usize + 512 + 16);
+                    places.push(Extent::new(start + root * block, block));
+                }
+                let log_start = u64::from_be_bytes(bytes[48..56].try_into().unwrap());
+                let shift = bytes[124];
+                let log = (log_start >> shift) * group_blocks + (log_start & ((1 << shift) - 1));
+                places.push(Extent::new(log * block, 2048));
+                places.push(Extent::new(log * block, number(96) * block));
+                places
+            };
+            let mut victim = victim(name, is_checked, make, places);
+            let block = u64::from(u32::from_be_bytes(victim.bytes[4..8].try_into().unwrap()));
+            for number in planted {
+                victim
+                    .metadata
+                    .push(Extent::new(u64::from(number) * block, block));
+            }
+            victim
+        })
+        .collect();
+    run_all(&victims, count(300, 20_000));
+}
