@@ -326,7 +326,7 @@ fn check_output(path: &Path, force: bool, plans: &[Plan]) -> Result<()> {
     let Ok(metadata) = std::fs::metadata(path) else {
         return Ok(());
     };
-    if plans.iter().any(|plan| plan.is_file(path)) {
+    if plans.iter().any(|plan| plan.is_same_as(path)) {
         return Err(Error::new(Kind::InUse, "the output is the source itself").on(path));
     }
     if metadata.is_file() && !force {

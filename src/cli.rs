@@ -15,7 +15,7 @@ use holdstill_platform::signals::Stop;
 use self::args::{Cli, Verb};
 use self::console::Console;
 use crate::error::{Error, Kind, Result};
-use crate::{backup, inspect, restore, verify};
+use crate::{backup, clone, inspect, restore, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
@@ -79,6 +79,13 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
             let report = restore::run(&args.options()?, &mut confirm, console)?;
             console.result(&report, &text::restore(&report));
             Ok(0)
+        }
+        Verb::Clone(args) => {
+            let mut confirm = ask::confirmation(args.yes);
+            let report = clone::run(&args.options(run_id)?, &mut confirm, console)?;
+            let code = if report.unreadable.is_empty() { 0 } else { 5 };
+            console.result(&report, &text::clone(&report));
+            Ok(code)
         }
         Verb::Verify(args) => {
             let report = verify::run(&args.options(), console)?;

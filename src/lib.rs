@@ -9,6 +9,7 @@
 
 pub mod backup;
 pub mod cli;
+pub mod clone;
 
 pub mod error;
 pub mod extent;

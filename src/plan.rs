@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use holdstill_platform::device::{Access, Disk, Geometry};
-use holdstill_platform::node::{FileId, Node};
+use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -71,10 +71,15 @@ impl Plan {
         Ok(Disk::open(&self.source.path, Access::Read)?.geometry())
     }
 
-    /// Whether the source is the very file that `path` leads to.
-    pub fn is_file(&self, path: &Path) -> bool {
-        let id: Option<FileId> = Node::of(path).ok().map(|node| node.id);
-        matches!(&self.source.medium, Medium::File(file) if Some(*file) == id)
+    /// Whether `path` leads to the very file or device that is the source.
+    pub fn is_same_as(&self, path: &Path) -> bool {
+        let Ok(node) = Node::of(path) else {
+            return false;
+        };
+        match &self.source.medium {
+            Medium::File(file) => *file == node.id,
+            Medium::Device(device) => node.block_device() == Some(device.number),
+        }
     }
 }
 

@@ -61,7 +61,7 @@ pub struct TargetReport {
 }
 
 /// Asked before something that exists is overwritten.
-pub type Confirm<'a> = dyn FnMut(&Path, &VolumeManifest) -> Result<()> + 'a;
+pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 
 /// Restores an image.
 ///
@@ -90,7 +90,7 @@ pub fn run(
     }
     for (candidate, (volume, path)) in candidates.iter().zip(&wanted) {
         if candidate.exists() {
-            confirm(path, volume)?;
+            confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
         }
         let what = format!("volume {} to {}", volume.n, path.display());
         progress.event(&Event::Plan(&what));

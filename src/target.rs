@@ -6,6 +6,7 @@
 //! leaves nothing that a system would mount, neither the new volume nor the one that was there.
 
 use std::fs::OpenOptions;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -203,6 +204,12 @@ impl Target {
         self.disk.sync()?;
         self.is_done = true;
         Ok(())
+    }
+}
+
+impl AsFd for Target {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.disk.as_fd()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::pipeline::default_workers;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
 use crate::run::Hooks;
-use crate::{backup, restore, verify};
+use crate::{backup, clone, restore, verify};
 
 const EXIT_CODES: &str = "Exit codes:
   0    done, and what was made is whole
@@ -62,6 +62,8 @@ pub(super) enum Verb {
     Backup(BackupArgs),
     /// Write an image back to a device or raw file
     Restore(RestoreArgs),
+    /// Copy the used blocks of a source straight to a device or raw file
+    Clone(CloneArgs),
     /// Check every byte of an image
     Verify(VerifyArgs),
     /// Say what a source or an image is, and how it would be backed up
@@ -83,21 +85,11 @@ pub(super) struct BackupArgs {
     /// The image to write; `-` streams it to standard output
     #[arg(short, long, value_name = "IMAGE")]
     output: PathBuf,
-    /// How the source is made to hold still: auto (the first that applies), offline, or hold
-    /// (frozen for the whole copy, 60 s at most; never chosen by auto)
-    #[arg(long, value_name = "STEP", default_value = "auto")]
-    freeze: String,
+    #[command(flatten)]
+    freeze: FreezeArgs,
     /// How to compress: zstd, zstd:LEVEL (-7 to 19, default 1) or none
     #[arg(long, value_name = "HOW", default_value = "zstd:1")]
     compress: String,
-    /// Copy unallocated blocks too
-    #[arg(long)]
-    all_blocks: bool,
-    /// What to do with blocks that cannot be read
-    #[arg(long, value_enum, default_value_t = ReadError::Fail, value_name = "WHAT")]
-    on_read_error: ReadError,
-    #[command(flatten)]
-    hooks: HookArgs,
     /// Replace an existing image
     #[arg(long)]
     force: bool,
@@ -106,21 +98,46 @@ pub(super) struct BackupArgs {
     threads: Option<u16>,
 }
 
+/// How a source is made to hold still and read: the same for every verb that copies one.
 #[derive(Debug, Args)]
-struct HookArgs {
+struct FreezeArgs {
+    /// How the source is made to hold still: auto (the first that applies), offline, or hold
+    /// (frozen for the whole copy, 60 s at most; never chosen by auto)
+    #[arg(long, value_name = "STEP", default_value = "auto")]
+    freeze: String,
     /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
     #[arg(long, value_name = "CMD")]
     pre_freeze: Option<String>,
     /// Run CMD right after the thaw; always, once the first was started
     #[arg(long, value_name = "CMD")]
     post_freeze: Option<String>,
+    /// Copy unallocated blocks too
+    #[arg(long)]
+    all_blocks: bool,
+    /// What to do with blocks that cannot be read
+    #[arg(long, value_enum, default_value_t = ReadError::Fail, value_name = "WHAT")]
+    on_read_error: ReadError,
 }
 
-impl HookArgs {
+impl FreezeArgs {
+    fn step(&self) -> Result<Option<Step>> {
+        match self.freeze.as_str() {
+            "auto" => Ok(None),
+            name => name.parse().map(Some),
+        }
+    }
+
     fn hooks(&self) -> Hooks {
         Hooks {
             pre: self.pre_freeze.clone(),
             post: self.post_freeze.clone(),
+        }
+    }
+
+    fn on_read_error(&self) -> OnReadError {
+        match self.on_read_error {
+            ReadError::Fail => OnReadError::Fail,
+            ReadError::Zero => OnReadError::Zero,
         }
     }
 }
@@ -138,19 +155,13 @@ impl BackupArgs {
         Ok(backup::Options {
             sources: self.sources.clone(),
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
-            freeze: match self.freeze.as_str() {
-                "auto" => None,
-                name => Some(name.parse::<Step>()?),
-            },
+            freeze: self.freeze.step()?,
             compression: self.compress.parse::<Compression>()?,
-            all_blocks: self.all_blocks,
-            on_read_error: match self.on_read_error {
-                ReadError::Fail => OnReadError::Fail,
-                ReadError::Zero => OnReadError::Zero,
-            },
+            all_blocks: self.freeze.all_blocks,
+            on_read_error: self.freeze.on_read_error(),
             force: self.force,
             workers: workers(self.threads),
-            hooks: self.hooks.hooks(),
+            hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
         })
     }
@@ -212,6 +223,41 @@ impl RestoreArgs {
             discard: self.discard,
             verify: self.verify,
             workers: workers(self.threads),
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CloneArgs {
+    /// A block device, a mount point, or a file that holds a raw disk
+    source: String,
+    /// A block device or raw file; a missing file is created
+    target: PathBuf,
+    #[command(flatten)]
+    freeze: FreezeArgs,
+    /// Do not ask before overwriting
+    #[arg(long)]
+    pub(super) yes: bool,
+    /// Discard the target first
+    #[arg(long)]
+    discard: bool,
+    /// Threads that read and write
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+impl CloneArgs {
+    pub(super) fn options(&self, run_id: &str) -> Result<clone::Options> {
+        Ok(clone::Options {
+            source: self.source.clone(),
+            target: self.target.clone(),
+            freeze: self.freeze.step()?,
+            all_blocks: self.freeze.all_blocks,
+            on_read_error: self.freeze.on_read_error(),
+            discard: self.discard,
+            hooks: self.freeze.hooks(),
+            workers: workers(self.threads),
+            run_id: run_id.to_owned(),
         })
     }
 }

@@ -4,11 +4,10 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use crate::error::{Error, Escaped, IoContext, Kind, Result};
-use crate::image::manifest::VolumeManifest;
 
 /// Asks on the terminal, unless `yes` answers for all; without a terminal `--yes` is needed.
-pub(super) fn confirmation(yes: bool) -> impl FnMut(&Path, &VolumeManifest) -> Result<()> {
-    move |target, volume| {
+pub(super) fn confirmation(yes: bool) -> impl FnMut(&Path, &str) -> Result<()> {
+    move |target, what| {
         if yes {
             return Ok(());
         }
@@ -22,10 +21,9 @@ pub(super) fn confirmation(yes: bool) -> impl FnMut(&Path, &VolumeManifest) -> R
             .hint("--yes says that this is wanted"));
         }
         eprint!(
-            "Everything on {} will be overwritten with volume {} ({}). Type `yes` to go on: ",
+            "Everything on {} will be overwritten with {}. Type `yes` to go on: ",
             Escaped(&target.display().to_string()),
-            volume.n,
-            Escaped(&volume.path),
+            Escaped(what),
         );
         std::io::stderr()
             .flush()

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::backup;
+use crate::clone;
 use crate::error::Escaped;
 use crate::image::manifest::Grade;
 use crate::inspect;
@@ -62,6 +63,28 @@ pub(super) fn restore(report: &restore::Report) -> String {
         grade(report.grade),
         report.elapsed_s
     );
+    text
+}
+
+pub(super) fn clone(report: &clone::Report) -> String {
+    let mut text = format!(
+        "{} is cloned to {}: {}, {}",
+        Escaped(&report.source),
+        Escaped(&report.target),
+        ByteLen(report.used_bytes),
+        grade(report.grade)
+    );
+    let _ = write!(
+        text,
+        "\ninstant {}, writers blocked for {:.0} ms, done in {:.1} s",
+        report.instant, report.freeze_ms, report.elapsed_s
+    );
+    for (offset, len) in &report.unreadable {
+        let _ = write!(
+            text,
+            "\n{len} bytes at {offset} could not be read and are zeros"
+        );
+    }
     text
 }
 

@@ -1,0 +1,176 @@
+//! `clone`: a source that holds still, straight to a device or raw file.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
+use crate::freeze::{Context, Proof, Step};
+use crate::image::manifest::{FreezeTimes, Grade};
+use crate::pipeline::copy::{Job, copy};
+use crate::pipeline::load::Receive;
+use crate::pipeline::read::OnReadError;
+use crate::plan::Plan;
+use crate::progress::{Event, Progress};
+use crate::run::{Hooks, Run};
+use crate::target::{Candidate, Target};
+use crate::units::{ByteLen, Offset};
+
+/// What to clone, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The source as the user wrote it.
+    pub source: String,
+    /// The target: a device, a raw file, or a file to be made.
+    pub target: PathBuf,
+    /// A step by name, or `None` for the first that applies.
+    pub freeze: Option<Step>,
+    /// Copy unallocated blocks too.
+    pub all_blocks: bool,
+    /// What to do with unreadable blocks.
+    pub on_read_error: OnReadError,
+    /// Discard the target first.
+    pub discard: bool,
+    /// Commands around the freeze.
+    pub hooks: Hooks,
+    /// Threads that read and write.
+    pub workers: usize,
+    /// The run's id.
+    pub run_id: String,
+}
+
+/// What a clone achieved.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// What was read.
+    pub source: String,
+    /// Where it went.
+    pub target: String,
+    /// How far it can be relied on.
+    pub grade: Grade,
+    /// The step that made the source hold still.
+    pub freeze: String,
+    /// The instant the target shows (RFC 3339).
+    pub instant: String,
+    /// All the time writers were blocked, in milliseconds.
+    pub freeze_ms: f64,
+    /// Each time they were.
+    pub freezes: Vec<FreezeTimes>,
+    /// Bytes its map called used, zeros included.
+    pub used_bytes: u64,
+    /// What could not be read and is zeros: offset and length in bytes.
+    pub unreadable: Vec<(u64, u64)>,
+    /// Seconds from the start to the end.
+    pub elapsed_s: f64,
+    /// What the user was warned of.
+    pub warnings: Vec<String>,
+}
+
+/// Asked before something that exists is overwritten.
+pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
+
+/// What a clone would do; changes nothing.
+///
+/// # Errors
+/// As [`run`], as far as they can be known before.
+pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
+    let plan = Plan::make(&options.source, options.freeze)?;
+    if plan.is_same_as(&options.target) {
+        return Err(Error::new(Kind::InUse, "the target is the source itself").on(&options.target));
+    }
+    let size = ByteLen(plan.geometry()?.size);
+    let candidate = Candidate::examine(&options.target, size)?;
+    Ok((plan, candidate))
+}
+
+/// Clones a source.
+///
+/// # Errors
+/// Whatever went wrong; the target then holds nothing that looks like a whole filesystem.
+pub fn run(
+    options: &Options,
+    confirm: &mut Confirm<'_>,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    let (plan, candidate) = plan(options)?;
+    if candidate.exists() {
+        confirm(&options.target, &options.source)?;
+    }
+    progress.event(&Event::Plan(&format!(
+        "{plan}, to {}",
+        options.target.display()
+    )));
+    let sources = [options.source.clone()];
+    let run = Run::begin(
+        &options.run_id,
+        options.hooks.clone(),
+        &sources,
+        plan.step.needs_guard(),
+    )?;
+    let target = candidate.open(options.discard)?;
+    let context = Context {
+        run: &run,
+        output: Some(target.as_fd()),
+        all_blocks: options.all_blocks,
+        progress,
+    };
+    let mut still = plan.hold_still(&context)?;
+    let warnings = still.survey().warnings.clone();
+    for warning in &warnings {
+        progress.warn(warning);
+    }
+    progress.total(still.survey().bytes);
+    let mut unreadable: Vec<Extent> = Vec::new();
+    while let Some(pass) = still.next_pass(progress)? {
+        let job = Job {
+            source: pass.source,
+            volume: 1,
+            on_read_error: options.on_read_error,
+            workers: options.workers,
+        };
+        unreadable.extend(copy(&job, pass.walk, &Whole(&target), progress)?.unreadable);
+    }
+    let used = still.survey().bytes;
+    let Proof {
+        grade,
+        instant,
+        freezes,
+    } = still.finish(progress)?;
+    progress.check()?;
+    target.finish()?;
+    Ok(Report {
+        source: plan.source.path.display().to_string(),
+        target: options.target.display().to_string(),
+        grade,
+        freeze: plan.step.name().to_owned(),
+        instant: instant.to_string(),
+        freeze_ms: freezes
+            .iter()
+            .fold(0.0, |all, freeze| all + freeze.freeze_ms),
+        freezes,
+        used_bytes: used.0,
+        unreadable: unreadable
+            .iter()
+            .map(|extent| (extent.start.0, extent.len.0))
+            .collect(),
+        elapsed_s: begun.elapsed().as_secs_f64(),
+        warnings,
+    })
+}
+
+/// A target that receives one volume.
+#[derive(Debug)]
+struct Whole<'a>(&'a Target);
+
+impl Receive for Whole<'_> {
+    fn data(&self, _: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+        self.0.write(offset, bytes)
+    }
+
+    fn zeros(&self, _: u32, extent: Extent) -> Result<()> {
+        self.0.zero(extent)
+    }
+}
