@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 use holdstill_platform::signals::Stop;
 
 use self::args::{Cli, Verb};
@@ -19,9 +20,10 @@ use crate::{backup, clone, inspect, restore, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let run_id = uuid::Uuid::new_v4().simple().to_string();
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
-        Err(error) => return usage(&error, &arguments),
+        Err(error) => return usage(&error, &arguments, &run_id),
     };
     let log_level = if cli.global.quiet {
         log::LevelFilter::Error
@@ -32,7 +34,6 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
         .filter_level(log_level)
         .parse_default_env()
         .init();
-    let run_id = uuid::Uuid::new_v4().simple().to_string();
     let console = Console::new(&cli, run_id.clone());
     let done = Stop::install().map_err(Error::from).and_then(|stop| {
         console.listen_to(stop);
@@ -48,21 +49,34 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
 }
 
 /// What clap has to say: help and version on standard output, mistakes as our own errors.
-fn usage(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+fn usage(error: &clap::Error, arguments: &[OsString], run_id: &str) -> ExitCode {
     if !error.use_stderr() {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
-    if arguments.iter().any(|argument| argument == "--json") {
-        let text = error.to_string();
-        let first = text.lines().next().unwrap_or_default();
-        let message = first.strip_prefix("error: ").unwrap_or(first);
-        let ours = Error::new(Kind::Usage, message).hint("holdstill --help tells how");
-        console::error_line(&ours, "");
-    } else {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
+    } else {
+        console::usage_error(&in_short(error), arguments, run_id);
     }
     ExitCode::from(Kind::Usage.exit_code())
+}
+
+/// The first paragraph of what clap would print, on one line, and its tip.
+fn in_short(error: &clap::Error) -> Error {
+    let text = error.to_string();
+    let mut paragraphs = text.split("\n\n");
+    let first: Vec<&str> = paragraphs
+        .next()
+        .unwrap_or_default()
+        .lines()
+        .map(str::trim)
+        .collect();
+    let first = first.join(" ");
+    let message = first.strip_prefix("error: ").unwrap_or(&first);
+    let tip = paragraphs.find_map(|paragraph| paragraph.trim().strip_prefix("tip: "));
+    let hint = tip.and_then(|tip| tip.lines().next());
+    Error::new(Kind::Usage, message).hint(hint.unwrap_or("--help tells how"))
 }
 
 fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {

@@ -1,5 +1,6 @@
 //! What is shown while a verb runs: text and a bar for people, JSON lines for programs.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -242,9 +243,17 @@ fn error_json(error: &Error, run_id: &str) -> String {
     json_line("error", run_id, fields)
 }
 
-/// A usage error in JSON, before anything is known of the run.
-pub(super) fn error_line(error: &Error, run_id: &str) {
-    write_line(false, &error_json(error, run_id));
+/// A usage error, before anything is known of the run but what was typed.
+pub(super) fn usage_error(error: &Error, arguments: &[OsString], run_id: &str) {
+    if arguments.iter().any(|argument| argument == "--json") {
+        let is_stdout_taken = arguments
+            .windows(2)
+            .any(|pair| (pair[0] == "-o" || pair[0] == "--output") && pair[1] == "-")
+            || arguments.iter().any(|argument| argument == "--output=-");
+        write_line(is_stdout_taken, &error_json(error, run_id));
+    } else {
+        error_text(error);
+    }
 }
 
 fn error_text(error: &Error) {
