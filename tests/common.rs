@@ -3,6 +3,7 @@
 
 #![allow(dead_code)]
 
+pub(crate) mod holdstill;
 pub(crate) mod volume;
 
 use std::ffi::OsStr;
@@ -12,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use holdstill::error::{Error, IoContext, Result};
-use holdstill::read_at::{ReadAt, check_range};
-use holdstill::units::{ByteLen, Offset};
+use ::holdstill::error::{Error, IoContext, Result};
+use ::holdstill::read_at::{ReadAt, check_range};
+use ::holdstill::units::{ByteLen, Offset};
 
 /// Where Debian keeps the tools, also those of the administrator.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -10,10 +10,10 @@ use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
 use holdstill::units::{ByteLen, Offset};
 
-use crate::common::volume::{copy, digests, direct_copy, map, open, poison, populate, walk};
-use crate::common::{
-    FileSource, LoopDevice, Mount, Rng, needs_root, output, run, seed, sparse_file, temp_dir,
+use crate::common::volume::{
+    copy, digests, digests_in_ext4, direct_copy, ext4, map, open, poison, populate, walk,
 };
+use crate::common::{FileSource, LoopDevice, Mount, Rng, needs_root, output, run, seed, temp_dir};
 
 /// How `mkfs` is called to get every arrangement of metadata and every feature.
 const FEATURES: &[(&str, &str)] = &[
@@ -95,21 +95,7 @@ const NOT_MOUNTED: &[&str] = &["64k", "casefold", "quota", "project"];
 const SIZE: u64 = (96 << 20) + 3 * 4096 + 512;
 
 fn make(image: &Path, options: &str, from: Option<&Path>) {
-    sparse_file(image, SIZE);
-    let mut args: Vec<&str> = vec!["-q"];
-    args.extend(options.split_whitespace());
-    if let Some(from) = from {
-        args.extend(["-d", from.to_str().unwrap()]);
-    }
-    args.push(image.to_str().unwrap());
-    run(
-        "mke2fs",
-        if args.contains(&"-t") {
-            args
-        } else {
-            [&["-t", "ext4"], &args[..]].concat()
-        },
-    );
+    ext4(image, SIZE, options, from);
 }
 
 /// A number from `dumpe2fs -h`.
@@ -182,15 +168,7 @@ fn the_map_is_what_dumpe2fs_says_for_every_feature() {
         }
         let poisoned = check(name, &image, dir.path());
         // Against the image, not the tree: debugfs does not write every sparse file as it was.
-        let [before, after] = [&image, &poisoned].map(|image| {
-            let restored = dir.path().join("restored");
-            std::fs::create_dir(&restored).unwrap();
-            let dump = format!("rdump / {}", restored.display());
-            run("debugfs", ["-R", &dump, image.to_str().unwrap()]);
-            let digests = digests(&restored);
-            std::fs::remove_dir_all(&restored).unwrap();
-            digests
-        });
+        let [before, after] = [&image, &poisoned].map(|image| digests_in_ext4(image, dir.path()));
         assert_eq!(before.len(), files, "{name}");
         assert_eq!(before, after, "{name}");
         std::fs::remove_file(&image).unwrap();

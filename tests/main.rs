@@ -1,8 +1,12 @@
 //! All integration tests, in one binary: one module per concept.
 
+mod backup;
 mod common;
 mod ext4;
 mod harness;
 mod hostile_fs;
 mod image;
+mod inspect;
+mod restore;
+mod verify;
 mod xfs;

@@ -1,6 +1,7 @@
 //! Volumes with filesystems for the tests: filled, mapped, poisoned, compared.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use holdstill::fs::{self, Condition, Filesystem, Opened, Walk};
 use holdstill::read_at::ReadAt;
 use holdstill::units::ByteLen;
 
-use super::{FileSource, Rng, run};
+use super::{FileSource, Rng, run, sparse_file};
 
 /// What a free byte is overwritten with, to show that nobody needs it.
 const POISON: u8 = 0xa5;
@@ -33,6 +34,39 @@ impl Map {
         }
         free
     }
+}
+
+/// Makes an ext4 (or what `-t` in `options` says) in a new file of `size` bytes, with the content of
+/// the folder `from`.
+pub(crate) fn ext4(image: &Path, size: u64, options: &str, from: Option<&Path>) {
+    sparse_file(image, size);
+    let mut args = vec![OsStr::new("-q"), OsStr::new("-F")];
+    if !options.split_whitespace().any(|option| option == "-t") {
+        args.extend([OsStr::new("-t"), OsStr::new("ext4")]);
+    }
+    args.extend(options.split_whitespace().map(OsStr::new));
+    if let Some(from) = from {
+        args.extend([OsStr::new("-d"), from.as_os_str()]);
+    }
+    args.push(image.as_os_str());
+    run("mke2fs", args);
+}
+
+/// The digests of all files in an ext4 image, without mounting it.
+pub(crate) fn digests_in_ext4(image: &Path, scratch: &Path) -> BTreeMap<PathBuf, String> {
+    let out = tempfile::tempdir_in(scratch).expect("a folder");
+    let dump = format!("rdump / {}", out.path().display());
+    run(
+        "debugfs",
+        [OsStr::new("-R"), OsStr::new(&dump), image.as_os_str()],
+    );
+    digests(out.path())
+}
+
+/// A file of `size` bytes that are all poison.
+pub(crate) fn poisoned_file(path: &Path, size: u64) {
+    sparse_file(path, size);
+    poison(path, &ExtentSet::new(), ByteLen(size));
 }
 
 /// Opens the filesystem on a file or device, which must have a map.
