@@ -4,9 +4,12 @@
 //! Equal counters before and after prove that no write or discard completed in between; against a
 //! trace they show whether it saw everything.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::node::{self, BlockDevice, DeviceNumber};
 
 /// Requests completed, and how much they moved.
@@ -50,31 +53,31 @@ impl Counters {
     /// # Errors
     /// If the device is gone, or its kernel (before 4.18) does not count discards.
     pub fn of(device: DeviceNumber) -> Result<Self> {
-        let path = PathBuf::from(format!("/sys/dev/block/{device}/stat"));
-        let text = std::fs::read_to_string(&path).context("cannot read", &path)?;
-        Self::parse(&text).ok_or_else(|| {
-            Error::invalid("cannot read", path, format!("strange counters {text:?}"))
-        })
+        let file = CounterFile::open(device)?;
+        file.read().context("cannot read", &file.path)
     }
 
-    fn parse(text: &str) -> Option<Self> {
-        let fields = text
-            .split_ascii_whitespace()
-            .map(|field| field.parse().ok())
-            .collect::<Option<Vec<u64>>>()?;
+    fn parse(text: &[u8]) -> Option<Self> {
+        let mut fields = [None; 17];
+        let words = text
+            .split(u8::is_ascii_whitespace)
+            .filter(|word| !word.is_empty());
+        for (field, word) in fields.iter_mut().zip(words) {
+            *field = Some(std::str::from_utf8(word).ok()?.parse().ok()?);
+        }
         let moved = |at: usize| {
             Some(Moved {
-                requests: *fields.get(at)?,
-                sectors: *fields.get(at + 2)?,
+                requests: fields[at]?,
+                sectors: fields[at + 2]?,
             })
         };
         Some(Self {
             reads: moved(0)?,
             writes: moved(4)?,
-            in_flight: *fields.get(8)?,
+            in_flight: fields[8]?,
             discards: moved(11)?,
             // Since 5.5.
-            flushes: fields.get(15).copied().unwrap_or(0),
+            flushes: fields[15].unwrap_or(0),
         })
     }
 
@@ -92,6 +95,36 @@ impl Counters {
     }
 }
 
+/// The counters of one device, kept open so that they can be read while a filesystem is frozen.
+#[derive(Debug)]
+pub struct CounterFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl CounterFile {
+    /// Opens the counters of a device.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn open(device: DeviceNumber) -> Result<Self> {
+        let path = PathBuf::from(format!("/sys/dev/block/{device}/stat"));
+        let file = File::open(&path).context("cannot open", &path)?;
+        Ok(Self { file, path })
+    }
+
+    /// Reads them as they are now. Allocates nothing.
+    ///
+    /// # Errors
+    /// If the device is gone; `InvalidData` if this kernel counts in another way.
+    pub fn read(&self) -> io::Result<Counters> {
+        let mut text = [0; 512];
+        let length = self.file.read_at(&mut text, 0)?;
+        let text = text.get(..length).unwrap_or_default();
+        Counters::parse(text).ok_or(io::ErrorKind::InvalidData.into())
+    }
+}
+
 /// Whether the kernel counts at all for this device: `queue/iostats` of its disk.
 ///
 /// # Errors
@@ -103,14 +136,12 @@ pub fn are_kept(device: &BlockDevice) -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
     use crate::testing::{Loop, needs_root, run, scratch};
 
     #[test]
     fn old_and_new_formats() {
-        let text = "  1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\n";
+        let text = b"  1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\n";
         let counters = Counters::parse(text).unwrap();
         let moved = |requests, sectors| Moved { requests, sectors };
         assert_eq!(counters.reads, moved(1, 3));
@@ -118,12 +149,12 @@ mod tests {
         assert_eq!(counters.in_flight, 9);
         assert_eq!(counters.discards, moved(12, 14));
         assert_eq!(counters.flushes, 16);
-        let before_flushes = Counters::parse("1 2 3 4 5 6 7 8 9 10 11 12 13 14 15");
+        let before_flushes = Counters::parse(b"1 2 3 4 5 6 7 8 9 10 11 12 13 14 15");
         assert_eq!(before_flushes.unwrap().flushes, 0);
         // Without discards a write could go unseen: refused.
-        assert_eq!(Counters::parse("1 2 3 4 5 6 7 8 9 10 11"), None);
-        assert_eq!(Counters::parse("1 2 x"), None);
-        assert_eq!(Counters::parse(""), None);
+        assert_eq!(Counters::parse(b"1 2 3 4 5 6 7 8 9 10 11"), None);
+        assert_eq!(Counters::parse(b"1 2 x"), None);
+        assert_eq!(Counters::parse(b""), None);
     }
 
     #[test]

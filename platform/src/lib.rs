@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod command;
 pub mod counters;
 pub mod device;
+pub mod dirty;
 pub mod error;
 pub mod exclusive;
 pub mod freeze;
@@ -21,6 +22,7 @@ pub mod node;
 pub mod output;
 pub mod records;
 pub mod signals;
+pub mod trace;
 
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,911 @@
+//! Tracking every write to a disk: the event `block:block_rq_complete` in a private instance of
+//! tracefs (Documentation/trace/ftrace.rst).
+//!
+//! A completed request is traced before the filesystem learns of its completion, so a mark made
+//! from the trace always comes after the write took effect: whoever clears the mark and then reads
+//! the block either reads the new content or finds the mark again. And when FIFREEZE has returned,
+//! every write of the filesystem is in the trace.
+//!
+//! The whole disk is traced, for requests of neighbouring partitions are merged across their
+//! border. Reads are left out by a filter of the kernel's. Nothing lost goes unnoticed: overruns and
+//! drops are counted by the ring buffer, and the sectors traced between two quiet moments must be
+//! those that the disk's own counters counted ([`Tracker::balance`]).
+
+mod format;
+mod page;
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{Mode, fstatat, mkdirat};
+use nix::sys::statfs::{FsType, fstatfs};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use crate::counters::{self, CounterFile};
+use crate::error::{Context, Error, Result};
+use crate::node::{BlockDevice, DeviceNumber};
+use format::{EventFormat, PageFormat};
+use page::Completed;
+
+/// Where tracefs is usually mounted.
+const USUAL: &str = "/sys/kernel/tracing";
+
+/// `TRACEFS_MAGIC` of include/uapi/linux/magic.h.
+const MAGIC: i64 = 0x7472_6163;
+
+/// All our instances are called so, followed by the run's id.
+pub const PREFIX: &str = "holdstill-";
+
+/// The event, below an instance.
+const EVENT: &str = "events/block/block_rq_complete";
+
+/// Disks traced at a time.
+const MAX_DEVICES: usize = 16;
+
+/// Real-time priority of the reader, just below the guard's.
+const PRIORITY: i32 = 49;
+
+/// tracefs, mounted where everybody sees it or, if nobody has mounted it, for us alone: then it has
+/// no place among the mounts and is gone with the last descriptor.
+#[derive(Debug)]
+pub struct Tracefs {
+    root: File,
+    instances: File,
+    is_private: bool,
+}
+
+impl Tracefs {
+    /// Finds tracefs or mounts it privately.
+    ///
+    /// # Errors
+    /// `Unsupported` if this kernel has none, `PermissionDenied` without root or under
+    /// lockdown=confidentiality.
+    pub fn open() -> Result<Self> {
+        let (root, is_private) = match File::open(USUAL) {
+            Ok(root) if is_tracefs(&root) => (root, false),
+            _ => (mount_privately().context("cannot mount", "tracefs")?, true),
+        };
+        let instances = open_folder(&root, "instances").map_err(|error| match error.kind() {
+            // Lockdown leaves an empty folder.
+            io::ErrorKind::NotFound => {
+                let why = "it is empty: the kernel does not allow tracing (lockdown?)";
+                let source = io::Error::new(io::ErrorKind::PermissionDenied, why);
+                Error::new("cannot use", "tracefs", source)
+            }
+            _ => error,
+        })?;
+        Ok(Self {
+            root,
+            instances,
+            is_private,
+        })
+    }
+
+    /// Whether it is mounted for us alone.
+    pub fn is_private(&self) -> bool {
+        self.is_private
+    }
+
+    /// The folder of the instances, to register one with a guard before it is made.
+    pub fn instances(&self) -> BorrowedFd<'_> {
+        self.instances.as_fd()
+    }
+
+    /// The names of all instances of ours, of live and dead runs.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        names(&self.instances, "instances").map(|mut names| {
+            names.retain(|name| name.starts_with(PREFIX));
+            names
+        })
+    }
+
+    /// Removes an instance of a dead run; whether there was one.
+    ///
+    /// # Errors
+    /// If it is not ours by name, or in use.
+    pub fn remove(&self, name: &str) -> Result<bool> {
+        if !name.starts_with(PREFIX) || name.contains('/') {
+            return Err(Error::other("cannot remove", name, "not one of ours"));
+        }
+        match unlinkat(&self.instances, name, UnlinkatFlags::RemoveDir) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(errno) => Err(Error::new("cannot remove the trace instance", name, errno)),
+        }
+    }
+}
+
+/// The instance of a run.
+pub fn instance_name(run_id: &str) -> String {
+    format!("{PREFIX}{run_id}")
+}
+
+/// What sort of request changed the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteKind {
+    /// A write.
+    Data,
+    /// A discard, secure erasures included.
+    Discard,
+    /// Zeros without data, where the kernel says so.
+    Zeroes,
+    /// Anything else that is no read: older kernels' zeros, zone commands.
+    Other,
+}
+
+/// A completed request that changed the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// The whole disk.
+    pub device: DeviceNumber,
+    /// First sector on the disk, in units of 512 bytes.
+    pub sector: u64,
+    /// How many, never 0.
+    pub sectors: u64,
+    /// What was done.
+    pub kind: WriteKind,
+}
+
+impl Write {
+    /// The part that lies within `len` sectors from `start`: its first sector counted from `start`,
+    /// and its length. A request may begin in one partition and end in the next.
+    pub fn within(&self, start: u64, len: u64) -> Option<(u64, u64)> {
+        let first = self.sector.max(start);
+        let end = self.sector.saturating_add(self.sectors);
+        let end = end.min(start.saturating_add(len));
+        (first < end).then(|| (first - start, end - first))
+    }
+}
+
+/// What to trace.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The whole disks.
+    pub devices: Vec<DeviceNumber>,
+    /// Room for events, in KiB for each processor.
+    pub buffer_kib: u32,
+    /// How often the reader looks for events.
+    pub poll: Duration,
+}
+
+impl Options {
+    /// For these disks: 8 MiB for each processor, looked at every millisecond.
+    pub fn new(devices: Vec<DeviceNumber>) -> Self {
+        Self {
+            devices,
+            buffer_kib: 8192,
+            poll: Duration::from_millis(1),
+        }
+    }
+}
+
+/// What was traced so far, of all disks together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Completed requests that changed a disk.
+    pub requests: u64,
+    /// Sectors of all but discards.
+    pub written: u64,
+    /// Sectors of discards.
+    pub discarded: u64,
+    /// Requests without data: cache flushes. The disk's own counter is lower: a flush may be traced
+    /// for itself and for the request that asked for it.
+    pub flushes: u64,
+    /// Commands sent past the block layer (SG_IO: SMART queries, but perhaps writes). They have no
+    /// place, are not counted by the disk's counters, and are not handed on.
+    pub passthrough: u64,
+}
+
+/// Why the trace cannot be trusted any more.
+#[derive(Debug)]
+pub enum TraceError {
+    /// Events were lost.
+    Lost(Loss),
+    /// The reader met a page it does not understand.
+    BadPage,
+    /// Reading the trace or the counters failed.
+    Failed(io::Error),
+    /// The reader thread has ended.
+    ReaderGone,
+    /// The disk never paused long enough, or the reader never caught up.
+    NoQuiet,
+    /// Something about the instance is not as it was set: which file, and what it says now.
+    Changed(&'static str, String),
+}
+
+/// Events lost in the kernel's buffer, by its own count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loss {
+    /// Overwritten before they were read.
+    pub overrun: u64,
+    /// Lost to interrupts that filled the buffer.
+    pub commit_overrun: u64,
+    /// Dropped for want of room.
+    pub dropped: u64,
+}
+
+impl fmt::Display for TraceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lost(loss) => write!(
+                f,
+                "events were lost ({} overwritten, {} by interrupts, {} dropped)",
+                loss.overrun, loss.commit_overrun, loss.dropped
+            ),
+            Self::BadPage => write!(f, "the trace is in a format that is not understood"),
+            Self::Failed(error) => write!(f, "the trace cannot be read: {error}"),
+            Self::ReaderGone => write!(f, "the reader of the trace has ended"),
+            Self::NoQuiet => write!(f, "the disk was never quiet for long enough"),
+            Self::Changed(file, now) => {
+                write!(f, "somebody changed the trace instance: {file} is {now:?}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for TraceError {}
+
+impl From<io::Error> for TraceError {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Counted minus traced sectors of each disk at a quiet moment. It depends on when the trace began
+/// and means nothing by itself: between two moments it must not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Balance([u64; MAX_DEVICES]);
+
+impl Balance {
+    /// Sectors that were counted but not traced since `earlier`, of all disks; negative if more were
+    /// traced than counted. Anything but 0 on any disk shows in [`PartialEq`].
+    pub fn missed_since(&self, earlier: &Self) -> i64 {
+        let pairs = self.0.iter().zip(&earlier.0);
+        let missed = pairs.map(|(now, then)| now.wrapping_sub(*then).cast_signed());
+        missed.fold(0, i64::wrapping_add)
+    }
+}
+
+/// A running trace. Dropped, it is taken down.
+#[derive(Debug)]
+pub struct Tracker {
+    tracefs: Tracefs,
+    name: String,
+    instance: File,
+    filter: String,
+    counters: Vec<CounterFile>,
+    shared: Arc<Shared>,
+    reader: Option<JoinHandle<()>>,
+    cpus: Vec<String>,
+}
+
+/// What the reader thread and the others share.
+#[derive(Debug)]
+struct Shared {
+    devices: Vec<DeviceTally>,
+    stop: AtomicBool,
+    /// Number of the last request to catch up, and of the last one fulfilled.
+    asked: AtomicU64,
+    caught_up: AtomicU64,
+    trouble: AtomicU32,
+    passthrough: AtomicU64,
+}
+
+/// No trouble; else one of those below, or an error number.
+const FINE: u32 = 0;
+const LOST: u32 = u32::MAX;
+const BAD_PAGE: u32 = u32::MAX - 1;
+
+#[derive(Debug)]
+struct DeviceTally {
+    device: DeviceNumber,
+    requests: AtomicU64,
+    written: AtomicU64,
+    discarded: AtomicU64,
+    flushes: AtomicU64,
+}
+
+impl Tracker {
+    /// Makes the instance of run `run_id` and begins to trace. From its return on, every request
+    /// that completes is handed to `each`, in the reader thread, which allocates nothing itself; nor
+    /// may `each`, should a filesystem be frozen meanwhile. `each` sees a request at the latest when
+    /// a [`drain`](Self::drain) begun after its completion returns.
+    ///
+    /// # Errors
+    /// If a device is no whole disk or not request-based, its counters are switched off, the
+    /// kernel's format is not understood, or tracefs refuses.
+    pub fn start(
+        tracefs: Tracefs,
+        run_id: &str,
+        options: &Options,
+        each: impl FnMut(Write) + Send + 'static,
+    ) -> Result<Self> {
+        if cfg!(target_endian = "big") {
+            let why = "only little-endian machines are understood";
+            return Err(Error::other("cannot read", "the trace", why));
+        }
+        let counters = check_devices(&options.devices)?;
+        let page_format = read_page_format(&tracefs.root)?;
+        let name = instance_name(run_id);
+        mkdirat(
+            &tracefs.instances,
+            name.as_str(),
+            Mode::from_bits_truncate(0o700),
+        )
+        .context("cannot make the trace instance", &name)?;
+        // From here on a failure takes the instance down again.
+        let mut tracker = Self {
+            instance: match open_folder(&tracefs.instances, &name) {
+                Ok(instance) => instance,
+                Err(error) => {
+                    let _ = tracefs.remove(&name);
+                    return Err(error);
+                }
+            },
+            tracefs,
+            name,
+            filter: String::new(),
+            counters,
+            shared: Arc::new(Shared::new(&options.devices)),
+            reader: None,
+            cpus: Vec::new(),
+        };
+        tracker.set_up(options)?;
+        let format = read(&tracker.instance, &format!("{EVENT}/format"))?;
+        let event_format = EventFormat::parse(&format).ok_or_else(|| {
+            Error::invalid("cannot understand", "block_rq_complete", "unknown layout")
+        })?;
+        let mut pipes = Vec::new();
+        for cpu in &tracker.cpus {
+            let path = format!("per_cpu/{cpu}/trace_pipe_raw");
+            pipes.push(open(
+                &tracker.instance,
+                &path,
+                OFlag::O_RDONLY | OFlag::O_NONBLOCK,
+            )?);
+        }
+        let reader = Reader {
+            page: vec![1; page_format.page_len()],
+            // One pass reads at least what was in the buffer when it began.
+            pages: u64::from(options.buffer_kib) * 1024 / page_format.page_len() as u64 + 3,
+            page_format,
+            event_format,
+            pipes,
+            shared: tracker.shared.clone(),
+            poll: options.poll,
+            each,
+        };
+        let handle = std::thread::Builder::new()
+            .name("holdstill-trace".to_owned())
+            .spawn(move || reader.run())
+            .context("cannot start", "the reader of the trace")?;
+        tracker.reader = Some(handle);
+        write(&tracker.instance, &format!("{EVENT}/enable"), "1")?;
+        write(&tracker.instance, "tracing_on", "1")?;
+        Ok(tracker)
+    }
+
+    fn set_up(&mut self, options: &Options) -> Result<()> {
+        let instance = &self.instance;
+        write(instance, "tracing_on", "0")?;
+        write(instance, "buffer_size_kb", &options.buffer_kib.to_string())?;
+        let filter_file = format!("{EVENT}/filter");
+        let of_disk = |device: &DeviceNumber| format!("dev == {}", device.to_kernel());
+        let disks: Vec<_> = options.devices.iter().map(of_disk).collect();
+        let filter = format!("({}) && !(rwbs ~ \"R*\")", disks.join(" || "));
+        write(instance, &filter_file, &filter)?;
+        self.filter = read(instance, &filter_file)?;
+        if self.filter.trim() == "none" {
+            return Err(Error::other(
+                "cannot set",
+                filter_file,
+                "the filter was not taken",
+            ));
+        }
+        self.cpus = names(&open_folder(instance, "per_cpu")?, "per_cpu")?;
+        self.cpus.retain(|name| name.starts_with("cpu"));
+        if self.cpus.is_empty() {
+            return Err(Error::invalid("cannot read", "per_cpu", "no processors"));
+        }
+        Ok(())
+    }
+
+    /// The name of the instance.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns once every request that completed before the call has been handed on. Allocates
+    /// nothing.
+    ///
+    /// # Errors
+    /// If events were lost or the reader does not keep up within `patience`.
+    pub fn drain(&self, patience: Duration) -> std::result::Result<(), TraceError> {
+        let ticket = self.shared.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let begin = Instant::now();
+        loop {
+            self.trouble()?;
+            if self.shared.caught_up.load(Ordering::Acquire) >= ticket {
+                return Ok(());
+            }
+            match &self.reader {
+                Some(reader) if !reader.is_finished() => reader.thread().unpark(),
+                _ => return Err(TraceError::ReaderGone),
+            }
+            if begin.elapsed() >= patience {
+                return Err(TraceError::NoQuiet);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    fn trouble(&self) -> std::result::Result<(), TraceError> {
+        match self.shared.trouble.load(Ordering::Acquire) {
+            FINE => Ok(()),
+            LOST => Err(TraceError::Lost(Loss::default())),
+            BAD_PAGE => Err(TraceError::BadPage),
+            errno => Err(io::Error::from_raw_os_error(errno.cast_signed()).into()),
+        }
+    }
+
+    /// What was handed on so far.
+    pub fn tally(&self) -> Tally {
+        let sum = |of: fn(&DeviceTally) -> &AtomicU64| {
+            let devices = self.shared.devices.iter();
+            devices
+                .map(|device| of(device).load(Ordering::Acquire))
+                .sum()
+        };
+        Tally {
+            requests: sum(|device| &device.requests),
+            written: sum(|device| &device.written),
+            discarded: sum(|device| &device.discarded),
+            flushes: sum(|device| &device.flushes),
+            passthrough: self.shared.passthrough.load(Ordering::Acquire),
+        }
+    }
+
+    /// Waits for a moment in which nothing completes, and compares what the disks counted with what
+    /// was traced. Two balances that differ prove that the trace is not whole. Allocates nothing.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain); `NoQuiet` if the disks never pause within `patience`.
+    pub fn balance(&self, patience: Duration) -> std::result::Result<Balance, TraceError> {
+        let begin = Instant::now();
+        let mut last = None;
+        while begin.elapsed() < patience {
+            let before = self.counted()?;
+            self.drain(patience)?;
+            let traced = self.traced();
+            let mut balance = self.counted()?;
+            if before != balance {
+                last = None;
+                continue;
+            }
+            for (counted, traced) in balance.iter_mut().zip(traced) {
+                *counted = counted.wrapping_sub(traced);
+            }
+            // A request is traced a moment before it is counted: only what holds twice is true.
+            if last == Some(balance) {
+                return Ok(Balance(balance));
+            }
+            last = Some(balance);
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        Err(TraceError::NoQuiet)
+    }
+
+    fn counted(&self) -> io::Result<[u64; MAX_DEVICES]> {
+        let mut counted = [0u64; MAX_DEVICES];
+        for (counted, file) in counted.iter_mut().zip(&self.counters) {
+            let now = file.read()?;
+            *counted = now.writes.sectors.wrapping_add(now.discards.sectors);
+        }
+        Ok(counted)
+    }
+
+    fn traced(&self) -> [u64; MAX_DEVICES] {
+        let mut traced = [0u64; MAX_DEVICES];
+        for (traced, device) in traced.iter_mut().zip(&self.shared.devices) {
+            let written = device.written.load(Ordering::Acquire);
+            *traced = written.wrapping_add(device.discarded.load(Ordering::Acquire));
+        }
+        traced
+    }
+
+    /// Whether everything traced since the start is whole and still as it was set up. For the end,
+    /// after a drain; not for while a filesystem is frozen.
+    ///
+    /// # Errors
+    /// The first thing that is wrong. Nothing that was tracked can be trusted then.
+    pub fn check(&self) -> std::result::Result<(), TraceError> {
+        let loss = self.loss()?;
+        if loss != Loss::default() {
+            return Err(TraceError::Lost(loss));
+        }
+        self.trouble()?;
+        if self.reader.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(TraceError::ReaderGone);
+        }
+        let by_name = fstatat(
+            &self.tracefs.instances,
+            self.name.as_str(),
+            AtFlags::empty(),
+        );
+        let open = nix::sys::stat::fstat(&self.instance).map_err(io::Error::from)?;
+        if !by_name.is_ok_and(|by_name| by_name.st_ino == open.st_ino) {
+            return Err(TraceError::Changed("instance", "gone".to_owned()));
+        }
+        let expected = [
+            ("tracing_on", "tracing_on".to_owned(), "1"),
+            ("enable", format!("{EVENT}/enable"), "1"),
+            ("filter", format!("{EVENT}/filter"), self.filter.trim()),
+        ];
+        for (name, path, value) in expected {
+            let now = read(&self.instance, &path).map_err(|error| error.source)?;
+            if now.trim() != value {
+                return Err(TraceError::Changed(name, now.trim().to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the ring buffers say they lost.
+    fn loss(&self) -> io::Result<Loss> {
+        let mut loss = Loss::default();
+        for cpu in &self.cpus {
+            let path = format!("per_cpu/{cpu}/stats");
+            let stats = read(&self.instance, &path).map_err(|error| error.source)?;
+            let number = |name: &str| {
+                let lines = stats.lines();
+                let value = lines.filter_map(|line| line.split_once(':'));
+                value
+                    .filter(|(key, _)| key.trim() == name)
+                    .find_map(|(_, value)| value.trim().parse::<u64>().ok())
+                    .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+            };
+            loss.overrun += number("overrun")?;
+            loss.commit_overrun += number("commit overrun")?;
+            loss.dropped += number("dropped events")?;
+        }
+        Ok(loss)
+    }
+
+    /// Ends the trace and removes the instance.
+    ///
+    /// # Errors
+    /// If the instance cannot be removed: it goes on tracing.
+    pub fn stop(mut self) -> Result<Tally> {
+        let tally = self.tally();
+        self.take_down()?;
+        Ok(tally)
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        self.shared.stop.store(true, Ordering::Release);
+        if let Some(reader) = self.reader.take() {
+            reader.thread().unpark();
+            // A panic in `each` was reported by `check`.
+            let _ = reader.join();
+        }
+        let end = Instant::now() + Duration::from_secs(2);
+        loop {
+            match self.tracefs.remove(&self.name) {
+                Err(error) if error.errno() == Some(libc::EBUSY) && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                result => return result.map(drop),
+            }
+        }
+    }
+}
+
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_down() {
+            log::warn!("{error}");
+        }
+    }
+}
+
+impl Shared {
+    fn new(devices: &[DeviceNumber]) -> Self {
+        let tally = |device: &DeviceNumber| DeviceTally {
+            device: *device,
+            requests: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            discarded: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+        };
+        Self {
+            devices: devices.iter().map(tally).collect(),
+            stop: AtomicBool::new(false),
+            asked: AtomicU64::new(0),
+            caught_up: AtomicU64::new(0),
+            trouble: AtomicU32::new(FINE),
+            passthrough: AtomicU64::new(0),
+        }
+    }
+
+    /// The first trouble stays.
+    fn complain(&self, trouble: u32) {
+        let _ = self
+            .trouble
+            .compare_exchange(FINE, trouble, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Counts an event; the write it tells of, if it is one.
+    fn count(&self, event: Completed) -> Option<Write> {
+        let device = DeviceNumber {
+            major: event.dev >> 20,
+            minor: event.dev & 0xf_ffff,
+        };
+        let tally = self.devices.iter().find(|tally| tally.device == device)?;
+        if event.sectors == 0 {
+            tally.flushes.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        // Requests past the block layer have no place: (sector_t)-1.
+        if event.sector == u64::MAX {
+            self.passthrough.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        // `F` says that a flush went before.
+        let letter = if event.letter == b'F' {
+            event.detail
+        } else {
+            event.letter
+        };
+        let kind = match (letter, event.detail) {
+            (b'W', b'Z') => WriteKind::Zeroes,
+            (b'W', _) => WriteKind::Data,
+            (b'D', _) => WriteKind::Discard,
+            _ => WriteKind::Other,
+        };
+        let sectors = u64::from(event.sectors);
+        let sum = match kind {
+            WriteKind::Discard => &tally.discarded,
+            _ => &tally.written,
+        };
+        tally.requests.fetch_add(1, Ordering::Relaxed);
+        sum.fetch_add(sectors, Ordering::Release);
+        Some(Write {
+            device,
+            sector: event.sector,
+            sectors,
+            kind,
+        })
+    }
+}
+
+/// The thread that reads the trace.
+struct Reader<F> {
+    page_format: PageFormat,
+    event_format: EventFormat,
+    pipes: Vec<File>,
+    page: Vec<u8>,
+    pages: u64,
+    shared: Arc<Shared>,
+    poll: Duration,
+    each: F,
+}
+
+impl<F: FnMut(Write)> Reader<F> {
+    fn run(mut self) {
+        become_urgent();
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let asked = self.shared.asked.load(Ordering::Acquire);
+            for at in 0..self.pipes.len() {
+                self.read_pipe(at);
+            }
+            self.shared.caught_up.store(asked, Ordering::Release);
+            if self.shared.asked.load(Ordering::Acquire) == asked {
+                std::thread::park_timeout(self.poll);
+            }
+        }
+    }
+
+    /// Reads one processor's events until there are none, or as many as its buffer holds.
+    fn read_pipe(&mut self, at: usize) {
+        let Some(pipe) = self.pipes.get_mut(at) else {
+            return;
+        };
+        for _ in 0..self.pages {
+            let page = match pipe.read(&mut self.page) {
+                Ok(0) => return,
+                Ok(length) => self.page.get(..length).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                    self.shared.complain(errno.cast_unsigned());
+                    return;
+                }
+            };
+            let (shared, each) = (&self.shared, &mut self.each);
+            let events = page::read(page, &self.page_format, &self.event_format, |event| {
+                if let Some(write) = shared.count(event) {
+                    each(write);
+                }
+            });
+            match events {
+                Ok(false) => {}
+                Ok(true) => shared.complain(LOST),
+                Err(page::BadPage) => {
+                    shared.complain(BAD_PAGE);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Real-time priority for the calling thread, where it is granted: an ordinary reader might wait
+/// too long for its turn while the writers have theirs.
+fn become_urgent() {
+    // SAFETY: integers only; some C libraries have more of them than the priority.
+    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
+    priority.sched_priority = PRIORITY;
+    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: one initialized struct; 0 is the calling thread. musl's own function refuses.
+    let set =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority) };
+    if set != 0 {
+        log::debug!("no real-time priority: {}", io::Error::last_os_error());
+    }
+}
+
+/// Opens the counters of disks that can be traced.
+fn check_devices(devices: &[DeviceNumber]) -> Result<Vec<CounterFile>> {
+    if devices.is_empty() || devices.len() > MAX_DEVICES {
+        let why = format!("1 to {MAX_DEVICES} disks can be, not {}", devices.len());
+        return Err(Error::other("cannot trace", "the disks", why));
+    }
+    let mut files = Vec::new();
+    for &number in devices {
+        let device = BlockDevice::of(number)?;
+        let refuse = |why: &str| Err(Error::other("cannot trace", device.path(), why));
+        if !device.is_whole_disk() {
+            return refuse("a partition: requests are traced for the whole disk");
+        }
+        if !device.is_request_based() {
+            return refuse(
+                "its requests do not pass the block layer's queues under its own number",
+            );
+        }
+        if !counters::are_kept(&device)? {
+            return refuse("its counters are switched off (queue/iostats)");
+        }
+        files.push(CounterFile::open(number)?);
+    }
+    Ok(files)
+}
+
+fn read_page_format(root: &File) -> Result<PageFormat> {
+    let page = read(root, "events/header_page")?;
+    let event = read(root, "events/header_event")?;
+    PageFormat::parse(&page, &event)
+        .ok_or_else(|| Error::invalid("cannot understand", "the ring buffer", "unknown layout"))
+}
+
+fn is_tracefs(folder: &File) -> bool {
+    fstatfs(folder).is_ok_and(|stat| stat.filesystem_type() == FsType(MAGIC as _))
+}
+
+/// A mount of tracefs that is attached nowhere (fsopen(2), Linux 5.2).
+fn mount_privately() -> io::Result<File> {
+    /// `FSOPEN_CLOEXEC`, `FSMOUNT_CLOEXEC`, `FSCONFIG_CMD_CREATE` of include/uapi/linux/mount.h.
+    const CLOEXEC: libc::c_uint = 1;
+    const CMD_CREATE: libc::c_uint = 6;
+    /// `MOUNT_ATTR_NOSUID`, `MOUNT_ATTR_NODEV`, `MOUNT_ATTR_NOEXEC`.
+    const ATTRIBUTES: libc::c_uint = 2 | 4 | 8;
+    let descriptor = |result: libc::c_long| {
+        let fd = Errno::result(result)?;
+        let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
+        // SAFETY: a descriptor that the kernel has just made for us.
+        io::Result::Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    // SAFETY: a terminated string and a flag.
+    let opened = unsafe { libc::syscall(libc::SYS_fsopen, c"tracefs".as_ptr(), CLOEXEC) };
+    let context = descriptor(opened).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV | libc::ENOSYS) => io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel has no tracefs that could be mounted",
+        ),
+        _ => error,
+    })?;
+    let null = std::ptr::null::<libc::c_void>();
+    // SAFETY: an open context; this command takes no key and no value.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_fsconfig,
+            context.as_raw_fd(),
+            CMD_CREATE,
+            null,
+            null,
+            0,
+        )
+    })?;
+    // SAFETY: an open context and flags.
+    let mounted =
+        unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, ATTRIBUTES) };
+    let mount = File::from(descriptor(mounted)?);
+    // Reading its folders takes more than the O_PATH descriptor of the mount.
+    let root = openat(
+        &mount,
+        ".",
+        OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
+    Ok(File::from(root))
+}
+
+fn open(folder: &File, path: &str, flags: OFlag) -> Result<File> {
+    openat(folder, path, flags | OFlag::O_CLOEXEC, Mode::empty())
+        .map(File::from)
+        .context("cannot open", in_tracefs(path))
+}
+
+fn open_folder(folder: &File, path: &str) -> Result<File> {
+    open(folder, path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)
+}
+
+fn read(folder: &File, path: &str) -> Result<String> {
+    let mut file = open(folder, path, OFlag::O_RDONLY)?;
+    // Some of these files give nothing after the first read, however little that took.
+    let mut bytes = vec![0; 64 << 10];
+    let mut length = 0;
+    loop {
+        let room = bytes.get_mut(length..).unwrap_or_default();
+        match file.read(room).context("cannot read", in_tracefs(path))? {
+            0 => break,
+            more => length += more,
+        }
+    }
+    bytes.truncate(length);
+    String::from_utf8(bytes).map_err(|_| Error::invalid("cannot read", in_tracefs(path), "no text"))
+}
+
+fn write(folder: &File, path: &str, value: &str) -> Result<()> {
+    open(folder, path, OFlag::O_WRONLY)?
+        .write_all(value.as_bytes())
+        .context("cannot write", in_tracefs(path))
+}
+
+fn in_tracefs(path: &str) -> PathBuf {
+    Path::new("tracefs").join(path)
+}
+
+/// The names in a folder, sorted.
+fn names(folder: &File, what: &str) -> Result<Vec<String>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut dir =
+        Dir::openat(folder, ".", flags, Mode::empty()).context("cannot read", in_tracefs(what))?;
+    let mut names = Vec::new();
+    for entry in dir.iter() {
+        let entry = entry.context("cannot read", in_tracefs(what))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if OsStr::new(&name) != "." && OsStr::new(&name) != ".." {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests;
