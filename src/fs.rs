@@ -297,12 +297,26 @@ pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
 }
 
 fn open_as(source: &dyn ReadAt, held_by_caller: bool) -> Result<Opened> {
-    let Some(info) = probe(source)? else {
+    let mut found = probe::signatures(source)?.into_iter();
+    let Some(info) = found.next() else {
         return Ok(Opened::Unknown);
     };
+    if let (true, Some(other)) = (has_map(info.kind), found.next()) {
+        // One of them is a remnant, and its map that of a filesystem long gone.
+        let why = format!(
+            "it carries the signatures of {} and of {}",
+            info.kind, other.kind
+        );
+        return Ok(Opened::AllBlocks { info, why });
+    }
     match info.kind {
         Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),
         Kind::Xfs => xfs::open(source, info),
         _ => Ok(Opened::NoMap(info)),
     }
+}
+
+/// Whether there is a reader of its map.
+fn has_map(kind: Kind) -> bool {
+    matches!(kind, Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs)
 }

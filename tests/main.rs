@@ -7,6 +7,7 @@ mod harness;
 mod hostile_fs;
 mod image;
 mod inspect;
+mod probe;
 mod restore;
 mod verify;
 mod xfs;

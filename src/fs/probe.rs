@@ -1,23 +1,149 @@
 //! What a volume holds, by its magic numbers.
-//!
-//! Source of the signatures: the kernel's headers of each filesystem, and `libblkid`'s
-//! documentation. Where several match (a filesystem made over an old one of another kind), the
-//! order follows libblkid: containers first, then filesystems, partition tables last.
 
-use super::{Info, Kind, ext4, xfs};
+use super::{Info, Kind};
 use crate::error::Result;
 use crate::read_at::ReadAt;
-use crate::units::ByteLen;
+use crate::units::{ByteLen, Offset};
 
-/// Says what is on a volume, by its signature alone; `None` if it carries none that is known.
+mod containers;
+mod filesystems;
+mod tables;
+
+/// Bytes from the start of a volume within which all signatures lie, but those at its end: the
+/// last is the first label of a ZFS vdev.
+const HEAD: u64 = 256 << 10;
+/// Bytes at the end of a volume within which old md superblocks lie.
+const TAIL: u64 = 128 << 10;
+
+/// Says what is on a volume, by its signatures alone; `None` if it carries none that is known.
+/// If it carries several, the one that most likely came last: see [`signatures`].
 ///
 /// # Errors
 /// If reading fails.
 pub fn probe(source: &dyn ReadAt) -> Result<Option<Info>> {
-    if let Some(info) = ext(source)? {
-        return Ok(Some(info));
+    Ok(signatures(source)?.into_iter().next())
+}
+
+/// All signatures on a volume. More than one means that an older one was left behind, or that
+/// something lies within something else (a filesystem on one half of an md mirror): what the
+/// volume holds is then not certain. Containers come first, then what is made over existing
+/// partition tables on purpose (hybrid ISO images), GPT, filesystems, and last the MBR, whose
+/// signature many boot sectors have.
+///
+/// # Errors
+/// If reading fails.
+pub(super) fn signatures(source: &dyn ReadAt) -> Result<Vec<Info>> {
+    let volume = Volume::read(source)?;
+    let mut found: Vec<Info> = containers::ALL
+        .iter()
+        .chain(filesystems::OPTICAL)
+        .chain(tables::GPT)
+        .chain(filesystems::ALL)
+        .filter_map(|matches| matches(&volume))
+        .collect();
+    // The boot sectors of these look like an MBR.
+    let has_boot_sector = |info: &Info| {
+        matches!(
+            info.kind,
+            Kind::Vfat | Kind::Exfat | Kind::Ntfs | Kind::BitLocker
+        )
+    };
+    if !found
+        .iter()
+        .any(|info| has_boot_sector(info) || info.kind == Kind::PartitionTable)
+    {
+        found.extend(tables::mbr(&volume));
     }
-    xfs(source)
+    Ok(found)
+}
+
+/// A function that knows one signature.
+type Matcher = fn(&Volume) -> Option<Info>;
+
+/// The parts of a volume that signatures lie in.
+struct Volume {
+    head: Vec<u8>,
+    tail: Vec<u8>,
+    len: ByteLen,
+}
+
+impl Volume {
+    fn read(source: &dyn ReadAt) -> Result<Self> {
+        let len = source.len();
+        let head = len.min(ByteLen(HEAD));
+        let tail = len.min(ByteLen(TAIL));
+        Ok(Self {
+            head: source.read_vec_at(Offset::ZERO, head)?,
+            tail: source.read_vec_at(Offset(len.0 - tail.0), tail)?,
+            len,
+        })
+    }
+
+    /// `N` bytes at a position of the head.
+    fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.head.get(at..)?.first_chunk().copied()
+    }
+
+    /// Whether `magic` stands at a position of the head.
+    fn has(&self, at: usize, magic: &[u8]) -> bool {
+        self.head
+            .get(at..)
+            .is_some_and(|rest| rest.starts_with(magic))
+    }
+
+    fn u8(&self, at: usize) -> Option<u8> {
+        self.head.get(at).copied()
+    }
+
+    fn le16(&self, at: usize) -> Option<u16> {
+        self.bytes(at).map(u16::from_le_bytes)
+    }
+
+    fn le32(&self, at: usize) -> Option<u32> {
+        self.bytes(at).map(u32::from_le_bytes)
+    }
+
+    fn le64(&self, at: usize) -> Option<u64> {
+        self.bytes(at).map(u64::from_le_bytes)
+    }
+
+    fn be16(&self, at: usize) -> Option<u16> {
+        self.bytes(at).map(u16::from_be_bytes)
+    }
+
+    fn be32(&self, at: usize) -> Option<u32> {
+        self.bytes(at).map(u32::from_be_bytes)
+    }
+
+    fn be64(&self, at: usize) -> Option<u64> {
+        self.bytes(at).map(u64::from_be_bytes)
+    }
+
+    /// A text field of the head.
+    fn text(&self, at: usize, len: usize) -> Option<String> {
+        text(self.head.get(at..)?.get(..len)?)
+    }
+
+    /// A binary UUID in the head.
+    fn uuid(&self, at: usize) -> Option<String> {
+        uuid(&self.bytes(at)?)
+    }
+}
+
+/// What is known of something of which only its kind is.
+fn only(kind: Kind) -> Info {
+    Info {
+        kind,
+        label: None,
+        uuid: None,
+        block_size: 0,
+        size: ByteLen::ZERO,
+    }
+}
+
+/// The size of so many blocks; 0 for "not known" where it makes no sense.
+fn blocks(count: u64, block_size: u32) -> ByteLen {
+    ByteLen(count.checked_mul(u64::from(block_size)).unwrap_or(0))
 }
 
 /// Text of a fixed field: up to the first NUL, without blanks at the end; `None` if nothing is
@@ -31,67 +157,7 @@ pub(super) fn text(bytes: &[u8]) -> Option<String> {
 }
 
 /// A UUID as text; `None` if it is nil.
-pub(super) fn uuid(bytes: &[u8; 16]) -> Option<String> {
+fn uuid(bytes: &[u8; 16]) -> Option<String> {
     let uuid = uuid::Uuid::from_bytes(*bytes);
     (!uuid.is_nil()).then(|| uuid.to_string())
-}
-
-/// ext2, ext3, ext4 and their external journals. The borders between them are libblkid's.
-fn ext(source: &dyn ReadAt) -> Result<Option<Info>> {
-    use ext4::format as f;
-    if source.len() < ByteLen(2048) {
-        return Ok(None);
-    }
-    let superblock = ext4::read_superblock(source)?;
-    if superblock.magic.get() != f::MAGIC {
-        return Ok(None);
-    }
-    let ext2_ro = f::RO_COMPAT_SPARSE_SUPER | f::RO_COMPAT_LARGE_FILE | f::RO_COMPAT_BTREE_DIR;
-    let ext3_incompat = f::INCOMPAT_FILETYPE | f::INCOMPAT_RECOVER | f::INCOMPAT_META_BG;
-    let has_journal = superblock.compat() & f::COMPAT_HAS_JOURNAL != 0;
-    let is_older =
-        superblock.ro_compat() & !ext2_ro == 0 && superblock.incompat() & !ext3_incompat == 0;
-    let kind = if superblock.incompat() & f::INCOMPAT_JOURNAL_DEV != 0 {
-        Kind::ExtJournal
-    } else if is_older && has_journal {
-        Kind::Ext3
-    } else if is_older && superblock.incompat() & f::INCOMPAT_RECOVER == 0 {
-        Kind::Ext2
-    } else {
-        Kind::Ext4
-    };
-    let block_size = 1024u32
-        .checked_shl(superblock.log_block_size.get())
-        .unwrap_or(0);
-    Ok(Some(Info {
-        kind,
-        label: text(&superblock.volume_name),
-        uuid: uuid(&superblock.uuid),
-        block_size,
-        size: ByteLen(
-            superblock
-                .blocks_count()
-                .saturating_mul(u64::from(block_size)),
-        ),
-    }))
-}
-
-/// XFS.
-fn xfs(source: &dyn ReadAt) -> Result<Option<Info>> {
-    if source.len() < ByteLen(512) {
-        return Ok(None);
-    }
-    let superblock = xfs::read_superblock(source)?;
-    if superblock.magic.get() != xfs::format::SB_MAGIC {
-        return Ok(None);
-    }
-    let block_size = superblock.block_size.get();
-    let blocks = superblock.data_blocks.get();
-    Ok(Some(Info {
-        kind: Kind::Xfs,
-        label: text(&superblock.label),
-        uuid: uuid(&superblock.uuid),
-        block_size,
-        size: ByteLen(blocks.saturating_mul(u64::from(block_size))),
-    }))
 }

@@ -265,11 +265,11 @@ pub(super) fn crc_holds(bytes: &[u8], offset: usize) -> bool {
 }
 
 /// [`LogRecord::magic`].
-pub(super) const LOG_MAGIC: u32 = 0xfeed_babe;
+pub(crate) const LOG_MAGIC: u32 = 0xfeed_babe;
 /// [`LogRecord::version`]: the bit of version 2.
 pub(super) const LOG_VERSION_2: u32 = 2;
 /// [`LogRecord::format`]: items as a little-endian Linux writes them.
-pub(super) const LOG_FORMAT_LINUX_LE: u32 = 1;
+pub(crate) const LOG_FORMAT_LINUX_LE: u32 = 1;
 /// Bytes of a record whose first words one header can hold; more take extended headers.
 pub(super) const LOG_CYCLE_SIZE: u32 = 32 << 10;
 /// Words of 512-byte blocks in one header.
