@@ -908,4 +908,6 @@ fn names(folder: &File, what: &str) -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
+mod live_tests;
+#[cfg(test)]
 mod tests;

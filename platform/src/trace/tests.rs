@@ -7,10 +7,10 @@ use crate::freeze::MountPoint;
 use crate::guard::{Config, Guard, LeftoverKind};
 use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// An id that no other test uses.
-fn run_id() -> String {
+pub(super) fn run_id() -> String {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("test-{}-{next}", std::process::id())
@@ -33,7 +33,7 @@ impl Random {
 }
 
 /// Writes of many kinds below `dir`.
-fn keep_busy(dir: &Path, seed: u64, rounds: u64) {
+pub(super) fn keep_busy(dir: &Path, seed: u64, rounds: u64) {
     let mut random = Random(seed);
     let path = |name: &str| dir.join(format!("{seed}-{name}"));
     let open = |flags| {
@@ -439,4 +439,51 @@ fn role_traces() {
     let number = BlockDevice::at(device).unwrap().number;
     let _tracker = Tracker::start(tracefs, id, &Options::new(vec![number]), |_| ()).unwrap();
     Role::ready_until_told();
+}
+
+#[test]
+fn privileged_a_flood_of_small_requests_is_traced_whole() {
+    needs_root!();
+    let dir = scratch();
+    let size: u64 = 64 << 20;
+    let device = Loop::sparse(&dir.path().join("disk"), size);
+    let map = Arc::new(DirtyMap::new(size / 512, 0).unwrap());
+    let marks = map.clone();
+    let options = Options::new(vec![device.number()]);
+    let tracker = start(&options, move |write| {
+        marks.mark(write.sector, write.sectors)
+    });
+    let base = tracker.balance(PATIENCE).unwrap();
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        for seed in 1..5 {
+            let path = device.path();
+            scope.spawn(move || {
+                let mut random = Random(seed);
+                let file = std::fs::OpenOptions::new()
+                    .write(true)
+                    .custom_flags(libc::O_DIRECT)
+                    .open(path)
+                    .unwrap();
+                let block = crate::buffer::Buffer::new(512);
+                for _ in 0..10_000 {
+                    let offset = random.below(size / 512) * 512;
+                    file.write_all_at(&block, offset).unwrap();
+                }
+            });
+        }
+    });
+    let elapsed = begin.elapsed();
+    assert_eq!(tracker.balance(PATIENCE).unwrap(), base);
+    tracker.check().unwrap();
+    let tally = tracker.stop().unwrap();
+    assert_eq!(tally.requests, 40_000);
+    let mut expected = std::collections::BTreeSet::new();
+    for seed in 1..5 {
+        let mut random = Random(seed);
+        expected.extend((0..10_000).map(|_| random.below(size / 512)));
+    }
+    assert_eq!(map.count(), expected.len() as u64);
+    assert!(expected.iter().all(|sector| map.is_dirty(*sector)));
+    println!("40000 requests in {elapsed:?}");
 }
