@@ -250,7 +250,7 @@ fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Res
             logical_sector: geometry.logical_sector,
             physical_sector: geometry.physical_sector,
             smallest_target: geometry.size,
-            blocks: survey.blocks(),
+            blocks: survey.blocks,
             used_bytes: survey.bytes.0,
         })
     });

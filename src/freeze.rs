@@ -2,9 +2,12 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+mod final_read;
 pub mod hold;
 mod mounted;
 pub mod offline;
+mod stale;
+pub mod track;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -23,16 +26,18 @@ use crate::survey::Survey;
 pub enum Step {
     /// Nobody has it mounted, held or open for writing.
     Offline,
+    /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
+    Track,
     /// Its filesystem is frozen for the whole copy.
     Hold,
 }
 
 impl Step {
     /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 1] = [Self::Offline];
+    pub const LADDER: [Self; 2] = [Self::Offline, Self::Track];
 
     /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 2] = [Self::Offline, Self::Hold];
+    pub const ALL: [Self; 3] = [Self::Offline, Self::Track, Self::Hold];
 
     /// Whether the step freezes or creates something that a guard has to watch over.
     pub fn needs_guard(self) -> bool {
@@ -43,6 +48,7 @@ impl Step {
     pub fn name(self) -> &'static str {
         match self {
             Self::Offline => "offline",
+            Self::Track => "track",
             Self::Hold => "hold",
         }
     }

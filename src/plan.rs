@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::hold::{self, Hold};
 use crate::freeze::offline::{self, Offline};
+use crate::freeze::track::{self, Track};
 use crate::freeze::{Context, Step, Still};
 use crate::source::{Medium, Source};
 
@@ -59,6 +60,7 @@ impl Plan {
     pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
         Ok(match self.step {
             Step::Offline => Box::new(Offline::hold(&self.source, context)?),
+            Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
         })
     }
@@ -109,6 +111,7 @@ pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
 fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     match step {
         Step::Offline => offline::objection(source),
+        Step::Track => track::objection(source),
         Step::Hold => hold::objection(source),
     }
 }

@@ -35,6 +35,11 @@ pub trait Progress: Sync {
     /// Whether the run was asked to end, and how.
     fn stop(&self) -> Option<Stop>;
 
+    /// Called while a tracked source is frozen for the last time and everything of it was read, right
+    /// before it thaws. Must not allocate, write or wait. For tests, which compare the source with
+    /// its copy at that very instant.
+    fn while_frozen(&self) {}
+
     /// Shorthand for a warning.
     fn warn(&self, text: &str) {
         self.event(&Event::Warning(text));

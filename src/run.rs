@@ -4,7 +4,7 @@
 //! disk before anything is frozen or created; the post-freeze hook is owed from the moment before the
 //! pre-freeze hook starts, and the guard runs it even if this process is killed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -147,20 +147,19 @@ impl Run {
         }
     }
 
-    /// Has the guard remove a file or folder should this process die.
+    /// Has the guard remove `name` in `folder` should this process die. Register first, create then.
     ///
     /// # Errors
     /// If the guard is lost.
-    pub fn register(&self, path: &std::path::Path, kind: LeftoverKind) -> Result<Option<Leftover>> {
-        let Some(guard) = self.maybe_guard() else {
-            return Ok(None);
-        };
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-            return Ok(None);
-        };
-        let folder = std::fs::File::open(folder)
-            .map_err(|error| Error::io("cannot open", error).on(folder))?;
-        Ok(Some(guard.register(folder.as_fd(), name, kind)?))
+    pub fn register(
+        &self,
+        folder: impl AsFd,
+        name: &str,
+        kind: LeftoverKind,
+    ) -> Result<Option<Leftover>> {
+        let guard = self.maybe_guard();
+        let registered = guard.map(|guard| guard.register(folder, OsStr::new(name), kind));
+        Ok(registered.transpose()?)
     }
 
     /// What was registered is gone, or has become what it was meant to be.

@@ -17,6 +17,8 @@ pub struct Survey {
     pub info: Option<Info>,
     /// `Some` if its map says truly which blocks are in use, and only those shall be copied.
     filesystem: Option<Box<dyn Filesystem>>,
+    /// Which blocks are copied.
+    pub blocks: Blocks,
     /// What its own state allows to say of it, given that it holds still.
     pub grade: Grade,
     /// Bytes to copy: those in use, or all that are not holes.
@@ -51,6 +53,38 @@ impl Survey {
         )
     }
 
+    /// Looks only at what a mounted filesystem calls itself. Nothing else of it can be believed
+    /// before it is frozen; the copy will be of its used blocks, by the kernel's own map.
+    ///
+    /// # Errors
+    /// If reading fails.
+    pub fn of_mounted(disk: &Disk) -> Result<Self> {
+        Ok(Self {
+            info: fs::probe(disk)?,
+            filesystem: None,
+            blocks: Blocks::Used,
+            grade: Grade::Frozen,
+            bytes: ByteLen::ZERO,
+            warnings: Vec::new(),
+        })
+    }
+
+    /// Why the map of a filesystem that we hold frozen cannot be trusted even so; `None` if it can.
+    ///
+    /// # Errors
+    /// As [`of_offline`](Self::of_offline).
+    pub fn why_unsettled(disk: &Disk) -> Result<Option<String>> {
+        Ok(match fs::open_frozen(disk)? {
+            Opened::Known(filesystem) => match filesystem.condition() {
+                condition if condition.is_settled_if_frozen() => None,
+                Condition::Dirty { reason } => Some(reason.to_string()),
+                _ => Some("its log is not settled".to_owned()),
+            },
+            Opened::AllBlocks { why, .. } => Some(why),
+            Opened::NoMap(_) | Opened::Unknown => Some("its filesystem is not known".to_owned()),
+        })
+    }
+
     fn new(
         disk: &Disk,
         opened: Opened,
@@ -61,6 +95,7 @@ impl Survey {
         let mut survey = Self {
             info: None,
             filesystem: None,
+            blocks: Blocks::All,
             grade: Grade::Crash,
             bytes: ByteLen::ZERO,
             warnings: Vec::new(),
@@ -127,6 +162,7 @@ impl Survey {
                 self.bytes = walk.used;
                 self.warnings.extend(walk.warnings);
                 self.filesystem = Some(filesystem);
+                self.blocks = Blocks::Used;
                 Ok(())
             }
             Err(error) if error.kind() == Kind::Damaged => {
@@ -137,14 +173,6 @@ impl Survey {
                 Ok(())
             }
             Err(error) => Err(error),
-        }
-    }
-
-    /// Which blocks are copied.
-    pub fn blocks(&self) -> Blocks {
-        match self.filesystem {
-            Some(_) => Blocks::Used,
-            None => Blocks::All,
         }
     }
 

@@ -101,8 +101,9 @@ pub(super) struct BackupArgs {
 /// How a source is made to hold still and read: the same for every verb that copies one.
 #[derive(Debug, Args)]
 struct FreezeArgs {
-    /// How the source is made to hold still: auto (the first that applies), offline, or hold
-    /// (frozen for the whole copy, 60 s at most; never chosen by auto)
+    /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
+    /// it), track (writes are tracked, frozen for milliseconds), or hold (frozen for the whole copy,
+    /// 60 s at most; never chosen by auto)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen

@@ -1,0 +1,600 @@
+//! `track`: a mounted ext4 or XFS on a plain disk, imaged while it is in use, with two short freezes.
+//!
+//! Every write to the disk is traced from the start, and marks its blocks as *stale*: what the copy
+//! has of them, if anything, is out of date. A first freeze of some milliseconds gives an exact map
+//! of what is in use. Then everything stale and in use is copied, again and again, while writers go
+//! on; each round is shorter than the one before. At last the filesystem is frozen once more, what is
+//! still stale is read into memory that was made ready before, and it thaws: that moment is the
+//! instant of the copy. Only then is the rest written out.
+//!
+//! Why the copy is exact: a block's mark is cleared before the block is read, and set again after any
+//! write that the reading may have missed, since the trace tells of a write when it is complete. When
+//! the freeze has returned, all writes of the filesystem are complete and in the trace. That nothing
+//! was lost from the trace is proven: the disk's own counters must have grown by exactly the sectors
+//! that were traced.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::dirty::DirtyMap;
+use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::fsmap::{FsMap, FsMapError, UsedRange};
+use holdstill_platform::guard::{Frozen, Leftover, LeftoverKind};
+use holdstill_platform::memory;
+use holdstill_platform::node::BlockDevice;
+use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
+
+use super::final_read::FinalRead;
+use super::mounted::{self, milliseconds};
+use super::stale::{self, BLOCK_SHIFT};
+use crate::error::{Error, Kind, Result};
+use crate::freeze::{Context, Pass, Proof, Still};
+use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::tables::Run as BlockRun;
+use crate::progress::{Event, Progress};
+use crate::read_at::ReadAt;
+use crate::run::Run;
+use crate::source::Source;
+use crate::survey::Survey;
+use crate::units::ByteLen;
+
+/// When each freeze ends at the latest, by the guard's hand.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Rounds go on until no more than this is stale.
+const SMALL: ByteLen = ByteLen::mib(4);
+
+/// A round that leaves more than this share of what the one before it left does not converge.
+const CONVERGING: f64 = 0.8;
+
+/// After so many rounds in a row that do not converge, or so many rounds at all, what is stale is
+/// taken as it is, if it fits into memory.
+const PATIENT_ROUNDS: u32 = 3;
+const MOST_ROUNDS: u32 = 12;
+
+/// So many times a freeze may find more than fits into memory before the run gives up.
+const MOST_FREEZES: u32 = 3;
+
+/// Writing out what writers produced must not take longer than this, or the freeze would not either.
+const SYNC_BUDGET: Duration = Duration::from_secs(5);
+
+/// Memory for what is read in the final freeze: at most this, and a quarter of what is available.
+const MOST_MEMORY: u64 = 256 << 20;
+
+/// And at least this, for writers that are faster just then.
+const LEAST_MEMORY: ByteLen = ByteLen::mib(64);
+
+/// How long the reader of the trace may take to catch up.
+const CATCH_UP: Duration = Duration::from_secs(5);
+
+/// How long the disk may take to pause, outside and inside a freeze, so that its counters can be
+/// compared with the trace.
+const PAUSE: Duration = Duration::from_secs(10);
+const PAUSE_FROZEN: Duration = Duration::from_millis(20);
+
+/// Room for ranges of the map at first.
+const MAP_ROOM: usize = 64 << 10;
+
+/// A source whose writes are being tracked.
+#[derive(Debug)]
+pub struct Track {
+    source: Source,
+    device: BlockDevice,
+    disk: Arc<Disk>,
+    point: Arc<MountPoint>,
+    run: Run,
+    all_blocks: bool,
+    survey: Survey,
+    // Taken down before anything it refers to.
+    tracker: Option<Tracker>,
+    leftover: Option<Leftover>,
+    stale: Arc<DirtyMap>,
+    /// Blocks that any pass has copied.
+    copied: DirtyMap,
+    fsmap: FsMap,
+    /// What is in use, by the last look.
+    used: Vec<UsedRange>,
+    /// What the trace has to agree with at the end; known since the first freeze.
+    balance: Option<Balance>,
+    phase: Phase,
+    /// Final freezes that found more than fits into memory.
+    tries: u32,
+    last_pass: Option<LastPass>,
+    freezes: Vec<FreezeTimes>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    /// Nothing was copied.
+    First,
+    /// Copying what has become stale. `left`: how much the last round began with.
+    Rounds { done: u32, slow: u32, left: u64 },
+    /// Everything was written out; what that made stale was copied.
+    Ready,
+    /// The instant has passed.
+    Over,
+}
+
+/// What the final freeze gave.
+#[derive(Debug)]
+struct LastPass {
+    read: FinalRead,
+    runs: Vec<BlockRun>,
+    instant: jiff::Timestamp,
+}
+
+/// Why the source cannot be tracked; `None` if nothing speaks against it.
+///
+/// # Errors
+/// If it cannot be examined.
+pub fn objection(source: &Source) -> Result<Option<String>> {
+    let device = match mounted::device(source) {
+        Ok(device) => device,
+        Err(why) => return Ok(Some(why)),
+    };
+    if !device.is_request_based() {
+        return Ok(Some(
+            "the device is built on others (dm, md), whose writes cannot be tracked yet".to_owned(),
+        ));
+    }
+    let mount = source.mount.as_ref();
+    if mount.is_some_and(|mount| mount.has_super_option("dax")) {
+        return Ok(Some(
+            "it is mounted with dax: writes do not pass the block layer".to_owned(),
+        ));
+    }
+    if !holdstill_platform::counters::are_kept(device)? {
+        return Ok(Some(
+            "the kernel does not count what is written to it (queue/iostats is off)".to_owned(),
+        ));
+    }
+    if mounted::has_swap(device)? {
+        return Ok(Some("swap space lies on it".to_owned()));
+    }
+    if let Err(error) = Tracefs::open() {
+        return Ok(Some(format!("writes cannot be traced: {error}")));
+    }
+    mounted::other_writer(device)
+}
+
+impl Track {
+    /// Begins to track the source, and freezes it once, shortly, for an exact map.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`] if it cannot be tracked; else if tracing, freezing or reading fails.
+    pub fn begin(source: &Source, context: &Context<'_>) -> Result<Self> {
+        let Context {
+            run,
+            output,
+            all_blocks,
+            progress,
+        } = *context;
+        let no = |why: &str| {
+            Error::new(
+                Kind::NotApplicable,
+                format!("its writes cannot be tracked: {why}"),
+            )
+            .on(&source.path)
+        };
+        let device = mounted::device(source).map_err(|why| no(&why))?.clone();
+        let mount = source
+            .mount
+            .as_ref()
+            .ok_or_else(|| no("it is not mounted here"))?;
+        if let Some(why) = mounted::would_wait_for_itself(&device, output)? {
+            return Err(no(why).hint("write the image elsewhere, or to a pipe that does"));
+        }
+        let disk = Arc::new(Disk::open(&source.path, Access::Read)?);
+        if !disk.is_direct() {
+            return Err(no("it cannot be read past the page cache"));
+        }
+        let point = Arc::new(MountPoint::open(&mount.point)?);
+        let sectors = device.sectors;
+        let map = || {
+            DirtyMap::new(sectors, BLOCK_SHIFT)
+                .ok_or_else(|| no("there is not enough memory for a map of its blocks"))
+        };
+        let stale = Arc::new(map()?);
+        let copied = map()?;
+        run.note(|record| {
+            record.mount_points.push(mount.point.clone());
+            record.trace_instance = Some(instance_name(run.id()));
+        })?;
+        let tracefs = Tracefs::open()?;
+        let leftover = run.register(
+            tracefs.instances(),
+            &instance_name(run.id()),
+            LeftoverKind::Folder,
+        )?;
+        let tracker = start(tracefs, run, &device, &stale)?;
+        // What the survey of a live filesystem says is not believed: this is to know what it is, and
+        // to be told of an external log before anything is frozen.
+        let survey = Survey::of_mounted(&disk)?;
+        let mut track = Self {
+            source: source.clone(),
+            device,
+            disk,
+            point,
+            run: run.clone(),
+            all_blocks,
+            survey,
+            balance: None,
+            tries: 0,
+            tracker: Some(tracker),
+            leftover,
+            stale,
+            copied,
+            fsmap: FsMap::new(),
+            used: Vec::with_capacity(MAP_ROOM),
+            phase: Phase::First,
+            last_pass: None,
+            freezes: Vec::new(),
+        };
+        track.look_at_map()?;
+        track.first_freeze(progress)?;
+        Ok(track)
+    }
+
+    fn tracker(&self) -> Result<&Tracker> {
+        self.tracker
+            .as_ref()
+            .ok_or_else(|| Error::new(Kind::Failed, "the trace has ended"))
+    }
+
+    /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
+    fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
+        // Before, while the disk may be quiet all by itself: then the freeze need not wait for it.
+        let early = self.tracker()?.balance(Duration::from_millis(200)).ok();
+        self.make_room();
+        self.point.sync()?;
+        let frozen = self.freeze()?;
+        let drained = self.tracker()?.drain(CATCH_UP);
+        let drain_ms = milliseconds(frozen.held());
+        let balance = self.tracker()?.balance(PAUSE_FROZEN);
+        self.stale.clear();
+        self.stale.mark(0, self.device.sectors);
+        let map = self.read_map();
+        let confirmed = Survey::why_unsettled(&self.disk);
+        let read_ms = milliseconds(frozen.held()) - drain_ms;
+        let thawed = frozen
+            .thaw()
+            .map_err(|error| mounted::explain(error, &self.source))?;
+        let times = mounted::times("map", &thawed, drain_ms, read_ms);
+        progress.event(&Event::Thawed(&times));
+        self.freezes.push(times);
+        drained.map_err(|error| self.untrusted(&error))?;
+        map?;
+        self.balance = balance.ok().or(early);
+        if self.balance.is_none() {
+            return Err(self.untrusted(&TraceError::NoQuiet));
+        }
+        if let Some(why) = confirmed? {
+            self.survey.grade = Grade::Crash;
+            self.all_blocks = true;
+            self.survey
+                .warnings
+                .push(format!("all blocks are copied: even frozen, {why}"));
+            self.read_map()?;
+        }
+        self.survey.bytes = stale::bytes(&self.used);
+        Ok(())
+    }
+
+    fn freeze(&self) -> Result<Frozen> {
+        self.run.check_guard()?;
+        self.run
+            .guard()?
+            .freeze(&self.point, DEADLINE)
+            .map_err(|error| mounted::explain(error, &self.source))
+    }
+
+    /// A look at the map that may take its time and its memory.
+    fn look_at_map(&mut self) -> Result<()> {
+        loop {
+            match self.try_map() {
+                Err(FsMapError::TooManyRanges { needed }) => {
+                    self.used.clear();
+                    self.used.reserve_exact(needed + needed / 2);
+                }
+                other => return other.map_err(|error| self.no_map(&error)),
+            }
+        }
+    }
+
+    /// The map, into the memory that is there.
+    fn read_map(&mut self) -> Result<()> {
+        self.try_map().map_err(|error| self.no_map(&error))
+    }
+
+    fn try_map(&mut self) -> std::result::Result<(), FsMapError> {
+        let size = ReadAt::len(&*self.disk).0;
+        if self.all_blocks {
+            self.used.clear();
+            self.used.push(UsedRange {
+                start: 0,
+                len: size,
+            });
+            return Ok(());
+        }
+        self.fsmap
+            .used(&self.point, self.device.number, size, &mut self.used)
+    }
+
+    fn no_map(&self, error: &FsMapError) -> Error {
+        let kind = match error {
+            FsMapError::AnotherDevice(_) | FsMapError::Unsupported => Kind::NotApplicable,
+            _ => Kind::Io,
+        };
+        Error::new(kind, "the filesystem's map cannot be had")
+            .on(&self.source.path)
+            .because(error.to_string())
+    }
+
+    /// Room for a map half as long again as the last one, so that the next look needs no memory.
+    fn make_room(&mut self) {
+        let wanted = self.used.len() + self.used.len() / 2 + 4096;
+        if self.used.capacity() < wanted {
+            self.used.reserve_exact(wanted - self.used.len());
+        }
+    }
+
+    /// Decides what comes after a round: another one, or getting ready for the end.
+    fn after_round(&mut self, done: u32, slow: u32, left: u64) -> Result<Phase> {
+        self.run.check_guard()?;
+        if done > 0 {
+            self.sync_within_budget()?;
+        }
+        self.tracker()?
+            .drain(CATCH_UP)
+            .map_err(|error| self.untrusted(&error))?;
+        self.look_at_map()?;
+        let now = stale::count(&self.stale, &self.used);
+        let is_slow = now as f64 >= CONVERGING * left as f64;
+        let slow = if is_slow { slow + 1 } else { 0 };
+        if now <= SMALL.0 || slow >= PATIENT_ROUNDS || done >= MOST_ROUNDS {
+            return Ok(Phase::Ready);
+        }
+        Ok(Phase::Rounds {
+            done: done + 1,
+            slow,
+            left: now,
+        })
+    }
+
+    fn sync_within_budget(&self) -> Result<()> {
+        let begin = Instant::now();
+        self.point.sync()?;
+        let took = begin.elapsed();
+        if took <= SYNC_BUDGET {
+            return Ok(());
+        }
+        // Once more: a backlog from before the run is written out only once.
+        let begin = Instant::now();
+        self.point.sync()?;
+        if begin.elapsed() <= SYNC_BUDGET {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Inconsistent,
+            format!("the disk needs {:.0} s to write out what its writers produce: a freeze would take as long", begin.elapsed().as_secs_f64()),
+        )
+        .on(&self.source.path)
+        .hint("try again when less is written"))
+    }
+
+    /// What is stale and in use now, as a pass.
+    fn stale_pass(&self) -> Pass<'_> {
+        Pass {
+            source: &*self.disk,
+            walk: Box::new(move |sink| stale::take(&self.stale, &self.copied, &self.used, sink)),
+        }
+    }
+
+    /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
+    /// and another round is needed.
+    fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
+        self.look_at_map()?;
+        self.make_room();
+        let ready = stale::count(&self.stale, &self.used);
+        let most = ByteLen(MOST_MEMORY.min(memory::available()? / 4));
+        if ready > most.0 / 2 {
+            return Err(self.too_much(ready, most));
+        }
+        let mut read = FinalRead::prepare(
+            ByteLen(ready * 8).max(LEAST_MEMORY).min(most),
+            ReadAt::len(&*self.disk),
+        )?;
+        // Once before the freeze, so that the memory it takes is there.
+        let _ = Survey::why_unsettled(&self.disk);
+        let disk = Arc::clone(&self.disk);
+        let mut instant = jiff::Timestamp::now();
+        let done = read.with_readers(&disk, |readers| {
+            self.sync_within_budget()?;
+            let frozen = self.freeze()?;
+            instant = jiff::Timestamp::now();
+            let drained = self.tracker()?.drain(CATCH_UP);
+            let drain_ms = milliseconds(frozen.held());
+            let balance = self.tracker()?.balance(PAUSE_FROZEN);
+            let map = self.read_map();
+            let fits = stale::collect(&self.stale, &self.used, |extent| readers.push(extent));
+            let was_read = readers.read();
+            let confirmed = Survey::why_unsettled(&self.disk);
+            let read_ms = milliseconds(frozen.held()) - drain_ms;
+            progress.while_frozen();
+            let thawed = frozen
+                .thaw()
+                .map_err(|error| mounted::explain(error, &self.source))?;
+            let times = mounted::times("final", &thawed, drain_ms, read_ms);
+            drained.map_err(|error| self.untrusted(&error))?;
+            map?;
+            was_read?;
+            Ok((fits, balance, confirmed?, times))
+        });
+        let (fits, balance, confirmed, times) = done?;
+        progress.event(&Event::Thawed(&times));
+        self.freezes.push(times);
+        if !fits {
+            read.extents()
+                .iter()
+                .for_each(|extent| stale::mark(&self.stale, *extent));
+            return Ok(false);
+        }
+        self.run.after_thaw(progress);
+        self.prove(balance)?;
+        if let (Some(why), false) = (confirmed, self.survey.grade == Grade::Crash) {
+            return Err(Error::new(Kind::Inconsistent, format!("frozen, {why}"))
+                .on(&self.source.path)
+                .hint("try again"));
+        }
+        progress.event(&Event::Frozen {
+            instant: &instant.to_string(),
+        });
+        self.survey.bytes = stale::bytes(&self.used);
+        let runs = stale::last_runs(
+            read.extents(),
+            &self.copied,
+            &self.used,
+            ReadAt::len(&*self.disk),
+        );
+        self.last_pass = Some(LastPass {
+            read,
+            runs,
+            instant,
+        });
+        Ok(true)
+    }
+
+    /// Proves that no write was missed.
+    fn prove(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<()> {
+        let tracker = self.tracker()?;
+        let balance = match in_freeze {
+            Err(TraceError::NoQuiet) => tracker.balance(PAUSE),
+            other => other,
+        };
+        let balance = balance.map_err(|error| self.untrusted(&error))?;
+        let before = self
+            .balance
+            .ok_or_else(|| self.untrusted(&TraceError::NoQuiet))?;
+        if balance != before {
+            let missed = balance.missed_since(&before);
+            return Err(Error::new(
+                Kind::Inconsistent,
+                format!("the disk counted {missed} sectors more than were traced: writes may have been missed"),
+            )
+            .on(&self.source.path)
+            .hint("the copy was discarded; try again, or image it offline"));
+        }
+        tracker.check().map_err(|error| self.untrusted(&error))
+    }
+
+    fn untrusted(&self, error: &TraceError) -> Error {
+        Error::new(Kind::Inconsistent, "the trace of writes cannot be trusted")
+            .on(&self.source.path)
+            .because(error.to_string())
+            .hint("the copy was discarded; try again, or image it offline")
+    }
+
+    fn too_much(&self, bytes: u64, room: ByteLen) -> Error {
+        Error::new(
+            Kind::Inconsistent,
+            format!("it is written to faster than it can be copied: {} are still changing, there is memory for {}", ByteLen(bytes), ByteLen(room.0 / 2)),
+        )
+        .on(&self.source.path)
+        .hint("try again when less is written")
+    }
+}
+
+/// Starts to trace the disk the source is on, and to mark what is written to the source.
+fn start(
+    tracefs: Tracefs,
+    run: &Run,
+    device: &BlockDevice,
+    stale: &Arc<DirtyMap>,
+) -> Result<Tracker> {
+    let (start, len) = device
+        .partition
+        .map_or((0, device.sectors), |place| (place.start, place.sectors));
+    let marks = Arc::clone(stale);
+    let options = Options::new(vec![device.disk]);
+    Ok(Tracker::start(tracefs, run.id(), &options, move |write| {
+        if let Some((first, sectors)) = write.within(start, len) {
+            marks.mark(first, sectors);
+        }
+    })?)
+}
+
+impl Still for Track {
+    fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        loop {
+            match self.phase {
+                Phase::First => {
+                    let left = stale::count(&self.stale, &self.used);
+                    self.phase = Phase::Rounds {
+                        done: 0,
+                        slow: 0,
+                        left,
+                    };
+                    return Ok(Some(self.stale_pass()));
+                }
+                Phase::Rounds { done, slow, left } => {
+                    self.phase = self.after_round(done, slow, left)?;
+                    if matches!(self.phase, Phase::Ready) {
+                        self.run.before_freeze()?;
+                        self.sync_within_budget()?;
+                    }
+                    return Ok(Some(self.stale_pass()));
+                }
+                Phase::Ready => {
+                    progress.check()?;
+                    if self.last_freeze(progress)? {
+                        self.phase = Phase::Over;
+                        return Ok(self.last_pass.as_ref().map(LastPass::pass));
+                    }
+                    self.tries += 1;
+                    if self.tries == MOST_FREEZES {
+                        return Err(self.too_much(
+                            stale::count(&self.stale, &self.used),
+                            ByteLen(MOST_MEMORY),
+                        ));
+                    }
+                    self.phase = Phase::Rounds {
+                        done: 0,
+                        slow: 0,
+                        left: u64::MAX,
+                    };
+                }
+                Phase::Over => return Ok(None),
+            }
+        }
+    }
+
+    fn finish(mut self: Box<Self>, _: &dyn Progress) -> Result<Proof> {
+        if let Some(tracker) = self.tracker.take() {
+            tracker.stop()?;
+        }
+        self.run.forget(self.leftover.take());
+        let last = self
+            .last_pass
+            .take()
+            .ok_or_else(|| Error::new(Kind::Failed, "the instant never came"))?;
+        Ok(Proof {
+            grade: self.survey.grade,
+            instant: last.instant,
+            freezes: std::mem::take(&mut self.freezes),
+        })
+    }
+}
+
+impl LastPass {
+    fn pass(&self) -> Pass<'_> {
+        Pass {
+            source: &self.read,
+            walk: Box::new(move |sink| self.runs.iter().try_for_each(|run| sink(*run))),
+        }
+    }
+}
