@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod holdstill;
+pub(crate) mod live;
 pub(crate) mod volume;
 
 use std::ffi::OsStr;

@@ -9,5 +9,6 @@ mod image;
 mod inspect;
 mod probe;
 mod restore;
+mod track;
 mod verify;
 mod xfs;

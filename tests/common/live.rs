@@ -1,0 +1,102 @@
+//! A program that keeps a filesystem busy while it is imaged, and judges the copy afterwards.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use super::{command, output};
+
+/// The program, built once.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+        let args = ["build", "--quiet", "--release", "--package", "live-writer"];
+        let status = std::process::Command::new(cargo).args(args).status();
+        assert!(status.expect("cargo").success(), "cannot build live-writer");
+        // This test lies in TARGET/PROFILE/deps.
+        let test = std::env::current_exe().expect("our own path");
+        let target = test.ancestors().nth(3).expect("the target folder");
+        target.join("release/live-writer")
+    })
+}
+
+/// Writers at work in a folder; stopped when dropped.
+#[derive(Debug)]
+pub(crate) struct LiveWriter {
+    child: Child,
+    journal: PathBuf,
+}
+
+impl LiveWriter {
+    /// Starts to write into `dir`, with the journal elsewhere, and waits until every writer has
+    /// written. `options` as of `live-writer run`.
+    pub(crate) fn start(dir: &Path, journal: &Path, seed: u64, options: &[&str]) -> Self {
+        std::fs::create_dir_all(dir).expect("a folder to write into");
+        let mut run = command(program().to_str().expect("a path of text"), ["run"]);
+        run.arg(dir)
+            .arg("--journal")
+            .arg(journal)
+            .arg("--seed")
+            .arg(seed.to_string());
+        run.args(options).stdin(Stdio::null());
+        let child = run.spawn().expect("live-writer starts");
+        // Long enough for the files to be laid out and every thread to be at work.
+        std::thread::sleep(Duration::from_secs(2));
+        Self {
+            child,
+            journal: journal.to_owned(),
+        }
+    }
+
+    /// Ends the writers and waits until the journal is whole.
+    ///
+    /// # Panics
+    /// If they failed meanwhile.
+    pub(crate) fn stop(mut self) {
+        run_kill(&self.child, "TERM");
+        let status = self.child.wait().expect("live-writer ends");
+        assert!(status.success(), "live-writer failed: {status}");
+    }
+
+    /// Its journal.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.journal.clone()
+    }
+}
+
+impl Drop for LiveWriter {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn run_kill(child: &Child, signal: &str) {
+    let pid = child.id().to_string();
+    super::run("kill", ["-s", signal, &pid]);
+}
+
+/// Judges a copy of the folder: it must show one instant, and none but `instant` (nanoseconds of
+/// CLOCK_MONOTONIC inside the freeze), if that is known.
+///
+/// # Panics
+/// With what is wrong.
+pub(crate) fn judge(dir: &Path, journal: &Path, instant: Option<u64>) {
+    let mut args = vec!["check".to_owned(), dir.display().to_string()];
+    args.extend(["--journal".to_owned(), journal.display().to_string()]);
+    if let Some(instant) = instant {
+        let at = instant.to_string();
+        args.extend(["--exact", "--frozen-begin", &at, "--frozen-end", &at].map(str::to_owned));
+    }
+    let output = output(program().to_str().expect("a path of text"), &args);
+    assert!(
+        output.status.success(),
+        "the copy is wrong:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+}

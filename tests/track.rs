@@ -1,0 +1,278 @@
+//! `track` under heavy writers: the copy is compared, block by block, with the whole device as it was
+//! inside the freeze, and its files with what their writers had written by then.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use holdstill::backup::{self, Options, Report};
+use holdstill::extent::Extent;
+use holdstill::fs;
+use holdstill::pipeline::read::OnReadError;
+use holdstill::pipeline::store::Compression;
+use holdstill::progress::{Event, Progress, Stop};
+use holdstill::read_at::ReadAt;
+use holdstill::run::Hooks;
+use holdstill::units::{ByteLen, Offset};
+use holdstill_platform::buffer::Buffer;
+use holdstill_platform::device::{Access, Disk};
+
+use crate::common::live::{LiveWriter, judge};
+use crate::common::volume::{poisoned_file, populate};
+use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file};
+
+/// Length of the volumes.
+const SIZE: u64 = 1 << 30;
+
+/// Reads the whole device while it is frozen.
+struct Oracle {
+    device: Disk,
+    content: Mutex<Buffer>,
+    /// CLOCK_MONOTONIC inside the freeze, in nanoseconds.
+    instant: AtomicU64,
+    took: Mutex<Duration>,
+}
+
+impl Oracle {
+    fn new(device: &Path) -> Self {
+        let device = Disk::open(device, Access::Read).unwrap();
+        let mut content = Buffer::new(SIZE as usize);
+        // The memory must be there before the freeze.
+        content.fill(1);
+        Self {
+            device,
+            content: Mutex::new(content),
+            instant: AtomicU64::new(0),
+            took: Mutex::default(),
+        }
+    }
+}
+
+impl Progress for Oracle {
+    fn event(&self, event: &Event<'_>) {
+        if let Event::Warning(text) = event {
+            panic!("an unexpected warning: {text}");
+        }
+    }
+
+    fn total(&self, _: ByteLen) {}
+    fn advance(&self, _: ByteLen) {}
+
+    fn stop(&self) -> Option<Stop> {
+        None
+    }
+
+    fn while_frozen(&self) {
+        let begin = Instant::now();
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let nanoseconds = now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64;
+        self.instant.store(nanoseconds, Ordering::Relaxed);
+        let mut content = self.content.lock().unwrap();
+        for (number, piece) in content.chunks_mut(4 << 20).enumerate() {
+            self.device
+                .read_exact_at(piece, (number * (4 << 20)) as u64)
+                .unwrap();
+        }
+        *self.took.lock().unwrap() = begin.elapsed();
+    }
+}
+
+/// What the oracle saw, as parsers read it.
+struct Seen<'a>(&'a [u8]);
+
+impl ReadAt for Seen<'_> {
+    fn len(&self) -> ByteLen {
+        ReadAt::len(self.0)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> holdstill::error::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
+}
+
+fn options(source: &Path, image: &Path) -> Options {
+    Options {
+        sources: vec![source.display().to_string()],
+        output: Some(image.to_owned()),
+        freeze: None,
+        compression: Compression::Zstd(1),
+        all_blocks: false,
+        on_read_error: OnReadError::Fail,
+        force: false,
+        workers: 3,
+        hooks: Hooks::default(),
+        run_id: uuid::Uuid::new_v4().simple().to_string(),
+    }
+}
+
+/// One run under heavy writers; the milliseconds of the final freeze and of all, without the oracle's.
+fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
+    let dir = common::temp_dir();
+    let file = dir.path().join("volume");
+    sparse_file(&file, SIZE);
+    let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+    let quiet = if fs_type == "xfs" {
+        ["-q", "-f"]
+    } else {
+        ["-q", "-F"]
+    };
+    run(
+        &format!("mkfs.{fs_type}"),
+        quiet
+            .iter()
+            .map(|arg| (*arg).to_owned())
+            .chain([device.path().display().to_string()]),
+    );
+    let mount = Mount::new(device.path(), &dir.path().join("live"), fs_type, "");
+    populate(&mount.dir().join("ballast"), &mut Rng(seed | 1), 500 << 20);
+    let writer_options: &[&str] = if orphans { &["--orphans"] } else { &[] };
+    let journal = dir.path().join("journal");
+    let writer = LiveWriter::start(&mount.dir().join("busy"), &journal, seed, writer_options);
+    let oracle = Oracle::new(device.path());
+    let image = dir.path().join("image.still");
+    let report: Report = backup::run(&options(mount.dir(), &image), &oracle).unwrap();
+    writer.stop();
+    assert_eq!(
+        (report.freeze.as_str(), report.grade.name()),
+        ("track", "frozen")
+    );
+
+    let copy = dir.path().join("copy");
+    poisoned_file(&copy, SIZE);
+    common::holdstill::run([
+        "restore",
+        "--yes",
+        image.to_str().unwrap(),
+        copy.to_str().unwrap(),
+    ])
+    .expect(0);
+    let content = oracle
+        .content
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    compare_used_blocks(&content, &copy);
+    let reopened = dir.path().join("reopened");
+    judge_files(
+        fs_type,
+        &copy,
+        &reopened,
+        &journal,
+        oracle.instant.load(Ordering::Relaxed),
+        orphans,
+    );
+
+    let oracle_ms = oracle.took.lock().unwrap().as_secs_f64() * 1000.0;
+    let last = report.freezes.last().expect("the final freeze");
+    let all: f64 = report.freezes.iter().map(|freeze| freeze.freeze_ms).sum();
+    println!(
+        "{fs_type}: final freeze {:.0} ms (drain {:.1}, read {:.0} of which oracle {oracle_ms:.0}), all {:.0} ms",
+        last.freeze_ms - oracle_ms,
+        last.drain_ms,
+        last.read_ms,
+        all - oracle_ms
+    );
+    (last.freeze_ms - oracle_ms, all - oracle_ms)
+}
+
+/// Every block that the frozen filesystem itself calls used is in the copy as it was on the device.
+fn compare_used_blocks(seen: &[u8], copy: &Path) {
+    let seen = Seen(seen);
+    let fs::Opened::Known(filesystem) = fs::open_frozen(&seen).unwrap() else {
+        panic!("the frozen device holds no filesystem");
+    };
+    assert!(
+        filesystem.condition().is_settled_if_frozen(),
+        "{:?}",
+        filesystem.condition()
+    );
+    let copy = Disk::open(copy, Access::Read).unwrap();
+    let mut got = Buffer::new(1 << 20);
+    let mut blocks = 0;
+    let walk = filesystem.walk_used(&seen, &mut |extent: Extent| {
+        let mut at = extent.start.0;
+        while at < extent.end().0 {
+            let len = (extent.end().0 - at).min(got.len() as u64) as usize;
+            copy.read_exact_at(&mut got[..len], at).unwrap();
+            let expected = &seen.0[at as usize..at as usize + len];
+            for (number, (got, expected)) in got[..len]
+                .chunks(4096)
+                .zip(expected.chunks(4096))
+                .enumerate()
+            {
+                assert!(
+                    got == expected,
+                    "block {} differs",
+                    at / 4096 + number as u64
+                );
+                blocks += 1;
+            }
+            at += len as u64;
+        }
+        Ok(())
+    });
+    assert_eq!(walk.unwrap().warnings, Vec::<String>::new());
+    assert!(blocks > 100_000, "only {blocks} blocks were compared");
+}
+
+/// The files are those of the instant, and the filesystem is sound.
+fn judge_files(
+    fs_type: &str,
+    copy: &Path,
+    point: &Path,
+    journal: &Path,
+    instant: u64,
+    orphans: bool,
+) {
+    if fs_type == "ext4" && !orphans {
+        run("e2fsck", ["-f", "-n", copy.to_str().unwrap()]);
+    }
+    let device = LoopDevice::attach(copy);
+    let options = if fs_type == "xfs" { "nouuid" } else { "" };
+    let mount = Mount::new(device.path(), point, fs_type, options);
+    judge(&mount.dir().join("busy"), journal, Some(instant));
+    drop(mount);
+    match fs_type {
+        "xfs" => run("xfs_repair", ["-n", device.path().to_str().unwrap()]),
+        _ => run("e2fsck", ["-f", "-n", device.path().to_str().unwrap()]),
+    };
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+fn track_many(fs_type: &str) {
+    let seed = common::seed();
+    let runs = common::count(1, 20);
+    let times: Vec<_> = (0..runs)
+        .map(|number| track_once(fs_type, seed.wrapping_add(number), false))
+        .collect();
+    let last = median(times.iter().map(|times| times.0).collect());
+    let all = median(times.iter().map(|times| times.1).collect());
+    println!(
+        "{fs_type}: {runs} of {runs} exact; median of the final freeze {last:.0} ms, of all {all:.0} ms"
+    );
+}
+
+#[test]
+fn privileged_a_busy_ext4_is_copied_as_it_was_at_the_freeze() {
+    needs_root!();
+    track_many("ext4");
+}
+
+#[test]
+fn privileged_a_busy_xfs_is_copied_as_it_was_at_the_freeze() {
+    needs_root!();
+    track_many("xfs");
+}
+
+#[test]
+fn privileged_files_deleted_while_open_do_no_harm() {
+    needs_root!();
+    let seed = common::seed();
+    for fs_type in ["ext4", "xfs"] {
+        track_once(fs_type, seed, true);
+    }
+}
