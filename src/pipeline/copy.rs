@@ -62,7 +62,10 @@ pub fn copy(
         }
         // Only the workers' own ends must stay: when the last of them fails, the planner notices.
         drop(chunks);
-        send_chunks(walk, CHUNK, job.source.len(), &to_workers)
+        let planned = send_chunks(walk, CHUNK, job.source.len(), &to_workers);
+        // And the planner's own end must go, or the workers wait for more for ever.
+        drop(to_workers);
+        planned
     });
     let mut moved = outcome
         .into_inner()
@@ -117,4 +120,58 @@ fn hand_out(volume: u32, chunk: &Chunk, bytes: &[u8], receiver: &dyn Receive) ->
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extent::Extent;
+    use crate::image::tables::Run;
+    use crate::progress::Silent;
+    use crate::units::Offset;
+
+    /// A target in memory.
+    struct Target(Mutex<Vec<u8>>);
+
+    impl Receive for Target {
+        fn data(&self, _: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+            let at = offset.0 as usize;
+            self.0.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn zeros(&self, _: u32, extent: Extent) -> Result<()> {
+            let at = extent.start.0 as usize;
+            self.0.lock().unwrap()[at..at + extent.len.as_usize()].fill(0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn all_runs_arrive_and_nothing_else() {
+        let source: Vec<u8> = (0..5 << 20).map(|byte: u32| (byte % 251) as u8).collect();
+        let target = Target(Mutex::new(vec![0xa5; source.len()]));
+        let job = Job {
+            source: &source,
+            volume: 1,
+            on_read_error: OnReadError::Fail,
+            workers: 3,
+        };
+        let (begin, end) = (4096, 4 << 20);
+        let run = Run {
+            extent: Extent::between(Offset(begin), Offset(end)),
+            content: Content::Data,
+        };
+        let moved = copy(&job, Box::new(move |give| give(run)), &target, &Silent).unwrap();
+        assert_eq!(moved.bytes, ByteLen(end - begin));
+        let target = target.0.into_inner().unwrap();
+        let (begin, end) = (begin as usize, end as usize);
+        assert_eq!(target[begin..end], source[begin..end]);
+        assert!(
+            target[..begin]
+                .iter()
+                .chain(&target[end..])
+                .all(|byte| *byte == 0xa5)
+        );
+    }
 }
