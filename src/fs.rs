@@ -297,17 +297,24 @@ pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
 }
 
 fn open_as(source: &dyn ReadAt, held_by_caller: bool) -> Result<Opened> {
-    let mut found = probe::signatures(source)?.into_iter();
+    let signatures = probe::signatures(source)?;
+    let mut found = signatures.found.into_iter();
     let Some(info) = found.next() else {
         return Ok(Opened::Unknown);
     };
-    if let (true, Some(other)) = (has_map(info.kind), found.next()) {
-        // One of them is a remnant, and its map that of a filesystem long gone.
-        let why = format!(
-            "it carries the signatures of {} and of {}",
-            info.kind, other.kind
-        );
-        return Ok(Opened::AllBlocks { info, why });
+    if has_map(info.kind) {
+        if let Some(other) = found.next() {
+            // One of them is a remnant, and its map that of a filesystem long gone.
+            let why = format!(
+                "it carries the signatures of {} and of {}",
+                info.kind, other.kind
+            );
+            return Ok(Opened::AllBlocks { info, why });
+        }
+        if signatures.is_partial {
+            let why = "parts of its start or end cannot be read".into();
+            return Ok(Opened::AllBlocks { info, why });
+        }
     }
     match info.kind {
         Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use holdstill::error::Kind;
+use holdstill::error::{Error, Kind};
 use holdstill::extent::{Extent, ExtentSet};
 use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
@@ -376,6 +376,49 @@ fn patch(image: &Path, offset: u64, bytes: &[u8]) {
 fn set_super_value(image: &Path, field: &str, value: &str) {
     let request = format!("set_super_value {field} {value}");
     run("debugfs", ["-w", "-R", &request, image.to_str().unwrap()]);
+}
+
+/// A volume with an unreadable block.
+struct Broken<'a>(&'a [u8], Extent);
+
+impl ReadAt for Broken<'_> {
+    fn len(&self) -> ByteLen {
+        ReadAt::len(self.0)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> holdstill::error::Result<()> {
+        match self.1.intersect(Extent::new(offset.0, buf.len() as u64)) {
+            Some(_) => Err(Error::new(Kind::Io, "unreadable").at(offset)),
+            None => self.0.read_exact_at(buf, offset),
+        }
+    }
+}
+
+#[test]
+fn a_group_whose_bitmap_cannot_be_read_is_used_as_a_whole() {
+    const GROUP: u64 = 3;
+    let mut block = 0;
+    let volume = altered("-b 1024 -O ^flex_bg,^metadata_csum,^uninit_bg", |image| {
+        block = bitmap_block(image, GROUP) * 1024
+    });
+    let source = Broken(&volume, Extent::new(block, 1024));
+    let (used, result) = walk(open(&source).as_ref(), &source);
+    let warnings = result.unwrap().warnings;
+    assert!(
+        warnings[0].contains("group 3 cannot be read"),
+        "{warnings:?}"
+    );
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let group = Extent::new((8192 * GROUP + 1) * 1024, 8192 * 1024);
+    assert_eq!(used.gaps(group).count(), 0);
+    // Where signatures may be, there could be another one.
+    let start = Broken(&volume, Extent::new(2048 + 4096, 1024));
+    match fs::open(&start).unwrap() {
+        Opened::AllBlocks { info, .. } => assert_eq!(info.kind, fs::Kind::Ext4),
+        other => panic!("{other:?}"),
+    }
+    let nothing = Broken(&volume, Extent::new(0, SIZE));
+    assert_eq!(fs::open(&nothing).unwrap_err().kind(), Kind::Io);
 }
 
 /// The block of the bitmap of a group.

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use holdstill::error::Result;
+use holdstill::error::{Error, Kind, Result};
 use holdstill::extent::{Extent, ExtentSet};
 use holdstill::fs::{self, Opened};
 use holdstill::read_at::{ReadAt, check_range};
@@ -23,6 +23,8 @@ struct Changed<'a> {
     base: &'a [u8],
     len: ByteLen,
     patches: Vec<(u64, Vec<u8>)>,
+    /// What cannot be read.
+    broken: Option<Extent>,
     read: AtomicU64,
 }
 
@@ -37,6 +39,12 @@ impl ReadAt for Changed<'_> {
         assert!(all <= MAX_READ_IN_ALL, "it reads and reads");
         let whole = Extent::new(offset.0, buf.len() as u64);
         check_range(self.len, offset, whole.len)?;
+        if self
+            .broken
+            .is_some_and(|broken| broken.intersect(whole).is_some())
+        {
+            return Err(Error::new(Kind::Io, "unreadable").at(offset));
+        }
         self.base.read_exact_at(buf, offset)?;
         for (at, bytes) in &self.patches {
             if let Some(both) = whole.intersect(Extent::new(*at, bytes.len() as u64)) {
@@ -169,6 +177,11 @@ fn run_all(victims: &[Victim], tries: u64) {
                 base: &victim.bytes,
                 len: ByteLen(len),
                 patches,
+                broken: (rng.below(8) == 0).then(|| {
+                    let places = &victim.metadata;
+                    let place = places[rng.below(places.len() as u64) as usize];
+                    Extent::new(place.start.0 & !4095, 4096)
+                }),
                 read: AtomicU64::new(0),
             };
             let shown = format!(

@@ -21,7 +21,15 @@ const TAIL: u64 = 128 << 10;
 /// # Errors
 /// If reading fails.
 pub fn probe(source: &dyn ReadAt) -> Result<Option<Info>> {
-    Ok(signatures(source)?.into_iter().next())
+    Ok(signatures(source)?.found.into_iter().next())
+}
+
+/// What [`signatures`] found.
+pub(super) struct Signatures {
+    /// The most likely first.
+    pub(super) found: Vec<Info>,
+    /// Some places where there could be one cannot be read.
+    pub(super) is_partial: bool,
 }
 
 /// All signatures on a volume. More than one means that an older one was left behind, or that
@@ -32,7 +40,7 @@ pub fn probe(source: &dyn ReadAt) -> Result<Option<Info>> {
 ///
 /// # Errors
 /// If reading fails.
-pub(super) fn signatures(source: &dyn ReadAt) -> Result<Vec<Info>> {
+pub(super) fn signatures(source: &dyn ReadAt) -> Result<Signatures> {
     let volume = Volume::read(source)?;
     let mut found: Vec<Info> = containers::ALL
         .iter()
@@ -54,7 +62,10 @@ pub(super) fn signatures(source: &dyn ReadAt) -> Result<Vec<Info>> {
     {
         found.extend(tables::mbr(&volume));
     }
-    Ok(found)
+    Ok(Signatures {
+        found,
+        is_partial: volume.is_partial,
+    })
 }
 
 /// A function that knows one signature.
@@ -65,6 +76,7 @@ struct Volume {
     head: Vec<u8>,
     tail: Vec<u8>,
     len: ByteLen,
+    is_partial: bool,
 }
 
 impl Volume {
@@ -72,10 +84,13 @@ impl Volume {
         let len = source.len();
         let head = len.min(ByteLen(HEAD));
         let tail = len.min(ByteLen(TAIL));
+        let (head, head_is_partial) = read_patiently(source, Offset::ZERO, head)?;
+        let (tail, tail_is_partial) = read_patiently(source, Offset(len.0 - tail.0), tail)?;
         Ok(Self {
-            head: source.read_vec_at(Offset::ZERO, head)?,
-            tail: source.read_vec_at(Offset(len.0 - tail.0), tail)?,
+            head,
+            tail,
             len,
+            is_partial: head_is_partial || tail_is_partial,
         })
     }
 
@@ -128,6 +143,30 @@ impl Volume {
     fn uuid(&self, at: usize) -> Option<String> {
         uuid(&self.bytes(at)?)
     }
+}
+
+/// Reads a range, zeros in place of what cannot be read, and whether there was such.
+fn read_patiently(source: &dyn ReadAt, start: Offset, len: ByteLen) -> Result<(Vec<u8>, bool)> {
+    const PIECE: usize = 4096;
+    match source.read_vec_at(start, len) {
+        Err(error) if error.kind() == crate::error::Kind::Io => {}
+        other => return Ok((other?, false)),
+    }
+    let mut bytes = vec![0; len.as_usize()];
+    let mut at = start;
+    let mut is_readable = false;
+    for piece in bytes.chunks_mut(PIECE) {
+        match source.read_exact_at(piece, at) {
+            Ok(()) => is_readable = true,
+            // What is not readable at all is not a volume with a bad block.
+            Err(error) if error.kind() != crate::error::Kind::Io || !is_readable && at != start => {
+                return Err(error);
+            }
+            Err(_) => piece.fill(0),
+        }
+        at = at + ByteLen(piece.len() as u64);
+    }
+    Ok((bytes, true))
 }
 
 /// What is known of something of which only its kind is.

@@ -146,11 +146,13 @@ fn condition(
     {
         return dirty(DirtyReason::NeedsRepair);
     }
-    match log::state(source, superblock, geometry)? {
-        log::State::Clean => Ok(Condition::Clean),
-        log::State::Frozen => Ok(Condition::Frozen),
-        log::State::Dirty => dirty(DirtyReason::Log),
-        log::State::Damaged => dirty(DirtyReason::LogDamaged),
+    match log::state(source, superblock, geometry) {
+        Ok(log::State::Clean) => Ok(Condition::Clean),
+        Ok(log::State::Frozen) => Ok(Condition::Frozen),
+        Ok(log::State::Dirty) => dirty(DirtyReason::Log),
+        Ok(log::State::Damaged) => dirty(DirtyReason::LogDamaged),
+        Err(error) if error.kind() == Kind::Io => dirty(DirtyReason::LogDamaged),
+        Err(error) => Err(error),
     }
 }
 

@@ -134,7 +134,15 @@ fn group_bits(
             !is_uninit(ext, other) && distance == Some(n)
         })
         .count() as u64;
-    let block = bitmaps.get(geometry, source, desc.block_bitmap(), adjacent)?;
+    let block = match bitmaps.get(geometry, source, desc.block_bitmap(), adjacent) {
+        Ok(block) => block,
+        Err(error) if error.kind() == Kind::Io => {
+            return Ok(Err(format!(
+                "the block bitmap of group {group} cannot be read ({error}): all of it is taken as used"
+            )));
+        }
+        Err(error) => return Err(error),
+    };
     let Some(bits) = block.get(..bitmap_bytes) else {
         return Ok(Err(format!(
             "the block bitmap of group {group} lies outside of the filesystem"
@@ -303,10 +311,13 @@ fn for_each_window(
         if block + adjacent > geometry.blocks {
             return Err(damaged("its group descriptors lie behind its end".into()));
         }
-        let bytes = source.read_vec_at(
-            geometry.offset(block),
-            ByteLen(adjacent * geometry.block_size),
-        )?;
+        let len = ByteLen(adjacent * geometry.block_size);
+        let bytes = source
+            .read_vec_at(geometry.offset(block), len)
+            .map_err(|error| match error.kind() {
+                Kind::Io => damaged("its group descriptors cannot be read".into()).because(error),
+                _ => error,
+            })?;
         let first = nr * geometry.descs_per_block();
         let mut descs = Vec::new();
         let raw_descs = bytes.chunks_exact(ByteLen(geometry.desc_size).as_usize());
@@ -351,11 +362,21 @@ impl Bitmaps {
         let size = geometry.block_size;
         if !self.blocks.contains(&block) {
             let count = adjacent.min(BITMAP_WINDOW / size).max(1);
-            let end = geometry.blocks.min(block.saturating_add(count));
-            let len = ByteLen(end.saturating_sub(block) * size);
+            let mut end = geometry.blocks.min(block.saturating_add(count));
             self.blocks = 0..0;
-            self.bytes.resize(len.as_usize(), 0);
-            source.read_exact_at(&mut self.bytes, geometry.offset(block))?;
+            let mut read = |end: u64| {
+                let len = ByteLen(end.saturating_sub(block) * size);
+                self.bytes.resize(len.as_usize(), 0);
+                source.read_exact_at(&mut self.bytes, geometry.offset(block))
+            };
+            if let Err(error) = read(end) {
+                // One unreadable block must not take its neighbours with it.
+                if count == 1 {
+                    return Err(error);
+                }
+                end = geometry.blocks.min(block + 1);
+                read(end)?;
+            }
             self.blocks = block..end;
         }
         let at = ByteLen((block - self.blocks.start) * size).as_usize();

@@ -154,7 +154,7 @@ impl Group<'_> {
         let geometry = &self.xfs.geometry;
         let superblock = &self.xfs.superblock;
         let sector = ByteLen(geometry.sector_size).as_usize();
-        let bytes = self.source.read_vec_at(
+        let bytes = self.read(
             geometry.offset(geometry.ag_start(self.number)),
             ByteLen(format::AG_HEADER_SECTORS * geometry.sector_size),
         )?;
@@ -311,6 +311,14 @@ impl Group<'_> {
         Ok(())
     }
 
+    /// Reads metadata. What cannot be read is as good as damaged.
+    fn read(&self, offset: Offset, len: ByteLen) -> Checked<Vec<u8>> {
+        match self.source.read_vec_at(offset, len) {
+            Err(error) if error.kind() == Kind::Io => damage(error.to_string()),
+            other => Ok(other?),
+        }
+    }
+
     /// Reads and checks a block of the tree: its header, and what follows.
     fn read_block(&self, block: u32, level: u32) -> Checked<(BtreeHeader, Vec<u8>)> {
         let geometry = &self.xfs.geometry;
@@ -319,9 +327,7 @@ impl Group<'_> {
             return damage("its free-space tree leaves it");
         }
         let Offset(offset) = geometry.offset(geometry.ag_start(self.number) + u64::from(block));
-        let mut bytes = self
-            .source
-            .read_vec_at(Offset(offset), ByteLen(geometry.block_size))?;
+        let mut bytes = self.read(Offset(offset), ByteLen(geometry.block_size))?;
         let header: BtreeHeader = head_of(&bytes)?;
         let mut header_size = size_of::<BtreeHeader>();
         let magic = if superblock.is_v5() {
