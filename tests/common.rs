@@ -139,9 +139,15 @@ impl LoopDevice {
         let mut args: Vec<&OsStr> = vec![OsStr::new("--find"), OsStr::new("--show")];
         args.extend(options.iter().map(OsStr::new));
         args.push(file.as_os_str());
-        Self {
-            path: PathBuf::from(run("losetup", args).trim()),
+        let path = PathBuf::from(run("losetup", args).trim());
+        // A device that was set read-only stays so when it is detached, for whoever comes next.
+        if !options
+            .iter()
+            .any(|option| ["-r", "--read-only"].contains(option))
+        {
+            run("blockdev", [OsStr::new("--setrw"), path.as_os_str()]);
         }
+        Self { path }
     }
 
     /// The device node.

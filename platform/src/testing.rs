@@ -84,6 +84,13 @@ impl Loop {
         args.extend(options.iter().map(OsStr::new));
         args.push(file.as_os_str());
         let device = Self(run("losetup", args).trim().into(), Vec::new().into());
+        // A device that was set read-only stays so when it is detached, for whoever comes next.
+        if !options.contains(&"-r") {
+            run(
+                "blockdev",
+                [OsStr::new("--setrw"), device.path().as_os_str()],
+            );
+        }
         // Such as a killed test left behind.
         for partition in BlockDevice::at(device.path())
             .unwrap()

@@ -16,6 +16,7 @@ use crate::testing::{Loop, Mounted, mkfs, needs_root, run, scratch};
 
 const SIZE: u64 = 320 << 20;
 const BLOCK: u64 = 4096;
+const UNIT: u64 = 1024;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Reads blocks of the device by direct I/O into the image.
@@ -169,20 +170,19 @@ fn live_copy(fs_type: &str) {
     };
     let mut compared = 0;
     for range in &used {
-        for byte in (range.start..range.start + range.len).step_by(BLOCK as usize) {
-            let block = byte as usize..(byte + BLOCK) as usize;
+        // The filesystem's own blocks may be as small as this.
+        for byte in (range.start..range.start + range.len).step_by(UNIT as usize) {
+            let unit = byte as usize..(byte + UNIT) as usize;
             if was_used(byte) || ever.is_dirty(byte / BLOCK) {
-                assert!(
-                    image[block.clone()] == oracle[block],
-                    "{fs_type}: byte {byte} differs"
-                );
+                let equal = image[unit.clone()] == oracle[unit];
+                assert!(equal, "{fs_type}: byte {byte} differs");
                 compared += 1;
             }
         }
     }
     let (first_freeze, freeze_call, held, filled) = times;
     println!(
-        "{fs_type}: {compared} blocks equal; first freeze {first_freeze:?}, final FIFREEZE \
+        "{fs_type}: {compared} KiB equal; first freeze {first_freeze:?}, final FIFREEZE \
          {freeze_call:?}, work in it {held:?}, {} KiB read; {} requests",
         filled / 1024,
         tally.requests,
