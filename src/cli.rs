@@ -4,6 +4,7 @@
 mod args;
 mod ask;
 mod console;
+mod manual;
 mod text;
 
 use std::ffi::OsString;
@@ -16,11 +17,18 @@ use holdstill_platform::signals::Stop;
 use self::args::{Cli, Verb};
 use self::console::Console;
 use crate::error::{Error, Kind, Result};
-use crate::{backup, clone, inspect, restore, verify};
+use crate::freeze::Step;
+use crate::image::format;
+use crate::pipeline::throttle::Throttled;
+use crate::progress::Progress;
+use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let run_id = uuid::Uuid::new_v4().simple().to_string();
+    if asks_for_version(&arguments) {
+        return version(&run_id);
+    }
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error, &arguments, &run_id),
@@ -46,6 +54,27 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// `--version --json`: what this build can do, for programs.
+fn asks_for_version(arguments: &[OsString]) -> bool {
+    let has = |wanted: &str| arguments.iter().skip(1).any(|argument| argument == wanted);
+    has("--version") && has("--json") && arguments.len() == 3
+}
+
+fn version(run_id: &str) -> ExitCode {
+    let names = |steps: &[Step]| steps.iter().map(|step| step.name()).collect::<Vec<_>>();
+    console::version_line(
+        run_id,
+        &serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "steps": names(&Step::ALL),
+            "auto_steps": names(&Step::LADDER),
+            "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs"],
+            "format_versions": [format::VERSION],
+        }),
+    );
+    ExitCode::SUCCESS
 }
 
 /// What clap has to say: help and version on standard output, mistakes as our own errors.
@@ -80,29 +109,41 @@ fn in_short(error: &clap::Error) -> Error {
 }
 
 fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
+    let throttled = verb.rate().map(|rate| Throttled::new(console, rate));
+    let progress: &dyn Progress = match &throttled {
+        Some(throttled) => throttled,
+        None => console,
+    };
     match verb {
         Verb::Backup(args) => {
             let options = args.options(run_id)?;
-            let report = backup::run(&options, console)?;
-            let code = if report.has_unreadable() { 5 } else { 0 };
+            if args.dry_run {
+                return dry(&dry_run::backup(&options)?, console);
+            }
+            let report = backup::run(&options, progress)?;
             console.result(&report, &text::backup(&report));
-            Ok(code)
+            Ok(if report.has_unreadable() { 5 } else { 0 })
         }
         Verb::Restore(args) => {
-            let mut confirm = ask::confirmation(args.yes);
-            let report = restore::run(&args.options()?, &mut confirm, console)?;
+            let options = args.options()?;
+            if args.dry_run {
+                return dry(&dry_run::restore(&options)?, console);
+            }
+            let report = restore::run(&options, &mut ask::confirmation(args.yes), progress)?;
             console.result(&report, &text::restore(&report));
             Ok(0)
         }
         Verb::Clone(args) => {
-            let mut confirm = ask::confirmation(args.yes);
-            let report = clone::run(&args.options(run_id)?, &mut confirm, console)?;
-            let code = if report.unreadable.is_empty() { 0 } else { 5 };
+            let options = args.options(run_id)?;
+            if args.dry_run {
+                return dry(&dry_run::clone(&options)?, console);
+            }
+            let report = clone::run(&options, &mut ask::confirmation(args.yes), progress)?;
             console.result(&report, &text::clone(&report));
-            Ok(code)
+            Ok(if report.unreadable.is_empty() { 0 } else { 5 })
         }
         Verb::Verify(args) => {
-            let report = verify::run(&args.options(), console)?;
+            let report = verify::run(&args.options(), progress)?;
             console.result(&report, &text::verify(&report));
             Ok(0)
         }
@@ -111,5 +152,25 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
             console.result(&report, &text::inspect(&report));
             Ok(0)
         }
+        Verb::Cleanup => {
+            let report = cleanup::run(progress)?;
+            console.result(&report, &text::cleanup(&report));
+            Ok(0)
+        }
+        Verb::Demo => {
+            let report = demo::run(run_id, progress)?;
+            console.result(&report, &text::demo(&report));
+            Ok(0)
+        }
+        Verb::Completions { shell } => {
+            manual::completions(shell);
+            Ok(0)
+        }
+        Verb::Man { folder } => manual::man(folder.as_deref()).map(|()| 0),
     }
+}
+
+fn dry(report: &dry_run::Report, console: &Console) -> Result<u8> {
+    console.result(report, &text::dry_run(report));
+    Ok(0)
 }

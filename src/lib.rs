@@ -8,8 +8,11 @@
 #![forbid(unsafe_code)]
 
 pub mod backup;
+pub mod cleanup;
 pub mod cli;
 pub mod clone;
+pub mod demo;
+pub mod dry_run;
 
 pub mod error;
 pub mod extent;

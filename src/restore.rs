@@ -63,6 +63,33 @@ pub struct TargetReport {
 /// Asked before something that exists is overwritten.
 pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 
+/// What a restore would do; changes nothing.
+///
+/// # Errors
+/// As [`run`], as far as they can be known before the image is read.
+pub fn plan(options: &Options) -> Result<Vec<(VolumeManifest, PathBuf, Candidate)>> {
+    let image = input::open(&options.image)?;
+    let (wanted, candidates) = examine(options, image.manifest())?;
+    let both = wanted.into_iter().zip(candidates);
+    Ok(both
+        .map(|((volume, path), candidate)| (volume, path, candidate))
+        .collect())
+}
+
+/// A volume and where it goes.
+type Wanted = (VolumeManifest, PathBuf);
+
+/// The chosen volumes, and what their targets were found to be.
+fn examine(options: &Options, manifest: &Manifest) -> Result<(Vec<Wanted>, Vec<Candidate>)> {
+    let wanted = choose(manifest, &options.targets)?;
+    let mut candidates = Vec::new();
+    for (volume, path) in &wanted {
+        candidates.push(Candidate::examine(path, ByteLen(volume.size))?);
+        refuse_image_as_target(&options.image, path)?;
+    }
+    Ok((wanted, candidates))
+}
+
 /// Restores an image.
 ///
 /// # Errors
@@ -81,13 +108,7 @@ pub fn run(
     }
     let mut image = input::open(&options.image)?;
     let manifest = image.manifest().clone();
-    let wanted = choose(&manifest, &options.targets)?;
-    let mut candidates = Vec::new();
-    for (volume, path) in &wanted {
-        let candidate = Candidate::examine(path, ByteLen(volume.size))?;
-        refuse_image_as_target(&options.image, path)?;
-        candidates.push(candidate);
-    }
+    let (wanted, candidates) = examine(options, &manifest)?;
     for (candidate, (volume, path)) in candidates.iter().zip(&wanted) {
         if candidate.exists() {
             confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;

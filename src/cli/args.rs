@@ -10,6 +10,7 @@ use crate::pipeline::default_workers;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
 use crate::run::Hooks;
+use crate::units::ByteLen;
 use crate::{backup, clone, restore, verify};
 
 const EXIT_CODES: &str = "Exit codes:
@@ -68,9 +69,34 @@ pub(super) enum Verb {
     Verify(VerifyArgs),
     /// Say what a source or an image is, and how it would be backed up
     Inspect(InspectArgs),
+    /// Remove what killed runs left, and thaw what they left frozen
+    Cleanup,
+    /// Show on a scratch volume what this is for (needs root)
+    Demo,
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write one for each verb to a folder
+    Man {
+        /// The folder
+        #[arg(value_name = "DIR")]
+        folder: Option<PathBuf>,
+    },
 }
 
 impl Verb {
+    /// The bound on how fast bytes move, if there is one.
+    pub(super) fn rate(&self) -> Option<ByteLen> {
+        match self {
+            Self::Backup(args) => args.copying.rate,
+            Self::Restore(args) => args.copying.rate,
+            Self::Clone(args) => args.copying.rate,
+            _ => None,
+        }
+    }
+
     /// Whether standard output is taken by an image.
     pub(super) fn streams_to_stdout(&self) -> bool {
         matches!(self, Self::Backup(args) if args.output.as_os_str() == "-")
@@ -93,9 +119,11 @@ pub(super) struct BackupArgs {
     /// Replace an existing image
     #[arg(long)]
     force: bool,
-    /// Threads that read, hash and compress
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    copying: CopyArgs,
+    /// Print what would be done, and change nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
 }
 
 /// How a source is made to hold still and read: the same for every verb that copies one.
@@ -161,11 +189,22 @@ impl BackupArgs {
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             force: self.force,
-            workers: workers(self.threads),
+            workers: workers(self.copying.threads),
             hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
         })
     }
+}
+
+/// Bounds on what copying may take.
+#[derive(Debug, Args)]
+pub(super) struct CopyArgs {
+    /// Move at most so many bytes a second (K, M, G, T: powers of 1024)
+    #[arg(long, value_name = "SIZE")]
+    rate: Option<ByteLen>,
+    /// Threads that do the work (default: one more than processors)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
 }
 
 fn workers(threads: Option<u16>) -> usize {
@@ -194,9 +233,11 @@ pub(super) struct RestoreArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
-    /// Threads that check, decompress and write
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    copying: CopyArgs,
+    /// Print what would be done, and change nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
 }
 
 impl RestoreArgs {
@@ -223,7 +264,7 @@ impl RestoreArgs {
             targets,
             discard: self.discard,
             verify: self.verify,
-            workers: workers(self.threads),
+            workers: workers(self.copying.threads),
         })
     }
 }
@@ -242,9 +283,11 @@ pub(super) struct CloneArgs {
     /// Discard the target first
     #[arg(long)]
     discard: bool,
-    /// Threads that read and write
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    copying: CopyArgs,
+    /// Print what would be done, and change nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
 }
 
 impl CloneArgs {
@@ -257,7 +300,7 @@ impl CloneArgs {
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,
             hooks: self.freeze.hooks(),
-            workers: workers(self.threads),
+            workers: workers(self.copying.threads),
             run_id: run_id.to_owned(),
         })
     }

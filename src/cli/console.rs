@@ -275,3 +275,8 @@ fn write_line(to_stderr: bool, text: &str) {
 fn eprint_line(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
+
+/// What `--version --json` prints.
+pub(super) fn version_line(run_id: &str, fields: &Value) {
+    write_line(false, &json_line("result", run_id, fields.clone()));
+}

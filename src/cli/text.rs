@@ -3,7 +3,10 @@
 use std::fmt::Write;
 
 use crate::backup;
+use crate::cleanup;
 use crate::clone;
+use crate::demo::{self, Verdict};
+use crate::dry_run;
 use crate::error::Escaped;
 use crate::image::manifest::Grade;
 use crate::inspect;
@@ -104,6 +107,77 @@ pub(super) fn verify(report: &verify::Report) -> String {
         let _ = write!(text, "\ncontent id {content_id}");
     }
     text
+}
+
+pub(super) fn dry_run(report: &dry_run::Report) -> String {
+    let mut lines = Vec::new();
+    for action in &report.actions {
+        let mut line = format!(
+            "would copy {} to {}",
+            Escaped(&action.source),
+            Escaped(&action.target)
+        );
+        if let Some(step) = &action.step {
+            let _ = write!(line, ", step `{step}`");
+        }
+        if action.overwrites {
+            line.push_str(", overwriting what is there");
+        }
+        for step in &action.passed_over {
+            let why = step.objection.as_deref().unwrap_or_default();
+            let _ = write!(line, "\n  not `{}`: {}", step.step, Escaped(why));
+        }
+        lines.push(line);
+    }
+    lines.join("\n")
+}
+
+pub(super) fn cleanup(report: &cleanup::Report) -> String {
+    let mut lines = Vec::new();
+    for point in &report.thawed {
+        lines.push(format!("thawed {}", Escaped(point)));
+    }
+    for what in &report.removed {
+        lines.push(format!("removed {}", Escaped(what)));
+    }
+    if !report.live_runs.is_empty() {
+        lines.push(format!(
+            "{} runs are alive and were left alone",
+            report.live_runs.len()
+        ));
+    }
+    match report.dead_runs.len() {
+        0 if lines.is_empty() => lines.push("nothing to clean up".to_owned()),
+        0 => {}
+        count => lines.push(format!("{count} dead runs are cleaned up")),
+    }
+    lines.join("\n")
+}
+
+pub(super) fn demo(report: &demo::Report) -> String {
+    format!(
+        "\na plain copy:  {}\nholdstill:     {}\n\nThe program did {} writes while the image was made, \
+         and was blocked for {:.0} ms.\n{} in use are {} in the image; it was verified, restored, and \
+         read back.",
+        verdict(&report.plain_copy),
+        verdict(&report.restored),
+        report.writes_meanwhile,
+        report.freeze_ms,
+        ByteLen(report.used_bytes),
+        ByteLen(report.stored_bytes),
+    )
+}
+
+fn verdict(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::OneInstant { writes } => {
+            format!("one instant: exactly writes 1 to {writes}, none missing")
+        }
+        Verdict::Torn { last, missing } => {
+            format!("TORN: it has write {last}, but {missing} writes before it are missing")
+        }
+        Verdict::Unreadable { why } => format!("UNREADABLE: {}", Escaped(why)),
+    }
 }
 
 pub(super) fn inspect(report: &inspect::Report) -> String {

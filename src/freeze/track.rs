@@ -401,10 +401,12 @@ impl Track {
         if ready > most.0 / 2 {
             return Err(self.too_much(ready, most));
         }
-        let mut read = FinalRead::prepare(
-            ByteLen(ready * 8).max(LEAST_MEMORY).min(most),
-            ReadAt::len(&*self.disk),
-        )?;
+        // Locking memory takes time in which more becomes stale: all of it only where less did not do.
+        let room = match self.tries {
+            0 => ByteLen(ready * 8).max(LEAST_MEMORY).min(most),
+            _ => most,
+        };
+        let mut read = FinalRead::prepare(room, ReadAt::len(&*self.disk))?;
         // Once before the freeze, so that the memory it takes is there.
         let _ = Survey::why_unsettled(&self.disk);
         let disk = Arc::clone(&self.disk);

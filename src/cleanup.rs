@@ -1,0 +1,124 @@
+//! `cleanup`: removes what killed runs left, and thaws what they left frozen.
+//!
+//! A run writes down what it is about to freeze or create before it does. Its guard process undoes all
+//! of it when the run dies; `cleanup` is for when the guard died too, or the power went. It believes
+//! only records whose run is dead (nobody holds its lock) and names that only holdstill gives, so it
+//! never touches a live run or anything it did not make.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::lock;
+use holdstill_platform::records::Records;
+use holdstill_platform::trace::{PREFIX, Tracefs};
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::progress::Progress;
+use crate::run::RunRecord;
+
+/// What was found and done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Runs that live and were left alone.
+    pub live_runs: Vec<String>,
+    /// Dead runs whose leavings were removed.
+    pub dead_runs: Vec<String>,
+    /// Mount points that were still frozen and were thawed.
+    pub thawed: Vec<String>,
+    /// Files and trace instances that were removed.
+    pub removed: Vec<String>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Cleans up after dead runs. Nothing to do is success.
+///
+/// # Errors
+/// If something that a dead run left cannot be undone; everything else was.
+pub fn run(progress: &dyn Progress) -> Result<Report> {
+    let mut report = Report::default();
+    let records = Records::default();
+    let mut trouble = None;
+    for found in records.list()? {
+        if found.is_alive {
+            report.live_runs.push(found.id);
+            continue;
+        }
+        match undo(&found.content, &mut report) {
+            Ok(()) => {
+                records.remove_dead(&found.id)?;
+                report.dead_runs.push(found.id);
+            }
+            Err(error) => {
+                progress.warn(&format!("run {}: {error}", found.id));
+                trouble = Some(error);
+            }
+        }
+    }
+    remove_stray_instances(&mut report)?;
+    trouble.map_or(Ok(report), |error| {
+        Err(error.hint("what is left of that run stays on record: try again when this is mended"))
+    })
+}
+
+/// Undoes what a record speaks of: thaw first, for whoever waits.
+fn undo(content: &[u8], report: &mut Report) -> Result<()> {
+    let record: RunRecord = serde_json::from_slice(content).map_err(|source| {
+        Error::new(Kind::Failed, "a run record cannot be read").because(source)
+    })?;
+    for point in &record.mount_points {
+        match MountPoint::open(point) {
+            Ok(open) => {
+                if open.thaw_leftover()? {
+                    report.thawed.push(point.display().to_string());
+                }
+            }
+            // Unmounted and gone since: then it is not frozen either.
+            Err(error) if error.source.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if let Some(instance) = &record.trace_instance
+        && let Ok(tracefs) = Tracefs::open()
+        && tracefs.remove(instance)?
+    {
+        report.removed.push(instance.clone());
+    }
+    for file in &record.part_files {
+        remove_part_file(file, report)?;
+    }
+    Ok(())
+}
+
+fn remove_part_file(file: &Path, report: &mut Report) -> Result<()> {
+    match std::fs::remove_file(file) {
+        Ok(()) => report.removed.push(file.display().to_string()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::io("cannot remove", error).on(file)),
+    }
+    Ok(())
+}
+
+/// Trace instances go on tracing after their run: those without a record are found by their name.
+fn remove_stray_instances(report: &mut Report) -> Result<()> {
+    let Ok(tracefs) = Tracefs::open() else {
+        return Ok(());
+    };
+    for name in tracefs.leftovers()? {
+        let run_id = name.strip_prefix(PREFIX).unwrap_or_default();
+        // Whatever does not look like a run of ours is none.
+        if !matches!(lock::is_held(Path::new(lock::FOLDER), run_id), Ok(false)) {
+            continue;
+        }
+        match tracefs.remove(&name) {
+            Ok(true) => report.removed.push(name),
+            Ok(false) => {}
+            // Somebody is reading it: then it is not a leftover.
+            Err(error) if error.source.kind() == ErrorKind::ResourceBusy => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}

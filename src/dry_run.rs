@@ -1,0 +1,99 @@
+//! `--dry-run`: what a verb would do, found out without changing anything.
+
+use serde::Serialize;
+
+use crate::backup;
+use crate::clone;
+use crate::error::Result;
+use crate::plan::{Plan, StepReport};
+use crate::restore;
+
+/// What would be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Always true: tells this result from that of the real thing.
+    pub dry_run: bool,
+    /// What would be copied where, in order.
+    pub actions: Vec<Action>,
+}
+
+/// One copy that would be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Action {
+    /// What would be read.
+    pub source: String,
+    /// What would be written.
+    pub target: String,
+    /// Whether something is there that would be overwritten.
+    pub overwrites: bool,
+    /// How the source would be made to hold still, where it has to be.
+    pub step: Option<String>,
+    /// Steps that come earlier, and why they do not apply.
+    pub passed_over: Vec<StepReport>,
+}
+
+impl Action {
+    fn new(plan: &Plan, target: String, overwrites: bool) -> Self {
+        let passed_over = plan.passed_over.iter().map(|(step, why)| StepReport {
+            step: step.name().to_owned(),
+            objection: Some(why.clone()),
+        });
+        Self {
+            source: plan.source.path.display().to_string(),
+            target,
+            overwrites,
+            step: Some(plan.step.name().to_owned()),
+            passed_over: passed_over.collect(),
+        }
+    }
+}
+
+/// What a backup would do.
+///
+/// # Errors
+/// What would keep it from being done, as far as that can be known.
+pub fn backup(options: &backup::Options) -> Result<Report> {
+    let output = options.output.as_ref();
+    let target = output.map_or("-".to_owned(), |path| path.display().to_string());
+    let overwrites = output.is_some_and(|path| path.is_file());
+    let plans = backup::plan(options)?;
+    let actions = plans
+        .iter()
+        .map(|plan| Action::new(plan, target.clone(), overwrites));
+    Ok(Report {
+        dry_run: true,
+        actions: actions.collect(),
+    })
+}
+
+/// What a clone would do.
+///
+/// # Errors
+/// As [`backup`].
+pub fn clone(options: &clone::Options) -> Result<Report> {
+    let (plan, candidate) = clone::plan(options)?;
+    let target = options.target.display().to_string();
+    Ok(Report {
+        dry_run: true,
+        actions: vec![Action::new(&plan, target, candidate.exists())],
+    })
+}
+
+/// What a restore would do.
+///
+/// # Errors
+/// As [`backup`].
+pub fn restore(options: &restore::Options) -> Result<Report> {
+    let plans = restore::plan(options)?;
+    let actions = plans.into_iter().map(|(volume, path, candidate)| Action {
+        source: format!("volume {} of {}", volume.n, options.image.display()),
+        target: path.display().to_string(),
+        overwrites: candidate.exists(),
+        step: None,
+        passed_over: Vec::new(),
+    });
+    Ok(Report {
+        dry_run: true,
+        actions: actions.collect(),
+    })
+}
