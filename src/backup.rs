@@ -3,10 +3,11 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use holdstill_platform::output::Output;
+use holdstill_platform::guard::LeftoverKind;
+use holdstill_platform::output::{Output, part_file_of};
 use serde::Serialize;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, Proof, Step, Still};
 use crate::image::content::to_hex;
@@ -136,13 +137,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     for plan in &plans {
         progress.event(&Event::Plan(&plan.to_string()));
     }
-    let is_guarded = plans.iter().any(|plan| plan.step.needs_guard());
-    let run = Run::begin(
-        &options.run_id,
-        options.hooks.clone(),
-        &options.sources,
-        is_guarded,
-    )?;
+    let run = begin(options, &plans)?;
     let output = match &options.output {
         Some(path) => Output::create(path, options.force).map_err(explain_output)?,
         None => Output::stdout()?,
@@ -206,6 +201,34 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         warnings: trailer.warnings,
         volumes: volume_reports(manifest.volumes, trailer.volumes),
     })
+}
+
+/// Begins the run, with a guard if something will be frozen, or if the image will have a name before
+/// it is whole and this user may keep records.
+fn begin(options: &Options, plans: &[Plan]) -> Result<Run> {
+    let freezes = plans.iter().any(|plan| plan.step.needs_guard());
+    let part = options.output.as_deref().and_then(part_file_of);
+    let begin = |is_guarded| {
+        Run::begin(
+            &options.run_id,
+            options.hooks.clone(),
+            &options.sources,
+            is_guarded,
+        )
+    };
+    let run = match begin(freezes || part.is_some()) {
+        Err(error) if !freezes && error.kind() == Kind::Permission => begin(false)?,
+        run => run?,
+    };
+    if let Some(part) = part {
+        run.note(|record| record.part_files.push(part.clone()))?;
+        if let (Some(folder), Some(name)) = (part.parent(), part.file_name()) {
+            let folder = std::fs::File::open(folder).context("cannot open", folder)?;
+            // Forgotten only with the run: gone by then, or renamed.
+            let _ = run.register(folder, &name.to_string_lossy(), LeftoverKind::File)?;
+        }
+    }
+    Ok(run)
 }
 
 /// Copies all passes of one volume, then lets the source go.

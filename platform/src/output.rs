@@ -316,7 +316,22 @@ fn new_file(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
     }
 }
 
-/// `NAME.PID.part`, hidden, beside `path`: what `cleanup` looks for.
+/// The part file that an output at `path` will have from its start, if any: `.NAME.PID.part` beside
+/// it, where the filesystem has no files without a name. To be written down before it is made.
+pub fn part_file_of(path: &Path) -> Option<PathBuf> {
+    if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        return None;
+    }
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let mut options = OpenOptions::new();
+    options.write(true).mode(MODE).custom_flags(libc::O_TMPFILE);
+    match options.open(folder_of(&path)) {
+        Ok(_) => None,
+        Err(_) => Some(part_name(&path)),
+    }
+}
+
+/// `.NAME.PID.part` beside `path`.
 fn part_name(path: &Path) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or(OsStr::new("image")));
