@@ -324,4 +324,19 @@ impl Rng {
             part.copy_from_slice(&bytes[..part.len()]);
         }
     }
+
+    /// Some of `all`, at most `count`, in their order.
+    pub(crate) fn some<'a, T>(&mut self, all: &'a [T], count: u64) -> Vec<&'a T> {
+        let mut rest = all.len() as u64;
+        let mut wanted = count.min(rest);
+        let mut chosen = Vec::new();
+        for item in all {
+            if self.below(rest) < wanted {
+                chosen.push(item);
+                wanted -= 1;
+            }
+            rest -= 1;
+        }
+        chosen
+    }
 }

@@ -13,7 +13,9 @@ use holdstill::units::{ByteLen, Offset};
 use crate::common::volume::{
     copy, digests, digests_in_ext4, direct_copy, ext4, map, open, poison, populate, walk,
 };
-use crate::common::{FileSource, LoopDevice, Mount, Rng, needs_root, output, run, seed, temp_dir};
+use crate::common::{
+    FileSource, LoopDevice, Mount, Rng, count, needs_root, output, run, seed, temp_dir,
+};
 
 /// How `mkfs` is called to get every arrangement of metadata and every feature.
 const FEATURES: &[(&str, &str)] = &[
@@ -182,7 +184,7 @@ fn privileged_the_map_is_right_after_the_kernel_wrote() {
     let mut rng = Rng(seed());
     let dir = temp_dir();
     let mount_point = dir.path().join("mnt");
-    for &(name, options) in FEATURES {
+    for &(name, options) in rng.clone().some(FEATURES, count(15, 1000)) {
         if NOT_MOUNTED.contains(&name) {
             continue;
         }
@@ -213,6 +215,20 @@ fn privileged_the_map_is_right_after_the_kernel_wrote() {
         std::fs::remove_file(&image).unwrap();
         std::fs::remove_file(&poisoned).unwrap();
     }
+}
+
+#[test]
+fn a_sparse_volume_of_nearly_16_tib_is_mapped() {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    // Just below what an ext4 could hold as a file.
+    let size = (16 << 40) - (1 << 30);
+    ext4(&image, size, "-E lazy_journal_init=1", None);
+    let map = map(&image);
+    assert_eq!(map.walk.warnings, [""; 0]);
+    let free = header(&image, "Free blocks") * header(&image, "Block size");
+    assert_eq!(map.walk.used.0 + free, map.volume.len.0);
+    assert_eq!(map.free().bytes().0, free);
 }
 
 #[test]

@@ -421,3 +421,25 @@ impl Foreign {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_metadata_stays_within_memory_and_is_never_lost() {
+        const STEP: u64 = 3 << 20;
+        let mut foreign = Foreign::default();
+        let count = 2 * MAX_FOREIGN_RUNS as u64;
+        for n in 0..count {
+            // From both ends, so that not all come in order.
+            let n = if n % 2 == 0 { n } else { count - n };
+            foreign.insert(Extent::new(n * STEP, 4096));
+        }
+        assert!(foreign.runs.runs().len() <= MAX_FOREIGN_RUNS);
+        for n in 0..count {
+            let run = Extent::new(n * STEP, 4096);
+            assert_eq!(foreign.runs.gaps(run).count(), 0, "{n}");
+        }
+    }
+}

@@ -93,10 +93,7 @@ impl Log<'_> {
         if self.goes_on(&last, head)? {
             return Ok(State::Dirty);
         }
-        if last.record.ops.get() == 1
-            && LogOp::read_from_prefix(&body)
-                .is_ok_and(|(op, _)| op.flags & format::OP_UNMOUNT != 0)
-        {
+        if is_unmount(&last.record, &body) {
             return Ok(State::Clean);
         }
         self.behind_tail(&last, head)
@@ -231,6 +228,19 @@ impl Log<'_> {
         Ok(None)
     }
 
+    /// The record of this filesystem that begins at a block.
+    fn record_at(&self, block: u64) -> Result<Option<Found>> {
+        let bytes = self.read(block, 1)?;
+        let record = LogRecord::read_from_prefix(&bytes)
+            .ok()
+            .map(|(record, _)| record);
+        Ok(record
+            .filter(|record| {
+                record.magic.get() == format::LOG_MAGIC && record.uuid == self.superblock.uuid
+            })
+            .map(|record| Found { block, record }))
+    }
+
     /// Whether something was written behind `head` after all: where a crash tore records apart,
     /// or where a damaged cycle made the search stop too early. Never so after an unmount or a
     /// freeze, which wait for all writes.
@@ -238,7 +248,17 @@ impl Log<'_> {
         let cycle = last.record.cycle.get();
         let next = if head == 0 { next_cycle(cycle) } else { cycle };
         let window = format::LOG_MAX_IN_FLIGHT * self.max_record() / SECTOR;
-        let bytes = self.read(head, window.min(self.blocks - head))?;
+        // What xfs_repair and xfs_admin make of a log is one unmount at the start and, to raise
+        // the cycle, others up to the end: the head is then found between them.
+        let mut from = head;
+        if let Some(here) = self.record_at(head)?
+            && here.record.cycle.get() == next
+            && let Some(body) = self.read_record(&here)?
+            && is_unmount(&here.record, &body)
+        {
+            from = self.blocks.min(head + self.record_blocks(&here.record));
+        }
+        let bytes = self.read(from, window.min(self.blocks - from))?;
         let mut cycles = bytes.chunks_exact(ByteLen(SECTOR).as_usize()).map(cycle_of);
         Ok(cycles.any(|cycle| cycle >= next))
     }
@@ -257,15 +277,10 @@ impl Log<'_> {
         let mut transactions = Transactions::default();
         while at < distance {
             let block = self.wrap(tail + at);
-            let bytes = self.read(block, 1)?;
-            let Ok((record, _)) = LogRecord::read_from_prefix(&bytes) else {
+            let Some(found) = self.record_at(block)? else {
                 return Ok(State::Damaged);
             };
-            let found = Found { block, record };
-            if found.record.magic.get() != format::LOG_MAGIC
-                || found.record.uuid != self.superblock.uuid
-                || found.record.lsn.get() & u64::from(u32::MAX) != block
-            {
+            if found.record.lsn.get() & u64::from(u32::MAX) != block {
                 return Ok(State::Damaged);
             }
             if found.record.format.get() != format::LOG_FORMAT_LINUX_LE {
@@ -387,6 +402,12 @@ fn cycle_of(block: &[u8]) -> u32 {
     } else {
         word(0)
     }
+}
+
+/// Whether a record, of which `body` is what it holds, is that of an unmount.
+fn is_unmount(record: &LogRecord, body: &[u8]) -> bool {
+    record.ops.get() == 1
+        && LogOp::read_from_prefix(body).is_ok_and(|(op, _)| op.flags & format::OP_UNMOUNT != 0)
 }
 
 /// The cycle after `cycle`: never the magic (`xlog_split_iclog`).
