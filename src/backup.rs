@@ -170,6 +170,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         volumes.push(VolumeTrailer {
             n: volume.n,
             grade: proof.grade,
+            instant: proof.instant.to_string(),
             used_bytes: used.0,
             unreadable: unreadable
                 .iter()
@@ -178,7 +179,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         });
         proofs.push(proof);
     }
-    let content_id = image.content_id().map(|id| to_hex(&id));
+    let content_id = image.content_id()?.map(|id| to_hex(&id));
     let trailer = trailer(&plans, &proofs, content_id, warnings, volumes)?;
     let (sink, written) = image.finish(&trailer)?;
     progress.check()?;
@@ -275,6 +276,7 @@ fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Res
             smallest_target: geometry.size,
             blocks: survey.blocks,
             used_bytes: survey.bytes.0,
+            group: None,
         })
     });
     Ok(Manifest {
@@ -282,7 +284,9 @@ fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Res
         created: jiff::Timestamp::now().to_string(),
         run_id: options.run_id.clone(),
         compress: options.compression.to_string(),
+        parent: None,
         volumes: volumes.collect::<Result<_>>()?,
+        streams: Vec::new(),
     })
 }
 
@@ -322,6 +326,7 @@ fn trailer(
         content_id,
         warnings,
         volumes,
+        streams: Vec::new(),
     })
 }
 

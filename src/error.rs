@@ -201,6 +201,16 @@ impl Error {
         self.0.kind
     }
 
+    /// What failed, without place and cause.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// Where it failed, in bytes, if that is known.
+    pub fn offset(&self) -> Option<Offset> {
+        self.0.offset
+    }
+
     /// What to do next, if anything is known.
     pub fn get_hint(&self) -> Option<&str> {
         self.0.hint.as_deref()

@@ -4,6 +4,7 @@ use std::io;
 
 use holdstill_platform as platform;
 use holdstill_platform::device::Disk;
+use holdstill_platform::output::Output;
 
 use crate::error::{Error, Result};
 use crate::read_at::ReadAt;
@@ -16,6 +17,18 @@ impl ReadAt for Disk {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         self.read_exact_at(buf, offset.0)
+            .map_err(|error| Error::from(error).at(offset))
+    }
+}
+
+/// What was written so far; streams cannot be read.
+impl ReadAt for Output {
+    fn len(&self) -> ByteLen {
+        ByteLen(self.written())
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        self.read_back(buf, offset.0)
             .map_err(|error| Error::from(error).at(offset))
     }
 }

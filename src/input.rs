@@ -5,10 +5,8 @@ use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::image::content::{ContentHasher, Hash, from_hex, to_hex, zero_cell_hash};
-use crate::image::reader::{DataHead, ImageReader};
-use crate::image::tables::cells_of;
-use crate::units::ByteLen;
+use crate::image::content::{Hash, from_hex, to_hex};
+use crate::image::reader::ImageReader;
 
 /// Small reads (headers and tables) are gathered; payloads are longer and pass by.
 const READ_AHEAD: usize = 64 << 10;
@@ -41,61 +39,6 @@ pub fn name(path: &Path) -> PathBuf {
         PathBuf::from("(standard input)")
     } else {
         path.to_owned()
-    }
-}
-
-/// Adds up the content id while an image is read in order.
-#[derive(Debug)]
-pub struct ContentCheck {
-    hasher: ContentHasher,
-    sizes: Vec<ByteLen>,
-    begun: usize,
-    /// Superseded blocks make the hashes of whole cells void.
-    is_known: bool,
-}
-
-impl ContentCheck {
-    /// For volumes of these sizes.
-    pub fn new(sizes: Vec<ByteLen>) -> Self {
-        Self {
-            hasher: ContentHasher::new(sizes.len()),
-            sizes,
-            begun: 0,
-            is_known: true,
-        }
-    }
-
-    /// Adds a record; records come in order.
-    pub fn add(&mut self, head: &DataHead) {
-        self.is_known &= head.pass == 0 && head.whole_cells && head.volume as usize >= self.begun;
-        if !self.is_known {
-            return;
-        }
-        self.begin_up_to(head.volume as usize);
-        for (cell, hash) in cells_of(head.tables.data_extents()).zip(&head.tables.hashes) {
-            if hash != zero_cell_hash() {
-                self.hasher.cell(cell, hash);
-            }
-        }
-    }
-
-    fn begin_up_to(&mut self, volume: usize) {
-        while self.begun < volume {
-            if self.begun > 0 {
-                self.hasher.end_volume();
-            }
-            self.hasher.volume(self.sizes[self.begun]);
-            self.begun += 1;
-        }
-    }
-
-    /// The content id; `None` if it cannot be told from the records' own hashes.
-    pub fn finish(mut self) -> Option<Hash> {
-        self.begin_up_to(self.sizes.len());
-        if !self.sizes.is_empty() {
-            self.hasher.end_volume();
-        }
-        self.is_known.then(|| self.hasher.finish())
     }
 }
 

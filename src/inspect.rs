@@ -86,6 +86,7 @@ pub fn run(text: &str) -> Result<Report> {
             trailer,
             len,
             root_hash,
+            ..
         } = summarize(&Disk::open(path, Access::Read)?).map_err(|error| error.on(path))?;
         return Ok(Report::Image(Box::new(ImageReport {
             image: text.to_owned(),

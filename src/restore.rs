@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::image::content::to_hex;
+use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, VolumeManifest};
-use crate::input::{self, ContentCheck};
+use crate::input;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress};
 use crate::target::{Candidate, Target};
@@ -121,9 +121,9 @@ pub fn run(
     for (candidate, (volume, _)) in candidates.into_iter().zip(&wanted) {
         targets.0.push((volume.n, candidate.open(options.discard)?));
     }
-    let mut content = ContentCheck::new(sizes(&manifest));
+    let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     let end = load(&mut image, &targets, options.workers, progress, |head| {
-        content.add(head)
+        head.add_to(&mut content)
     })
     .map_err(|error| error.on(input::name(&options.image)))?;
     input::check_content_id(content.finish().as_ref(), end.trailer.content_id.as_deref())?;
@@ -154,14 +154,6 @@ pub fn run(
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
-}
-
-fn sizes(manifest: &Manifest) -> Vec<ByteLen> {
-    manifest
-        .volumes
-        .iter()
-        .map(|volume| ByteLen(volume.size))
-        .collect()
 }
 
 /// Which volume goes where.

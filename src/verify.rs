@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::image::content::{is_zero, to_hex};
+use crate::image::content::{RunningContent, is_zero, to_hex};
 use crate::image::format::BLOCK;
 use crate::image::manifest::{Grade, Trailer, VolumeManifest};
-use crate::input::{self, ContentCheck};
+use crate::input;
 use crate::pipeline::load::{Discard, Receive, load};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
@@ -62,13 +62,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
     let name = input::name(&options.image);
     let mut image = input::open(&options.image)?;
-    let sizes: Vec<ByteLen> = image
-        .manifest()
-        .volumes
-        .iter()
-        .map(|volume| ByteLen(volume.size))
-        .collect();
-    let mut content = ContentCheck::new(sizes);
+    let manifest = image.manifest();
+    let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     progress.total(image.manifest().used_bytes());
     let comparison = match &options.against {
         Some(path) => Some(Comparison::new(
@@ -82,7 +77,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         None => &Discard,
     };
     let end = load(&mut image, receiver, options.workers, progress, |head| {
-        content.add(head)
+        head.add_to(&mut content)
     })
     .and_then(|end| {
         comparison.as_ref().map_or(Ok(()), Comparison::finish)?;

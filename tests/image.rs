@@ -6,6 +6,7 @@ use holdstill::error::{Kind, Result};
 use holdstill::extent::{Extent, ExtentSet};
 use holdstill::image::content::{CellHasher, ContentHasher, zero_cell_hash};
 use holdstill::image::format::{BLOCK, CELL};
+use holdstill::image::index::IndexedImage;
 use holdstill::image::manifest::{Blocks, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer};
 use holdstill::image::reader::ImageReader;
 use holdstill::image::tables::{Content, Run};
@@ -28,6 +29,8 @@ fn manifest(size: u64) -> Manifest {
         created: "2026-01-01T00:00:00Z".into(),
         run_id: "test".into(),
         compress: "zstd:1".into(),
+        parent: None,
+        streams: Vec::new(),
         volumes: vec![VolumeManifest {
             n: 1,
             path: "/dev/test".into(),
@@ -40,6 +43,7 @@ fn manifest(size: u64) -> Manifest {
             smallest_target: size,
             blocks: Blocks::Used,
             used_bytes: size,
+            group: None,
         }],
     }
 }
@@ -56,18 +60,20 @@ fn trailer(content_id: Option<String>) -> Trailer {
         volumes: vec![VolumeTrailer {
             n: 1,
             grade: Grade::Clean,
+            instant: "2026-01-01T00:00:00Z".into(),
             used_bytes: 0,
             unreadable: Vec::new(),
         }],
+        streams: Vec::new(),
     }
 }
 
-/// Stores the extents of each pass, taken from the pass's own source, and returns the image.
-fn image_of(passes: &[(Vec<u8>, Vec<Extent>)], compression: Compression) -> Vec<u8> {
+/// Stores the runs of each pass, taken from the pass's own source, and returns the image.
+fn image_of_runs(passes: &[(Vec<u8>, Vec<Run>)], compression: Compression) -> Vec<u8> {
     let size = passes[0].0.len() as u64;
     let max_plain = compression.chunk_len() as u32;
     let mut image = ImageWriter::begin(Vec::new(), [7; 16], max_plain, &manifest(size)).unwrap();
-    for (pass, (source, extents)) in passes.iter().enumerate() {
+    for (pass, (source, runs)) in passes.iter().enumerate() {
         let job = Job {
             source,
             volume: 1,
@@ -77,19 +83,26 @@ fn image_of(passes: &[(Vec<u8>, Vec<Extent>)], compression: Compression) -> Vec<
             workers: 2,
         };
         let walk = Box::new(move |sink: &mut dyn FnMut(Run) -> Result<()>| {
-            let content = Content::Data;
-            extents.iter().try_for_each(|extent| {
-                sink(Run {
-                    extent: *extent,
-                    content,
-                })
-            })
+            runs.iter().try_for_each(|run| sink(*run))
         });
         store(&job, walk, &mut image, &Silent).unwrap();
     }
-    let content_id = image.content_id();
+    let content_id = image.content_id().unwrap();
     let hex = content_id.map(|id| holdstill::image::content::to_hex(&id));
     image.finish(&trailer(hex)).unwrap().0
+}
+
+/// The same with data only.
+fn image_of(passes: &[(Vec<u8>, Vec<Extent>)], compression: Compression) -> Vec<u8> {
+    let data = |extent: &Extent| Run {
+        extent: *extent,
+        content: Content::Data,
+    };
+    let passes: Vec<_> = passes
+        .iter()
+        .map(|(source, extents)| (source.clone(), extents.iter().map(data).collect()))
+        .collect();
+    image_of_runs(&passes, compression)
 }
 
 /// A target in memory.
@@ -158,8 +171,7 @@ fn extents_in(runs: &[(u64, u64)], size: usize) -> Vec<Extent> {
 
 /// The content id by its definition, from what the volume reads as.
 fn content_id_of(bytes: &[u8]) -> String {
-    let mut id = ContentHasher::new(1);
-    id.volume(ByteLen(bytes.len() as u64));
+    let mut id = ContentHasher::new(1, 0);
     for (number, cell) in bytes.chunks(CELL as usize).enumerate() {
         let mut hasher = CellHasher::new();
         hasher.push(0, cell);
@@ -168,7 +180,7 @@ fn content_id_of(bytes: &[u8]) -> String {
             id.cell(number as u64, &hash);
         }
     }
-    id.end_volume();
+    id.end(ByteLen(bytes.len() as u64));
     holdstill::image::content::to_hex(&id.finish())
 }
 
@@ -205,23 +217,53 @@ proptest! {
         prop_assert_eq!(end.len.0, image.len() as u64);
     }
 
-    /// What a later pass stored wins.
+    /// What a later pass says wins, in reading in order and by the index alike; the content id is that
+    /// of what is left, although it was told while the image was written.
     #[test]
     fn later_passes_supersede(
-        source in any_volume(), first in any_extents(), second in any_extents(), fill in any::<u8>(),
+        source in any_volume(), first in any_extents(),
+        later in prop::collection::vec((any_extents(), any::<u8>()), 1..4),
+        kinds in prop::collection::vec(0usize..3, 20), compression in compressions(),
+        reads in prop::collection::vec((any::<u64>(), 1usize..3_000_000), 4),
     ) {
-        let changed = vec![fill; source.len()];
-        let (first, second) = (extents_in(&first, source.len()), extents_in(&second, source.len()));
-        let passes = [(source.clone(), first.clone()), (changed, second.clone())];
-        let got = restored(&image_of(&passes, Compression::Zstd(1)), source.len()).unwrap();
+        let first = extents_in(&first, source.len());
         let mut expected = vec![UNTOUCHED; source.len()];
-        for (bytes, extents) in passes {
-            for extent in extents {
-                let range = extent.start.0 as usize..extent.end().0 as usize;
-                expected[range.clone()].copy_from_slice(&bytes[range]);
-            }
+        let mut reads_as = vec![0; source.len()];
+        let whole = Extent::new(0, source.len() as u64);
+        let mut passes = vec![(source.clone(), Vec::new())];
+        for extent in &first {
+            let range = extent.start.0 as usize..extent.end().0 as usize;
+            expected[range.clone()].copy_from_slice(&source[range.clone()]);
+            reads_as[range.clone()].copy_from_slice(&source[range]);
+            passes[0].1.push(Run { extent: *extent, content: Content::Data });
         }
-        prop_assert!(got == expected);
+        for (extents, fill) in later {
+            let changed = vec![fill; source.len()];
+            let mut runs = Vec::new();
+            for (kind, extent) in kinds.iter().zip(extents_in(&extents, source.len())) {
+                let range = extent.start.0 as usize..extent.end().0 as usize;
+                let content = [Content::Data, Content::Zero, Content::Trim][*kind];
+                let byte = if content == Content::Data { fill } else { 0 };
+                reads_as[range.clone()].fill(byte);
+                if content != Content::Trim {
+                    expected[range].fill(byte);
+                }
+                runs.push(Run { extent, content });
+            }
+            passes.push((changed, runs));
+        }
+        let image = image_of_runs(&passes, compression);
+        prop_assert!(restored(&image, source.len()).unwrap() == expected);
+        let (indexed, summary) = IndexedImage::open(&image).unwrap();
+        for (at, len) in reads {
+            let extent = Extent::new(at % source.len() as u64, len as u64).intersect(whole).unwrap();
+            let mut got = vec![UNTOUCHED; extent.len.as_usize()];
+            indexed.read(1, extent.start, &mut got).unwrap();
+            prop_assert!(got == reads_as[extent.start.0 as usize..extent.end().0 as usize]);
+        }
+        let id = holdstill::image::content::to_hex(&indexed.content_id().unwrap());
+        prop_assert_eq!(&id, &content_id_of(&reads_as));
+        prop_assert_eq!(summary.trailer.content_id, Some(id));
     }
 }
 

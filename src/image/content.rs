@@ -4,8 +4,8 @@
 //! blocks that are not all zero, in order, and then the bitmap of those blocks. So zeros cost
 //! nothing, and it makes no difference whether a block was stored as data or as zeros, or left out.
 //!
-//! The content id goes over the cells that are not all zero. It depends only on what the volumes
-//! read as, not on order, compression, chunk size or time.
+//! The content id goes over the cells that are not all zero. It depends only on what the volumes and
+//! streams read as, not on order, compression, chunk size or time.
 
 use crate::image::format::{BLOCK, BLOCKS_PER_CELL};
 use crate::units::ByteLen;
@@ -13,8 +13,8 @@ use crate::units::ByteLen;
 /// A BLAKE3 hash.
 pub type Hash = [u8; 32];
 
-/// Ends a volume's list of cells in the content id; no cell has this number.
-const END_OF_VOLUME: u64 = u64::MAX;
+/// Ends a list of cells in the content id; no cell has this number.
+const END_OF_CELLS: u64 = u64::MAX;
 
 /// Whether all bytes are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
@@ -83,49 +83,110 @@ impl CellHasher {
     }
 }
 
-/// Adds up the content id: volumes in order, each with its non-zero cells in ascending order.
+/// Adds up the content id: volumes in order, and then streams, each with its non-zero cells in
+/// ascending order and then its length.
 #[derive(Clone, Debug)]
 pub struct ContentHasher {
     hasher: blake3::Hasher,
 }
 
 impl ContentHasher {
-    /// Begins the id of an image with this many volumes.
-    pub fn new(volumes: usize) -> Self {
+    /// Begins the id of an image with so many volumes and streams.
+    pub fn new(volumes: usize, streams: usize) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"holdstill content 1\n");
         hasher.update(&(volumes as u64).to_le_bytes());
+        hasher.update(&(streams as u64).to_le_bytes());
         Self { hasher }
     }
 
-    /// Begins a volume of `size` bytes.
-    pub fn volume(&mut self, size: ByteLen) {
-        self.hasher.update(&size.0.to_le_bytes());
-    }
-
-    /// Adds cell `number` of the volume, which is not all zero.
+    /// Adds cell `number` of the volume or stream, which is not all zero.
     pub fn cell(&mut self, number: u64, hash: &Hash) {
         self.hasher.update(&number.to_le_bytes());
         self.hasher.update(hash);
     }
 
-    /// Ends the volume.
-    pub fn end_volume(&mut self) {
-        self.hasher.update(&END_OF_VOLUME.to_le_bytes());
-    }
-
-    /// Adds an opaque stream: its length, and the hashes of its chunks as they were stored.
-    pub fn stream(&mut self, len: ByteLen, chunks: &[Hash]) {
-        self.volume(len);
-        for (number, hash) in chunks.iter().enumerate() {
-            self.cell(number as u64, hash);
-        }
-        self.end_volume();
+    /// Ends the volume or stream, which is `len` bytes long.
+    pub fn end(&mut self, len: ByteLen) {
+        self.hasher.update(&END_OF_CELLS.to_le_bytes());
+        self.hasher.update(&len.0.to_le_bytes());
     }
 
     /// The content id.
     pub fn finish(self) -> Hash {
         *self.hasher.finalize().as_bytes()
+    }
+}
+
+/// Adds up the content id from the hashes in records, as an image is written or read in order. That
+/// works as long as no block is superseded.
+#[derive(Clone, Debug)]
+pub struct RunningContent {
+    hasher: ContentHasher,
+    /// Of each volume and stream; those of streams grow.
+    lens: Vec<ByteLen>,
+    begun: usize,
+    is_known: bool,
+}
+
+impl RunningContent {
+    /// For volumes of these sizes, and so many streams.
+    pub fn new(volumes: impl Iterator<Item = ByteLen>, streams: usize) -> Self {
+        let mut lens: Vec<ByteLen> = volumes.collect();
+        let hasher = ContentHasher::new(lens.len(), streams);
+        lens.resize(lens.len() + streams, ByteLen::ZERO);
+        Self {
+            hasher,
+            lens,
+            begun: 0,
+            is_known: true,
+        }
+    }
+
+    /// Adds the cells of a record of volume or stream `number`. They must be whole: all of the cell's
+    /// content, and none of it superseded.
+    pub fn add<'a>(&mut self, number: u32, cells: impl Iterator<Item = (u64, &'a Hash)>) {
+        let number = number as usize;
+        self.is_known &= number >= self.begun && number <= self.lens.len();
+        if !self.is_known {
+            return;
+        }
+        self.begin_up_to(number);
+        for (cell, hash) in cells {
+            if hash != zero_cell_hash() {
+                self.hasher.cell(cell, hash);
+            }
+        }
+    }
+
+    /// Says that stream `number` goes up to `len`.
+    pub fn grow(&mut self, number: u32, len: ByteLen) {
+        if let Some(old) = self.lens.get_mut(number as usize - 1) {
+            *old = len;
+        }
+    }
+
+    /// Says that a block was superseded, or that a record's hashes are not of whole cells.
+    pub fn give_up(&mut self) {
+        self.is_known = false;
+    }
+
+    /// The content id; `None` if it cannot be told in this way.
+    pub fn finish(mut self) -> Option<Hash> {
+        self.begin_up_to(self.lens.len());
+        if let Some(last) = self.lens.last() {
+            self.hasher.end(*last);
+        }
+        self.is_known.then(|| self.hasher.finish())
+    }
+
+    fn begin_up_to(&mut self, number: usize) {
+        while self.begun < number {
+            if self.begun > 0 {
+                self.hasher.end(self.lens[self.begun - 1]);
+            }
+            self.begun += 1;
+        }
     }
 }
 

@@ -36,20 +36,31 @@ pub const CELL: u64 = 1 << 20;
 /// Blocks in one cell.
 pub const BLOCKS_PER_CELL: usize = (CELL / BLOCK) as usize;
 
-/// No record holds more plain bytes than this.
-pub const MAX_PLAIN: u32 = 16 << 20;
+/// No data or stream record holds more plain bytes than this.
+pub const MAX_PLAIN: u32 = 8 << 20;
 
-/// No record is stored in more bytes than this (incompressible data grows a little).
-pub const MAX_STORED: u32 = MAX_PLAIN + (1 << 20);
-
-/// No record has more extents than this: every block of the largest record apart, and as many zero
-/// or trim runs between them.
-pub const MAX_EXTENTS: u32 = 2 * (MAX_PLAIN / BLOCK as u32) + 1;
+/// No record has more extents than this.
+pub const MAX_EXTENTS: u32 = 8192;
 
 /// No record has more hashes than this: every block of the largest record in a cell of its own.
 pub const MAX_HASHES: u32 = MAX_PLAIN / BLOCK as u32;
 
-/// No image has more volumes than this.
+/// No JSON text is longer than this, in bytes.
+pub const MAX_JSON: u32 = 4 << 20;
+
+/// No index segment has more entries than this.
+pub const MAX_SEGMENT: usize = 4096;
+
+/// No index root has more entries than this.
+pub const MAX_SEGMENTS: usize = 1 << 18;
+
+/// No record of a kind that may be skipped is longer than this, in bytes.
+pub const MAX_SKIPPED: u32 = 16 << 20;
+
+/// Passes are numbered below this.
+pub const MAX_PASSES: u32 = 256;
+
+/// No image has more volumes and streams than this.
 pub const MAX_VOLUMES: usize = 4096;
 
 /// No volume is larger than this, in bytes: positions stay far from the end of the number range.
@@ -57,6 +68,9 @@ pub const MAX_VOLUME_SIZE: u64 = 1 << 62;
 
 /// Feature bits. A reader ignores unknown *compatible* bits; it may read, but not append to or prune,
 /// an image with unknown *read-only compatible* bits; it refuses one with unknown *incompatible* bits.
+///
+/// Bytes and fields that this version calls zero may be used by incompatible features only: others can
+/// have ignorable records and new fields in the JSON texts.
 pub mod feature {
     /// Incompatible: the image holds only what differs from a parent image.
     pub const PARENT: u64 = 1 << 0;
@@ -88,12 +102,16 @@ pub mod record_kind {
     pub const DATA: u8 = 2;
     /// Entries of the index, for some of the data records before it.
     pub const INDEX: u8 = 3;
-    /// Where the index segments are; the last record but one.
+    /// Where the index segments are; the last record but one. In front of it stands the manifest again.
     pub const INDEX_ROOT: u8 = 4;
     /// JSON about what was achieved; always the last record.
     pub const TRAILER: u8 = 5;
     /// A chunk of an opaque stream.
     pub const STREAM: u8 = 6;
+    /// Reserved: runs of blocks that belong in a second place too.
+    pub const MIRRORS: u8 = 7;
+    /// Reserved: how to come by the key of an encrypted image.
+    pub const KEYS: u8 = 8;
     /// Kinds from here on may be skipped.
     pub const IGNORABLE: u8 = 0x80;
 }
@@ -110,12 +128,16 @@ pub mod codec {
 pub mod cipher {
     /// Nothing is encrypted.
     pub const NONE: u8 = 0;
+    /// Reserved: XChaCha20-Poly1305.
+    pub const XCHACHA20_POLY1305: u8 = 1;
 }
 
 /// Kinds of content hash in the file header.
 pub mod hash_kind {
     /// BLAKE3, unkeyed, 32 bytes.
     pub const BLAKE3: u8 = 1;
+    /// Reserved: BLAKE3, keyed, 32 bytes.
+    pub const BLAKE3_KEYED: u8 = 2;
 }
 
 /// Bits of [`RecordHeader::flags`].
@@ -123,8 +145,10 @@ pub mod record_flag {
     /// Nothing else in the image is part of the cells this record touches, but for blocks that a
     /// record of a later pass supersedes: its hashes are the cells' own.
     pub const WHOLE_CELLS: u16 = 1 << 0;
-    /// All flags of this version; others must be zero.
-    pub const ALL: u16 = WHOLE_CELLS;
+    /// Reserved: tables and payload are encrypted.
+    pub const ENCRYPTED: u16 = 1 << 1;
+    /// Flags that this version reads; a record with any other is refused.
+    pub const KNOWN: u16 = WHOLE_CELLS;
 }
 
 /// What the blocks of an extent are.
@@ -172,6 +196,8 @@ pub struct FileHeader {
     pub cipher: u8,
     /// Zero.
     pub reserved: [u8; 2],
+    /// From which the key of an encrypted image is derived; else zero.
+    pub key_salt: [u8; 32],
 }
 
 /// The header in front of every record.
@@ -193,10 +219,10 @@ pub struct RecordHeader {
     pub image_id: [u8; 16],
     /// 0 for the first record, and one more for each.
     pub sequence: U64,
-    /// Number of the volume or stream, from 1; 0 where none is meant.
+    /// Number of the volume or stream, from 1 (volumes first); 0 where none is meant.
     pub volume: U32,
     /// Data records of one pass are disjoint and ascending in each volume; those of a later pass
-    /// supersede what they overlap.
+    /// supersede what they overlap. Below [`MAX_PASSES`].
     pub pass: U32,
     /// Data: byte offset in the volume from which the extents count. Stream: byte offset in it.
     pub base: U64,
@@ -248,18 +274,28 @@ pub struct IndexEntry {
     pub end: U64,
 }
 
-/// One index segment, in the index root.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+/// One index segment, in the index root. All its entries are of one volume and pass.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct IndexRootEntry {
+    /// The segment's own sequence number.
+    pub sequence: U64,
     /// Where the segment's record header begins in the file, in bytes.
     pub position: U64,
+    /// The volume of its entries.
+    pub volume: U32,
+    /// The pass of its entries.
+    pub pass: U32,
     /// Number of entries in the segment.
     pub entries: U32,
     /// Zero.
     pub reserved: U32,
-    /// Sequence number of its first entry.
-    pub first_sequence: U64,
+    /// Where its first entry starts.
+    pub start: U64,
+    /// Where its last entry ends.
+    pub end: U64,
 }
 
 /// The footer: the last [`FRAME`] bytes, at a multiple of [`FRAME`]. What is not named here is zero,
@@ -271,6 +307,8 @@ pub struct Footer {
     pub magic: [u8; 16],
     /// The image's id.
     pub image_id: [u8; 16],
+    /// Where the record header of the manifest's copy begins, in bytes.
+    pub manifest: U64,
     /// Where the index root's record header begins, in bytes.
     pub index_root: U64,
     /// Where the trailer's record header begins, in bytes.
@@ -281,14 +319,17 @@ pub struct Footer {
     pub total_len: U64,
     /// BLAKE3 of the file header and of every record's header and tables, in order.
     pub root_hash: [u8; 32],
+    /// A copy of the file header, so that an image whose first bytes are lost can still be read.
+    pub header: FileHeader,
 }
 
 /// Length of a record header in bytes.
 pub const RECORD_HEADER: usize = size_of::<RecordHeader>();
 
 const _: () = assert!(size_of::<RecordHeader>() == 96);
-const _: () = assert!(size_of::<FileHeader>() < FRAME - 4 && size_of::<Footer>() < FRAME - 4);
-const _: () = assert!(size_of::<ExtentEntry>() == 8 && size_of::<IndexEntry>() == 40);
+const _: () = assert!(size_of::<FileHeader>() == 112 && size_of::<Footer>() == 216);
+const _: () = assert!(size_of::<ExtentEntry>() == 8);
+const _: () = assert!(size_of::<IndexEntry>() == 40 && size_of::<IndexRootEntry>() == 48);
 
 /// A frame (file header or footer) as it is written: `start`, zeros, and the CRC-32 of both.
 pub fn seal_frame(start: &[u8]) -> [u8; FRAME] {
@@ -299,10 +340,15 @@ pub fn seal_frame(start: &[u8]) -> [u8; FRAME] {
     frame
 }
 
-/// Whether a frame's CRC fits and all between its first `used` bytes and the CRC is zero.
-pub fn frame_is_whole(frame: &[u8; FRAME], used: usize) -> bool {
+/// Whether a frame's CRC fits.
+pub fn frame_is_whole(frame: &[u8; FRAME]) -> bool {
     let (body, crc) = frame.split_at(FRAME - 4);
-    crc32fast::hash(body).to_le_bytes() == crc && body[used..].iter().all(|byte| *byte == 0)
+    crc32fast::hash(body).to_le_bytes() == crc
+}
+
+/// Whether all between a frame's first `used` bytes and its CRC is zero.
+pub fn frame_is_blank_from(frame: &[u8; FRAME], used: usize) -> bool {
+    frame[used..FRAME - 4].iter().all(|byte| *byte == 0)
 }
 
 impl RecordHeader {

@@ -1,6 +1,7 @@
 //! The two JSON texts of an image: what it is of, at the front, and what was achieved, at the end.
 //!
-//! Readers ignore fields they do not know.
+//! Readers ignore fields they do not know. So a field may be added at any time, if an image means the
+//! same to a reader that ignores it.
 
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +36,7 @@ impl Grade {
 }
 
 /// What the image is of: known before the first block is read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Program and version that wrote the image.
     pub tool: String,
@@ -45,8 +46,23 @@ pub struct Manifest {
     pub run_id: String,
     /// How payloads are compressed: `zstd:LEVEL` or `none`.
     pub compress: String,
+    /// The image that this one builds upon; only with the feature bit for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
     /// The volumes, by ascending number from 1.
     pub volumes: Vec<VolumeManifest>,
+    /// The opaque streams, by ascending number behind the volumes'; only with the feature bit for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<StreamManifest>,
+}
+
+/// The image that an incremental one builds upon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Its image id, in hexadecimal.
+    pub image_id: String,
+    /// Its root hash, in hexadecimal.
+    pub root_hash: String,
 }
 
 /// One volume, as it was found.
@@ -75,6 +91,21 @@ pub struct VolumeManifest {
     /// About how many bytes that is: what a reader's progress goes by. The trailer has the exact
     /// number.
     pub used_bytes: u64,
+    /// Volumes with the same name here hold one filesystem together, of one instant; they belong
+    /// together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+}
+
+/// One opaque stream: bytes that another program wrote and can read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamManifest {
+    /// Its number: one more than the volume's or stream's before it.
+    pub n: u32,
+    /// What it is of.
+    pub path: String,
+    /// What wrote it: `zfs-send` or `btrfs-send`.
+    pub kind: String,
 }
 
 /// Which blocks of a volume were read.
@@ -100,13 +131,16 @@ pub struct Trailer {
     pub freeze_ms: f64,
     /// Each time they were.
     pub freezes: Vec<FreezeTimes>,
-    /// Identity of the content, in hexadecimal. Absent where a stream holds superseded blocks: then
-    /// only a reader of the whole can tell it.
+    /// Identity of the content, in hexadecimal. Absent where blocks were superseded and the image was
+    /// written where it cannot be read back: then only a reader of the whole can tell it.
     pub content_id: Option<String>,
     /// What the user was warned of.
     pub warnings: Vec<String>,
     /// What was achieved for each volume.
     pub volumes: Vec<VolumeTrailer>,
+    /// What was achieved for each stream.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<StreamTrailer>,
 }
 
 /// One freeze, in milliseconds.
@@ -131,22 +165,31 @@ pub struct VolumeTrailer {
     pub n: u32,
     /// Its grade.
     pub grade: Grade,
+    /// The instant it shows (RFC 3339).
+    pub instant: String,
     /// Bytes its map called used, zeros included.
     pub used_bytes: u64,
     /// What could not be read and is zeros in the image: offset and length in bytes.
     pub unreadable: Vec<(u64, u64)>,
 }
 
+/// What was achieved for one stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamTrailer {
+    /// Its number.
+    pub n: u32,
+    /// Its grade.
+    pub grade: Grade,
+    /// The instant it shows (RFC 3339).
+    pub instant: String,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
 impl Manifest {
-    /// A manifest of nothing.
-    pub(crate) fn empty() -> Self {
-        Self {
-            tool: String::new(),
-            created: String::new(),
-            run_id: String::new(),
-            compress: String::new(),
-            volumes: Vec::new(),
-        }
+    /// The sizes of the volumes.
+    pub fn sizes(&self) -> impl Iterator<Item = ByteLen> + '_ {
+        self.volumes.iter().map(|volume| ByteLen(volume.size))
     }
 
     /// About how many bytes the image holds, zeros included.
@@ -161,16 +204,16 @@ impl Manifest {
     /// [`Kind::Damaged`] if it is no manifest or makes no sense.
     pub fn decode(json: &[u8]) -> Result<Self> {
         let manifest: Self = decode(json, "the list of volumes")?;
-        let numbers_fit = (1..)
-            .zip(&manifest.volumes)
-            .all(|(n, volume)| volume.n == n);
+        let numbers = manifest.volumes.iter().map(|volume| volume.n);
+        let numbers = numbers.chain(manifest.streams.iter().map(|stream| stream.n));
+        let count = manifest.volumes.len() + manifest.streams.len();
         let sane = |volume: &VolumeManifest| {
             volume.size <= MAX_VOLUME_SIZE
                 && volume.smallest_target >= 1.min(volume.size)
                 && volume.logical_sector.is_power_of_two()
         };
-        if manifest.volumes.len() > MAX_VOLUMES
-            || !numbers_fit
+        if count > MAX_VOLUMES
+            || !numbers.eq(1..=count as u32)
             || !manifest.volumes.iter().all(sane)
         {
             return Err(Error::new(
@@ -183,19 +226,18 @@ impl Manifest {
 }
 
 impl Trailer {
-    /// Decodes a trailer and checks that it speaks of the same volumes as the manifest.
+    /// Decodes a trailer and checks that it speaks of the same volumes and streams as the manifest.
     ///
     /// # Errors
     /// [`Kind::Damaged`] if not.
     pub fn decode(json: &[u8], manifest: &Manifest) -> Result<Self> {
         let trailer: Self = decode(json, "the trailer")?;
-        let numbers = |n: u32| manifest.volumes.get(n as usize - 1).is_some();
-        let fits = trailer.volumes.len() == manifest.volumes.len()
-            && (1..)
-                .zip(&trailer.volumes)
-                .all(|(n, volume)| volume.n == n && numbers(n));
+        let volumes = trailer.volumes.iter().map(|volume| volume.n);
+        let streams = trailer.streams.iter().map(|stream| stream.n);
+        let fits = volumes.eq(manifest.volumes.iter().map(|volume| volume.n))
+            && streams.eq(manifest.streams.iter().map(|stream| stream.n));
         if !fits {
-            return Err(Error::new(Kind::Damaged, "the trailer is of other volumes"));
+            return Err(Error::new(Kind::Damaged, "the trailer is of another image"));
         }
         Ok(trailer)
     }

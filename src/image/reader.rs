@@ -4,60 +4,77 @@
 //! stored, so that workers can decode and check them in parallel ([`DataHead::decode`]). It is
 //! finished only when the footer and the end of the input were seen: an image that was cut off, even
 //! between two records, is [`Kind::Truncated`].
+//!
+//! Asked to [go on behind damage](ImageReader::go_on_behind_damage), it hands out what is lost as
+//! [`Item::Lost`]. Where a record header is damaged, the next one is found by scanning: at a multiple
+//! of 8 bytes, whole, of this very image, and with a higher sequence number than all before it, so
+//! that images stored inside the image are not taken for parts of it. Where the lost records belonged
+//! is told by the index segments behind them.
 
-use std::io::{ErrorKind, Read};
+use std::collections::VecDeque;
+use std::io::Read;
+use std::ops::Range;
 
-use zerocopy::FromBytes;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Kind, Result};
+use crate::extent::Extent;
 use crate::image::content::Hash;
 use crate::image::format::{
-    BLOCK, CELL, FOOTER_MAGIC, FRAME, FileHeader, Footer, IndexEntry, IndexRootEntry, MAGIC,
-    MAX_EXTENTS, MAX_HASHES, MAX_PLAIN, MAX_STORED, RAW_ALIGN, RECORD_HEADER, RECORD_MAGIC,
-    RecordHeader, VERSION, cipher, codec, feature, frame_is_whole, hash_kind, record_flag,
-    record_kind,
+    FOOTER_MAGIC, FRAME, FileHeader, Footer, IndexEntry, IndexRootEntry, MAGIC, MAX_SEGMENT,
+    MAX_SEGMENTS, RECORD_ALIGN, RECORD_HEADER, RECORD_MAGIC, RecordHeader, feature,
+    frame_is_blank_from, frame_is_whole, record_kind,
 };
 use crate::image::manifest::{Manifest, Trailer};
-use crate::image::tables::Tables;
-use crate::image::writer::SEGMENT_ENTRIES;
+pub use crate::image::record::DataHead;
+use crate::image::record::{
+    Input, Record, check_first_frame, check_header, check_record, damaged, read_tables, truncated,
+};
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
+
+/// More separate places of damage than this are not worth going on for.
+const ENOUGH_DAMAGE: usize = 65_536;
 
 /// An image being read in order.
 #[derive(Debug)]
 pub struct ImageReader<R> {
-    input: Checked<R>,
+    input: Input<R>,
     header: FileHeader,
     manifest: Manifest,
+    manifest_hash: Option<blake3::Hash>,
     sequence: u64,
     root: blake3::Hasher,
     pending: Vec<IndexEntry>,
     segments: Vec<IndexRootEntry>,
+    manifest_copy: Option<u64>,
     index_root: Option<u64>,
-    /// For each volume, the pass and the end of its last record.
-    progress: Vec<(u32, Offset)>,
+    /// For each volume and stream.
+    progress: Vec<Progress>,
+    /// `None`: the first damage ends the reading.
+    losses: Option<Losses>,
 }
 
-/// A data record whose header and tables are checked and whose payload comes next.
-#[derive(Clone, Debug)]
-pub struct DataHead {
-    /// Number of the volume, from 1; there is one of that number in the manifest.
-    pub volume: u32,
-    /// Pass, from 0.
-    pub pass: u32,
-    /// Sequence number.
-    pub sequence: u64,
-    /// Whether its hashes are its cells' own.
-    pub whole_cells: bool,
-    /// Extents and hashes.
-    pub tables: Tables,
-    /// Where the record begins in the image, in bytes.
-    pub position: u64,
-    codec: u8,
-    stored_len: u32,
-    payload_crc: u32,
-    tail: usize,
+/// How far a volume or stream has come.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    pass: u32,
+    end: Offset,
+    /// The first cell that a further record of the pass may have whole.
+    next_cell: u64,
+}
+
+/// What was lost so far.
+#[derive(Debug, Default)]
+struct Losses {
+    /// Whether anything was: what is counted over the whole image does not add up then.
+    any: bool,
+    /// To be handed out.
+    queue: VecDeque<Item>,
+    /// Records that were lost, as long as nothing told where they belong.
+    unplaced: Vec<(Range<u64>, Error)>,
+    /// Why reading cannot go on, once the queue is empty.
+    end: Option<Error>,
 }
 
 /// What comes next in an image.
@@ -65,8 +82,22 @@ pub struct DataHead {
 pub enum Item {
     /// A data record; its payload must be read next.
     Data(DataHead),
-    /// The end, and that it was whole.
+    /// Something was damaged. Only when asked to go on behind damage.
+    Lost(Lost),
+    /// The end, and, unless something was lost, that it was whole.
     End(Box<End>),
+}
+
+/// Something that is damaged.
+#[derive(Debug)]
+pub struct Lost {
+    /// What is wrong, and where in the image.
+    pub error: Error,
+    /// The volume and where in it; `None` if no block is lost, or nobody can tell which.
+    pub place: Option<(u32, Vec<Extent>)>,
+    /// Only some of those blocks are lost, nobody can tell which, and an earlier pass has older
+    /// content for them.
+    pub is_outdated: bool,
 }
 
 /// What an image says at its end.
@@ -87,7 +118,7 @@ impl<R: Read> ImageReader<R> {
     /// [`Kind::NotAnImage`], [`Kind::Incompatible`] with the feature's name, [`Kind::Damaged`],
     /// [`Kind::Truncated`], or what the input says.
     pub fn open(input: R) -> Result<Self> {
-        let mut input = Checked { input, position: 0 };
+        let mut input = Input::new(input, 0);
         let mut frame = [0; FRAME];
         let got = input.fill_some(&mut frame)?;
         let magic = &frame[..got.min(MAGIC.len())];
@@ -97,27 +128,65 @@ impl<R: Read> ImageReader<R> {
         if got < FRAME {
             return Err(truncated());
         }
-        let header = check_header(&frame)?;
-        let mut reader = Self {
+        let header = check_first_frame(&frame)?;
+        let mut reader = Self::new(input, header, Manifest::default());
+        reader.root.update(&frame);
+        let record = reader.record()?;
+        if record.header.kind != record_kind::MANIFEST {
+            return Err(damaged("it does not begin with the list of volumes").at(record.at()));
+        }
+        let json = reader.whole_payload(&record)?;
+        reader.set_manifest(&json)?;
+        Ok(reader)
+    }
+
+    /// Reads an image of which the header or the first manifest is damaged: `front` tells what was in
+    /// them, and `input` stands behind the header. Goes on behind damage.
+    pub fn open_behind(front: Front, input: R) -> Self {
+        let mut reader = Self::new(
+            Input::new(input, FRAME as u64),
+            front.header,
+            front.manifest,
+        );
+        reader.progress = vec![Progress::default(); reader.numbers()];
+        reader.losses = Some(Losses {
+            any: true,
+            ..Losses::default()
+        });
+        reader
+    }
+
+    pub(super) fn new(input: Input<R>, header: FileHeader, manifest: Manifest) -> Self {
+        Self {
             input,
             header,
-            manifest: Manifest::empty(),
+            manifest,
+            manifest_hash: None,
             sequence: 0,
             root: blake3::Hasher::new(),
             pending: Vec::new(),
             segments: Vec::new(),
+            manifest_copy: None,
             index_root: None,
             progress: Vec::new(),
-        };
-        reader.root.update(&frame);
-        let (record, tables) = reader.record()?;
-        if record.kind != record_kind::MANIFEST {
-            return Err(damaged("it does not begin with the list of volumes"));
+            losses: None,
         }
-        let json = reader.whole_payload(&record, &tables)?;
-        reader.manifest = Manifest::decode(&json)?;
-        reader.progress = vec![(0, Offset::ZERO); reader.manifest.volumes.len()];
-        Ok(reader)
+    }
+
+    fn set_manifest(&mut self, json: &[u8]) -> Result<()> {
+        self.manifest = decode_manifest(json, &self.header)?;
+        self.manifest_hash = Some(blake3::hash(json));
+        self.progress = vec![Progress::default(); self.numbers()];
+        Ok(())
+    }
+
+    fn numbers(&self) -> usize {
+        self.manifest.volumes.len() + self.manifest.streams.len()
+    }
+
+    /// From now on, damage does not end the reading but is handed out as [`Item::Lost`].
+    pub fn go_on_behind_damage(&mut self) {
+        self.losses.get_or_insert_default();
     }
 
     /// What the image is of.
@@ -130,14 +199,10 @@ impl<R: Read> ImageReader<R> {
         self.header.image_id
     }
 
-    /// Largest number of plain bytes in any record, as the header promises it.
+    /// Largest number of plain bytes in any record, as the header promises it. No payload is stored
+    /// in more.
     pub fn max_plain(&self) -> usize {
         self.header.max_plain.get() as usize
-    }
-
-    /// The most bytes a data record's payload can be stored in.
-    pub fn max_stored(&self) -> usize {
-        self.max_plain() + (MAX_STORED - MAX_PLAIN) as usize
     }
 
     /// Bytes read so far.
@@ -153,43 +218,103 @@ impl<R: Read> ImageReader<R> {
     /// more can be read after an error.
     pub fn next_item(&mut self) -> Result<Item> {
         loop {
-            let position = self.input.position;
-            let (record, tables) = self.record()?;
-            match record.kind {
-                record_kind::DATA => {
-                    return self.data_head(&record, &tables, position).map(Item::Data);
+            if let Some(losses) = &mut self.losses {
+                if let Some(item) = losses.queue.pop_front() {
+                    return Ok(item);
                 }
-                record_kind::INDEX => {
-                    let payload = self.whole_payload(&record, &tables)?;
-                    self.index_segment(&payload, position)?;
-                }
-                record_kind::INDEX_ROOT => {
-                    let payload = self.whole_payload(&record, &tables)?;
-                    if payload != self.segments.as_bytes() || !self.pending.is_empty() {
-                        return Err(damaged("the index is not of this image").at(Offset(position)));
-                    }
-                    self.index_root = Some(position);
-                }
-                record_kind::TRAILER => {
-                    let json = self.whole_payload(&record, &tables)?;
-                    let trailer = Trailer::decode(&json, &self.manifest)?;
-                    return self
-                        .footer(trailer, position)
-                        .map(|end| Item::End(Box::new(end)));
-                }
-                kind if kind >= record_kind::IGNORABLE => {
-                    self.whole_payload(&record, &tables)?;
-                }
-                kind => {
-                    return Err(Error::new(
-                        Kind::Incompatible,
-                        format!("the image holds a record of unknown kind {kind}"),
-                    )
-                    .at(Offset(position))
-                    .hint("a newer version of holdstill may know it"));
+                if let Some(end) = losses.end.take() {
+                    return Err(end);
                 }
             }
+            match self.next_record() {
+                Ok(Some(item)) => return Ok(item),
+                Ok(None) => {}
+                Err(error) if error.kind() == Kind::Truncated && self.losses.is_some() => {
+                    self.cut_off(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
+    }
+
+    /// Reads one record. `None` if it holds nothing for the caller.
+    fn next_record(&mut self) -> Result<Option<Item>> {
+        let position = self.input.position;
+        let sequence = self.sequence;
+        match self.record() {
+            Ok(record) => {
+                let found = record.header.sequence.get();
+                if found > sequence {
+                    let error = damaged("records are missing").at(record.at());
+                    self.lose(sequence..found, error)?;
+                }
+                match self.take(&record) {
+                    Err(error) if self.goes_on(&error) => {
+                        self.input.skip_to(record.end())?;
+                        self.lose(found..found + 1, error)?;
+                        Ok(None)
+                    }
+                    other => other,
+                }
+            }
+            Err(error) if self.goes_on(&error) => {
+                let error = error.at(Offset(position));
+                let found = self.find_record();
+                // Where the input ended, at least one record was not found.
+                let next = self.sequence.max(sequence + u64::from(found.is_err()));
+                self.lose(sequence..next, error)?;
+                found.map(|()| None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn goes_on(&self, error: &Error) -> bool {
+        self.losses.is_some() && error.kind() == Kind::Damaged
+    }
+
+    /// Does what a record asks for. The input stands before its payload.
+    fn take(&mut self, record: &Record) -> Result<Option<Item>> {
+        let position = record.position;
+        match record.header.kind {
+            record_kind::DATA | record_kind::STREAM => {
+                return self.data_head(record).map(Item::Data).map(Some);
+            }
+            record_kind::INDEX => {
+                let payload = self.whole_payload(record)?;
+                self.index_segment(&payload, record)?;
+            }
+            record_kind::MANIFEST => {
+                let payload = self.whole_payload(record)?;
+                let is_first = record.header.sequence.get() == 0;
+                let expected = self.manifest_hash;
+                if expected.is_some_and(|hash| hash != blake3::hash(&payload))
+                    || (is_first && !self.has_losses())
+                {
+                    return Err(damaged("the lists of volumes differ").at(record.at()));
+                }
+                self.manifest_copy = (!is_first).then_some(position);
+            }
+            record_kind::INDEX_ROOT => {
+                let payload = self.whole_payload(record)?;
+                let is_ours = payload == self.segments.as_bytes() && self.pending.is_empty();
+                if !is_ours && !self.has_losses() {
+                    return Err(damaged("the index is not of this image").at(record.at()));
+                }
+                self.index_root = Some(position);
+            }
+            record_kind::TRAILER => {
+                let json = self.whole_payload(record)?;
+                let trailer = Trailer::decode(&json, &self.manifest)
+                    .map_err(|error| error.at(record.at()))?;
+                return self.end(trailer, record);
+            }
+            // Of a kind that may be skipped: `check_record` knows the others.
+            _ => {
+                self.whole_payload(record)?;
+            }
+        }
+        Ok(None)
     }
 
     /// Reads the payload that belongs to `head` into the front of `buf`, as stored.
@@ -198,232 +323,405 @@ impl<R: Read> ImageReader<R> {
     /// As [`next_item`](Self::next_item). The payload itself is not checked here.
     ///
     /// # Panics
-    /// If `buf` is shorter than [`max_stored`](Self::max_stored).
+    /// If `buf` is shorter than [`max_plain`](Self::max_plain).
     pub fn read_payload(&mut self, head: &DataHead, buf: &mut [u8]) -> Result<usize> {
         let stored = head.stored_len as usize;
         self.input.fill(&mut buf[..stored])?;
-        self.zeros(head.tail)?;
+        self.padding(head.tail)?;
         Ok(stored)
     }
 
     /// Reads and checks a record's header and tables. The input stands before the payload then.
-    fn record(&mut self) -> Result<(RecordHeader, Vec<u8>)> {
-        let position = Offset(self.input.position);
+    fn record(&mut self) -> Result<Record> {
+        let position = self.input.position;
         let mut bytes = [0; RECORD_HEADER];
         self.input.fill(&mut bytes)?;
-        let header = RecordHeader::read_from_bytes(&bytes).map_err(|_| damaged("impossible"))?;
-        check_record(&header, &self.header, self.sequence).map_err(|error| error.at(position))?;
-        let mut tables = vec![0; header.tables_len()];
-        self.input.fill(&mut tables)?;
-        if crc32fast::hash(&tables) != header.tables_crc.get() {
-            return Err(damaged("the tables of a record fail their checksum").at(position));
+        let checked = self.header_of(&bytes);
+        if checked.is_err() && self.losses.is_some() {
+            self.input.take_back(&bytes);
         }
-        self.zeros(header.pad.get() as usize)?;
+        let header = checked.map_err(|error| error.at(Offset(position)))?;
+        self.sequence = header.sequence.get() + 1;
+        let record = match read_tables(&mut self.input, header, position) {
+            Err(error) if self.goes_on(&error) => {
+                // Its length is known: no need to search for the next.
+                self.input.skip_to(position + header.total_len())?;
+                Err(error)
+            }
+            other => other,
+        }?;
+        self.padding(header.pad.get() as usize)?;
         self.root.update(&bytes);
-        self.root.update(&tables);
-        self.sequence += 1;
-        Ok((header, tables))
+        self.root.update(&record.tables);
+        Ok(record)
+    }
+
+    /// A record header that may come next.
+    fn header_of(&self, bytes: &[u8; RECORD_HEADER]) -> Result<RecordHeader> {
+        let header = RecordHeader::read_from_bytes(bytes).map_err(|_| damaged("impossible"))?;
+        check_record(&header, &self.header)?;
+        let sequence = header.sequence.get();
+        let fits = match self.losses {
+            None => sequence == self.sequence,
+            Some(_) => (self.sequence..u64::MAX).contains(&sequence),
+        };
+        if !fits {
+            return Err(damaged("a record is not in its place"));
+        }
+        Ok(header)
+    }
+
+    /// Moves on to the next whole record header, unless the input stands at one.
+    fn find_record(&mut self) -> Result<()> {
+        let mut bytes = [0; RECORD_HEADER];
+        let skipped = self.input.position.next_multiple_of(RECORD_ALIGN) - self.input.position;
+        self.input.skip_to(self.input.position + skipped)?;
+        self.input.fill(&mut bytes)?;
+        loop {
+            if bytes.starts_with(&RECORD_MAGIC)
+                && let Ok(header) = self.header_of(&bytes)
+            {
+                self.input.take_back(&bytes);
+                self.sequence = header.sequence.get();
+                return Ok(());
+            }
+            bytes.copy_within(RECORD_ALIGN as usize.., 0);
+            self.input
+                .fill(&mut bytes[RECORD_HEADER - RECORD_ALIGN as usize..])?;
+        }
     }
 
     /// The payload of a record other than data, checked by CRC and hash.
-    fn whole_payload(&mut self, record: &RecordHeader, tables: &[u8]) -> Result<Vec<u8>> {
-        let position = Offset(self.input.position);
-        let is_plain = record.codec == codec::NONE && record.plain_len == record.stored_len;
-        if !is_plain || record.extents.get() != 0 || record.hashes.get() != 1 {
-            return Err(damaged("a record has impossible lengths").at(position));
-        }
-        let mut payload = vec![0; record.stored_len.get() as usize];
-        self.input.fill(&mut payload)?;
-        self.zeros(tail_of(record))?;
-        let crc_fits = crc32fast::hash(&payload) == record.payload_crc.get();
-        if !crc_fits || blake3::hash(&payload).as_bytes().as_slice() != tables {
-            return Err(damaged("a record fails its checksum").at(position));
-        }
+    fn whole_payload(&mut self, record: &Record) -> Result<Vec<u8>> {
+        let payload = record.read_whole(&mut self.input)?;
+        self.padding(record.tail())?;
         Ok(payload)
     }
 
-    fn data_head(
-        &mut self,
-        record: &RecordHeader,
-        tables: &[u8],
-        position: u64,
-    ) -> Result<DataHead> {
-        let at = Offset(position);
-        let number = record.volume.get();
-        let known = (number as usize).checked_sub(1).and_then(|n| {
-            let size = self.manifest.volumes.get(n)?.size;
-            Some((ByteLen(size), self.progress.get_mut(n)?))
-        });
-        let Some((size, progress)) = known else {
-            return Err(damaged("a record belongs to no volume").at(at));
-        };
-        let plain_len = ByteLen(u64::from(record.plain_len.get()));
-        let base = Offset(record.base.get());
-        let tables = Tables::decode(tables, record.extents.get(), base, size, plain_len)
-            .map_err(|error| error.at(at))?;
-        let pass = record.pass.get();
-        let span = tables.span();
-        let in_order = pass > progress.0 || (pass == progress.0 && span.start >= progress.1);
-        if tables.runs.is_empty() || !in_order || (pass == 0 && tables.has_trim()) {
-            return Err(damaged("records are not in order").at(at));
+    fn data_head(&mut self, record: &Record) -> Result<DataHead> {
+        let head = DataHead::new(record, &self.manifest)?;
+        let has_losses = self.has_losses();
+        let wrong = |what| damaged(what).at(record.at());
+        let span = head.tables.span();
+        let progress = self
+            .progress
+            .get_mut(head.volume as usize - 1)
+            .ok_or_else(|| wrong("a record belongs to no volume"))?;
+        let mut now = *progress;
+        if head.pass > now.pass {
+            now = Progress {
+                pass: head.pass,
+                ..Progress::default()
+            };
         }
-        *progress = (pass, span.end());
-        if self.pending.len() == SEGMENT_ENTRIES {
-            return Err(damaged("an index segment is missing").at(at));
+        let first_cell = head.tables.cells().next().map(|(cell, _)| cell);
+        let in_order = head.pass == now.pass
+            && span.start >= now.end
+            && (!head.whole_cells || first_cell.is_none_or(|cell| cell >= now.next_cell))
+            && (!head.is_stream || has_losses || span.start == now.end);
+        if !in_order {
+            return Err(wrong("records are not in order"));
         }
-        self.pending.push(IndexEntry {
-            sequence: record.sequence,
-            position: position.into(),
-            volume: record.volume,
-            pass: record.pass,
-            start: span.start.0.into(),
-            end: span.end().0.into(),
-        });
-        Ok(DataHead {
-            volume: number,
-            pass,
-            sequence: record.sequence.get(),
-            whole_cells: record.flags.get() & record_flag::WHOLE_CELLS != 0,
-            tables,
-            position,
-            codec: record.codec,
-            stored_len: record.stored_len.get(),
-            payload_crc: record.payload_crc.get(),
-            tail: tail_of(record),
-        })
+        if let Some((last, _)) = head.tables.cells().last() {
+            now.next_cell = last + 1;
+        }
+        now.end = span.end();
+        *progress = now;
+        if !has_losses {
+            let is_due = self.pending.first().is_some_and(|first| {
+                first.volume != record.header.volume || first.pass != record.header.pass
+            });
+            if is_due || self.pending.len() == MAX_SEGMENT {
+                return Err(wrong("an index segment is missing"));
+            }
+            self.pending.push(IndexEntry {
+                sequence: record.header.sequence,
+                position: record.position.into(),
+                volume: record.header.volume,
+                pass: record.header.pass,
+                start: span.start.0.into(),
+                end: span.end().0.into(),
+            });
+        }
+        Ok(head)
     }
 
-    fn index_segment(&mut self, payload: &[u8], position: u64) -> Result<()> {
-        if payload != self.pending.as_bytes() || self.pending.is_empty() {
-            return Err(damaged("the index is not of this image").at(Offset(position)));
+    fn index_segment(&mut self, payload: &[u8], record: &Record) -> Result<()> {
+        let wrong = || damaged("the index is not of this image").at(record.at());
+        if let Some(losses) = self.losses.as_mut().filter(|losses| losses.any) {
+            let entries = <[IndexEntry]>::ref_from_bytes(payload).map_err(|_| wrong())?;
+            for entry in entries {
+                losses.place(entry, &self.manifest);
+            }
+            return Ok(());
         }
-        self.segments.push(IndexRootEntry {
-            position: position.into(),
-            entries: (self.pending.len() as u32).into(),
-            reserved: 0.into(),
-            first_sequence: self.pending[0].sequence,
-        });
-        self.pending.clear();
-        Ok(())
+        let is_full = self.segments.len() == MAX_SEGMENTS;
+        let entry = root_entry(&self.pending, record.header.sequence.get(), record.position);
+        match entry {
+            Some(entry) if payload == self.pending.as_bytes() && !is_full => {
+                self.segments.push(entry);
+                self.pending.clear();
+                Ok(())
+            }
+            _ => Err(wrong()),
+        }
     }
 
-    fn footer(&mut self, trailer: Trailer, trailer_position: u64) -> Result<End> {
+    /// The end of the image, behind its trailer.
+    fn end(&mut self, trailer: Trailer, record: &Record) -> Result<Option<Item>> {
+        let streams = self.progress.iter().skip(self.manifest.volumes.len());
+        let is_complete = streams
+            .zip(&trailer.streams)
+            .all(|(progress, stream)| progress.end == Offset(stream.len));
+        if !is_complete && !self.has_losses() {
+            return Err(damaged("a stream is not whole").at(record.at()));
+        }
+        let checked = self.footer(record.position);
+        let end = Item::End(Box::new(End {
+            trailer,
+            len: ByteLen(self.input.position),
+            root_hash: *self.root.finalize().as_bytes(),
+        }));
+        match &mut self.losses {
+            None => checked.map(|()| Some(end)),
+            Some(losses) => {
+                losses.tell_unplaced();
+                if let Err(error) = checked {
+                    losses.tell(Lost::nowhere(error));
+                }
+                losses.queue.push_back(end);
+                Ok(None)
+            }
+        }
+    }
+
+    fn footer(&mut self, trailer_position: u64) -> Result<()> {
         let rest = self.input.position.next_multiple_of(FRAME as u64) - self.input.position;
-        self.zeros(rest as usize)?;
+        self.padding(rest as usize)?;
         let position = Offset(self.input.position);
         let mut frame = [0; FRAME];
         self.input.fill(&mut frame)?;
-        let is_whole = frame_is_whole(&frame, size_of::<Footer>());
-        let (footer, _) = Footer::read_from_prefix(&frame).map_err(|_| damaged("impossible"))?;
-        let root_hash = *self.root.finalize().as_bytes();
-        let fits = is_whole
-            && footer.magic == FOOTER_MAGIC
-            && footer.image_id == self.header.image_id
+        let footer = check_footer(&frame, &self.header).map_err(|error| error.at(position))?;
+        let fits = Some(footer.manifest.get()) == self.manifest_copy
             && Some(footer.index_root.get()) == self.index_root
             && footer.trailer.get() == trailer_position
             && footer.records.get() == self.sequence
             && footer.total_len.get() == self.input.position
-            && footer.root_hash == root_hash;
-        if !fits {
+            && footer.root_hash == *self.root.finalize().as_bytes();
+        if !fits && !self.has_losses() {
             return Err(damaged("the footer does not fit the image").at(position));
         }
+        let end = Offset(self.input.position);
         if self.input.fill_some(&mut [0])? != 0 {
-            return Err(
-                damaged("bytes follow the end of the image").at(Offset(self.input.position - 1))
-            );
-        }
-        Ok(End {
-            trailer,
-            len: ByteLen(self.input.position),
-            root_hash,
-        })
-    }
-
-    /// Reads `len` bytes of padding, which must be zero. `len` is below [`FRAME`].
-    fn zeros(&mut self, len: usize) -> Result<()> {
-        let mut padding = [0; FRAME];
-        let position = Offset(self.input.position);
-        self.input.fill(&mut padding[..len])?;
-        if padding.iter().any(|byte| *byte != 0) {
-            return Err(damaged("padding is not zero").at(position));
+            return Err(damaged("bytes follow the end of the image").at(end));
         }
         Ok(())
     }
+
+    /// Reads `len` bytes of padding, which must be zero. `len` is at most [`FRAME`].
+    fn padding(&mut self, len: usize) -> Result<()> {
+        match (self.input.zeros(len), &mut self.losses) {
+            (Err(error), Some(losses)) if error.kind() == Kind::Damaged => {
+                losses.tell(Lost::nowhere(error));
+                Ok(())
+            }
+            (done, _) => done,
+        }
+    }
+
+    fn has_losses(&self) -> bool {
+        self.losses.as_ref().is_some_and(|losses| losses.any)
+    }
+
+    /// Remembers records that were lost until the index tells where they belong.
+    fn lose(&mut self, sequences: Range<u64>, error: Error) -> Result<()> {
+        let Some(losses) = &mut self.losses else {
+            return Err(error);
+        };
+        losses.any = true;
+        if sequences.is_empty() {
+            losses.tell(Lost::nowhere(error));
+        } else {
+            losses.unplaced.push((sequences, error));
+        }
+        if losses.unplaced.len() > ENOUGH_DAMAGE {
+            return Err(damaged("there is too much damage to go on"));
+        }
+        Ok(())
+    }
+
+    /// The image ends too early: what should have followed is lost.
+    fn cut_off(&mut self, error: Error) {
+        let Some(losses) = &mut self.losses else {
+            return;
+        };
+        losses.tell_unplaced();
+        for (volume, progress) in self.manifest.volumes.iter().zip(&self.progress) {
+            let rest = Extent::between(progress.end, Offset(volume.size));
+            if progress.pass == 0 && !rest.is_empty() {
+                losses.tell(Lost {
+                    error: truncated().at(Offset(self.input.position)),
+                    place: Some((volume.n, vec![rest])),
+                    is_outdated: false,
+                });
+            }
+        }
+        losses.end = Some(error);
+    }
 }
 
-impl DataHead {
-    /// Checks the payload's CRC, decodes it, and checks its content. `stored` is what
-    /// [`ImageReader::read_payload`] delivered. Returns the plain bytes: those of `stored` itself if
-    /// they are not compressed, else in the front of `plain`.
+impl Losses {
+    fn tell(&mut self, lost: Lost) {
+        self.any = true;
+        self.queue.push_back(Item::Lost(lost));
+    }
+
+    /// Tells where a record belonged if it was lost.
+    fn place(&mut self, entry: &IndexEntry, manifest: &Manifest) {
+        let sequence = entry.sequence.get();
+        let lost = self
+            .unplaced
+            .iter()
+            .find(|(range, _)| range.contains(&sequence));
+        let Some((range, error)) = lost else {
+            return;
+        };
+        let error = Error::new(error.kind(), error.message()).at(Offset(entry.position.get()));
+        let range = range.clone();
+        let size = manifest
+            .volumes
+            .get(entry.volume.get() as usize - 1)
+            .map_or(u64::MAX, |volume| volume.size);
+        let extent = Extent::between(Offset(entry.start.get()), Offset(entry.end.get().min(size)));
+        self.tell(Lost {
+            error,
+            place: Some((entry.volume.get(), vec![extent])),
+            is_outdated: entry.pass.get() > 0,
+        });
+        // What is left of the range is still to be placed.
+        let at = self.unplaced.iter().position(|(other, _)| *other == range);
+        if let Some(at) = at {
+            let (_, error) = self.unplaced.swap_remove(at);
+            for rest in [range.start..sequence, sequence + 1..range.end] {
+                if !rest.is_empty() {
+                    let same = Error::new(error.kind(), error.message());
+                    let same = error.offset().into_iter().fold(same, Error::at);
+                    self.unplaced.push((rest, same));
+                }
+            }
+        }
+    }
+
+    /// Hands out what nothing told the place of.
+    fn tell_unplaced(&mut self) {
+        let mut unplaced = std::mem::take(&mut self.unplaced);
+        unplaced.sort_by_key(|(range, _)| range.start);
+        for (_, error) in unplaced {
+            self.tell(Lost::nowhere(error));
+        }
+    }
+}
+
+impl Lost {
+    fn nowhere(error: Error) -> Self {
+        Self {
+            error,
+            place: None,
+            is_outdated: false,
+        }
+    }
+}
+
+/// The index root's entry for a segment of `entries`, whose record is at `position`.
+pub(super) fn root_entry(
+    entries: &[IndexEntry],
+    sequence: u64,
+    position: u64,
+) -> Option<IndexRootEntry> {
+    let (first, last) = (entries.first()?, entries.last()?);
+    Some(IndexRootEntry {
+        sequence: sequence.into(),
+        position: position.into(),
+        volume: first.volume,
+        pass: first.pass,
+        entries: (entries.len() as u32).into(),
+        reserved: 0.into(),
+        start: first.start,
+        end: last.end,
+    })
+}
+
+fn decode_manifest(json: &[u8], header: &FileHeader) -> Result<Manifest> {
+    let manifest = Manifest::decode(json)?;
+    let has = |bit| header.incompatible.get() & bit != 0;
+    if has(feature::PARENT) != manifest.parent.is_some()
+        || has(feature::STREAMS) == manifest.streams.is_empty()
+    {
+        return Err(damaged("the list of volumes does not fit the file header"));
+    }
+    Ok(manifest)
+}
+
+fn check_footer(frame: &[u8; FRAME], header: &FileHeader) -> Result<Footer> {
+    let footer = parse_footer(frame).ok_or_else(|| damaged("the footer fails its checksum"))?;
+    if footer.image_id != header.image_id || footer.header.as_bytes() != header.as_bytes() {
+        return Err(damaged("the footer does not fit the image"));
+    }
+    Ok(footer)
+}
+
+fn parse_footer(frame: &[u8; FRAME]) -> Option<Footer> {
+    let (footer, _) = Footer::read_from_prefix(frame).ok()?;
+    let is_footer = frame_is_whole(frame)
+        && frame_is_blank_from(frame, size_of::<Footer>())
+        && footer.magic == FOOTER_MAGIC;
+    is_footer.then_some(footer)
+}
+
+/// What an image says at its front, as its end repeats it.
+#[derive(Clone, Debug)]
+pub struct Front {
+    pub(super) header: FileHeader,
+    /// What the image is of.
+    pub manifest: Manifest,
+}
+
+impl Front {
+    /// Reads it from the end of an image.
     ///
     /// # Errors
-    /// [`Kind::Damaged`] with the record's position.
-    pub fn decode<'a>(
-        &self,
-        stored: &'a [u8],
-        plain: &'a mut [u8],
-        decompressor: &mut zstd::bulk::Decompressor<'_>,
-    ) -> Result<&'a [u8]> {
-        let wrong = |what| damaged(what).at(Offset(self.position));
-        if crc32fast::hash(stored) != self.payload_crc {
-            return Err(wrong("a record fails its checksum"));
+    /// [`Kind::Damaged`] or [`Kind::Truncated`] if the end is no better than the front;
+    /// [`Kind::Incompatible`].
+    pub fn from_end(image: &dyn ReadAt) -> Result<Self> {
+        let footer = read_footer(image)?;
+        check_header(&footer.header)?;
+        let mut reader = ImageReader::new(
+            Cursor::input(image, footer.manifest.get()),
+            footer.header,
+            Manifest::default(),
+        );
+        reader.go_on_behind_damage();
+        let record = reader.record()?;
+        let json = reader.whole_payload(&record)?;
+        if record.header.kind != record_kind::MANIFEST {
+            return Err(damaged("the footer points astray"));
         }
-        let len = self.tables.data_len().as_usize();
-        let bytes = match self.codec {
-            codec::NONE if stored.len() == len => stored,
-            codec::ZSTD => {
-                let room = plain
-                    .get_mut(..len)
-                    .ok_or_else(|| wrong("a record is too large"))?;
-                match decompressor.decompress_to_buffer(stored, room) {
-                    Ok(got) if got == len => &*room,
-                    _ => return Err(wrong("a record cannot be decompressed")),
-                }
-            }
-            _ => return Err(wrong("a record has impossible lengths")),
-        };
-        if !self.tables.check_content(bytes) {
-            return Err(wrong("a record's content is not what was stored"));
-        }
-        Ok(bytes)
-    }
-
-    /// Length of the payload as stored, in bytes.
-    pub fn stored_len(&self) -> usize {
-        self.stored_len as usize
+        Ok(Self {
+            header: footer.header,
+            manifest: decode_manifest(&json, &footer.header)?,
+        })
     }
 }
 
-/// Input that counts what was read and says so when it ends too early.
-#[derive(Debug)]
-struct Checked<R> {
-    input: R,
-    position: u64,
-}
-
-impl<R: Read> Checked<R> {
-    fn fill(&mut self, buf: &mut [u8]) -> Result<()> {
-        if self.fill_some(buf)? < buf.len() {
-            return Err(truncated().at(Offset(self.position)));
-        }
-        Ok(())
-    }
-
-    /// Reads until `buf` is full or the input ends.
-    fn fill_some(&mut self, buf: &mut [u8]) -> Result<usize> {
-        let mut done = 0;
-        while done < buf.len() {
-            match self.input.read(&mut buf[done..]) {
-                Ok(0) => break,
-                Ok(got) => done += got,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    return Err(Error::io("cannot read the image", error).at(Offset(self.position)));
-                }
-            }
-        }
-        self.position += done as u64;
-        Ok(done)
+/// Reads the footer of an image in a file, whatever it is worth.
+pub(super) fn read_footer(image: &dyn ReadAt) -> Result<Footer> {
+    let size = image.len();
+    let mut frame = [0; FRAME];
+    let footer_at = size.0.checked_sub(FRAME as u64).ok_or_else(truncated)?;
+    image.read_exact_at(&mut frame, Offset(footer_at))?;
+    match parse_footer(&frame) {
+        Some(footer) if footer.total_len.get() == size.0 => Ok(footer),
+        _ => Err(truncated().hint("its footer is missing: verify tells more")),
     }
 }
 
@@ -440,6 +738,8 @@ pub struct Summary {
     pub len: ByteLen,
     /// BLAKE3 over header, record headers and tables, as the footer says it.
     pub root_hash: Hash,
+    pub(super) header: FileHeader,
+    pub(super) footer: Footer,
 }
 
 /// Reads a [`Summary`]. That the image is whole is not proven by this.
@@ -448,47 +748,45 @@ pub struct Summary {
 /// As [`ImageReader::open`]; [`Kind::Truncated`] if the footer is missing.
 pub fn summarize(image: &dyn ReadAt) -> Result<Summary> {
     let reader = ImageReader::open(Cursor { image, at: 0 })?;
-    let size = image.len();
-    let mut frame = [0; FRAME];
-    let footer_at = size.0.checked_sub(FRAME as u64).ok_or_else(truncated)?;
-    image.read_exact_at(&mut frame, Offset(footer_at))?;
-    let (footer, _) = Footer::read_from_prefix(&frame).map_err(|_| damaged("impossible"))?;
-    let is_footer = frame_is_whole(&frame, size_of::<Footer>())
-        && footer.magic == FOOTER_MAGIC
-        && footer.image_id == reader.header.image_id
-        && footer.total_len.get() == size.0;
-    if !is_footer {
-        return Err(truncated().hint("its footer is missing: verify tells more"));
+    let (header, manifest) = (reader.header, reader.manifest);
+    let footer = read_footer(image)?;
+    if footer.header.as_bytes() != header.as_bytes() {
+        return Err(damaged("the footer does not fit the image"));
     }
-    let mut end = ImageReader {
-        input: Checked {
-            input: Cursor {
-                image,
-                at: footer.trailer.get(),
-            },
-            position: footer.trailer.get(),
-        },
-        sequence: footer.records.get().saturating_sub(1),
-        ..reader
-    };
-    let (record, tables) = end.record()?;
-    let json = end.whole_payload(&record, &tables)?;
-    if record.kind != record_kind::TRAILER {
+    let mut end = ImageReader::new(
+        Cursor::input(image, footer.trailer.get()),
+        header,
+        Manifest::default(),
+    );
+    end.sequence = footer.records.get().saturating_sub(1);
+    let record = end.record()?;
+    let json = end.whole_payload(&record)?;
+    if record.header.kind != record_kind::TRAILER {
         return Err(damaged("the footer points astray"));
     }
     Ok(Summary {
-        image_id: end.header.image_id,
-        trailer: Trailer::decode(&json, &end.manifest)?,
-        manifest: end.manifest,
-        len: size,
+        image_id: header.image_id,
+        trailer: Trailer::decode(&json, &manifest)?,
+        manifest,
+        len: image.len(),
         root_hash: footer.root_hash,
+        header,
+        footer,
     })
 }
 
 /// Positioned reading as a stream.
-struct Cursor<'a> {
+pub(super) struct Cursor<'a> {
     image: &'a dyn ReadAt,
     at: u64,
+}
+
+impl<'a> Cursor<'a> {
+    /// Input that begins at `position` of the image.
+    pub(super) fn input(image: &'a dyn ReadAt, position: u64) -> Input<Self> {
+        let at = position;
+        Input::new(Self { image, at }, position)
+    }
 }
 
 impl Read for Cursor<'_> {
@@ -501,104 +799,4 @@ impl Read for Cursor<'_> {
         self.at += len as u64;
         Ok(len)
     }
-}
-
-fn check_header(frame: &[u8; FRAME]) -> Result<FileHeader> {
-    let (header, _) = FileHeader::read_from_prefix(frame).map_err(|_| damaged("impossible"))?;
-    // The version comes first: the rest of a newer header may mean something else.
-    if header.version.get() > VERSION && frame_is_whole(frame, FRAME - 4) {
-        return Err(Error::new(
-            Kind::Incompatible,
-            format!(
-                "the image has format version {}, this program reads up to {VERSION}",
-                header.version
-            ),
-        )
-        .hint("use a newer version of holdstill"));
-    }
-    if !frame_is_whole(frame, size_of::<FileHeader>()) {
-        return Err(damaged("the file header fails its checksum").at(Offset::ZERO));
-    }
-    let unknown = header.incompatible.get() & !feature::KNOWN_INCOMPATIBLE;
-    if unknown != 0 || header.cipher != cipher::NONE || header.hash_kind != hash_kind::BLAKE3 {
-        return Err(Error::new(
-            Kind::Incompatible,
-            format!(
-                "the image needs what this program does not have: {}",
-                feature_names(&header)
-            ),
-        )
-        .hint("use a newer version of holdstill"));
-    }
-    let sane = header.version.get() == VERSION
-        && header.header_len.get() as usize == FRAME
-        && u64::from(header.block_len.get()) == BLOCK
-        && u64::from(header.cell_len.get()) == CELL
-        && header.max_plain.get() <= MAX_PLAIN
-        && header.reserved == [0; 2];
-    if !sane {
-        return Err(damaged("the file header makes no sense").at(Offset::ZERO));
-    }
-    Ok(header)
-}
-
-fn feature_names(header: &FileHeader) -> String {
-    let unknown = header.incompatible.get() & !feature::KNOWN_INCOMPATIBLE;
-    let named = feature::INCOMPATIBLE_NAMES
-        .iter()
-        .filter(|(bit, _)| unknown & bit != 0);
-    let mut names: Vec<String> = named.map(|(_, name)| (*name).to_owned()).collect();
-    let nameless = feature::INCOMPATIBLE_NAMES
-        .iter()
-        .fold(unknown, |left, (bit, _)| left & !bit);
-    if nameless != 0 {
-        names.push(format!("feature bits {nameless:#x}"));
-    }
-    if header.cipher != cipher::NONE && unknown & feature::ENCRYPTED == 0 {
-        names.push(format!("cipher {}", header.cipher));
-    }
-    if header.hash_kind != hash_kind::BLAKE3 {
-        names.push(format!("hash kind {}", header.hash_kind));
-    }
-    names.join(", ")
-}
-
-/// Everything in a record header that can be checked without its payload. After this, lengths and
-/// counts are within their caps.
-fn check_record(record: &RecordHeader, file: &FileHeader, sequence: u64) -> Result<()> {
-    if record.magic != RECORD_MAGIC || record.header_crc.get() != record.compute_crc() {
-        return Err(damaged("a record header is damaged"));
-    }
-    let max_plain = match record.kind {
-        record_kind::DATA => file.max_plain.get(),
-        _ => MAX_PLAIN,
-    };
-    let sane = record.image_id == file.image_id
-        && record.sequence.get() == sequence
-        && record.flags.get() & !record_flag::ALL == 0
-        && record.extents.get() <= MAX_EXTENTS
-        && record.hashes.get() <= MAX_HASHES
-        && record.plain_len.get() <= max_plain
-        && record.stored_len.get() <= max_plain + (MAX_STORED - MAX_PLAIN)
-        && u64::from(record.pad.get()) < RAW_ALIGN
-        && record.reserved == [0; 16];
-    if !sane {
-        return Err(damaged("a record header makes no sense"));
-    }
-    Ok(())
-}
-
-/// Zero bytes behind a record's payload.
-fn tail_of(record: &RecordHeader) -> usize {
-    let exact = RECORD_HEADER + record.tables_len() + record.pad.get() as usize;
-    let used = exact as u64 + u64::from(record.stored_len.get());
-    (record.total_len() - used) as usize
-}
-
-fn damaged(what: &str) -> Error {
-    Error::new(Kind::Damaged, format!("the image is damaged: {what}"))
-}
-
-fn truncated() -> Error {
-    Error::new(Kind::Truncated, "the image ends too early: it is not whole")
 }

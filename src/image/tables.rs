@@ -68,6 +68,31 @@ impl Tables {
         data.map(|run| run.extent)
     }
 
+    /// The hashes with the numbers of their cells.
+    pub fn cells(&self) -> impl Iterator<Item = (u64, &Hash)> + '_ {
+        cells_of(self.data_extents()).zip(&self.hashes)
+    }
+
+    /// The tables of a chunk of a stream: `len` bytes from `start`, which is the start of a cell.
+    pub fn of_stream(start: Offset, len: ByteLen, hashes: Vec<Hash>) -> Self {
+        let run = Run {
+            extent: Extent::new(start.0, len.0),
+            content: Content::Data,
+        };
+        Self {
+            runs: vec![run],
+            hashes,
+        }
+    }
+
+    /// The tables of a chunk of a stream that holds `plain`.
+    pub fn describe_stream(start: Offset, plain: &[u8]) -> Self {
+        let extent = Extent::new(start.0, plain.len() as u64);
+        let cells = hash_cells(std::iter::once(extent), plain);
+        let hashes = cells.into_iter().map(|cell| cell.hash).collect();
+        Self::of_stream(start, extent.len, hashes)
+    }
+
     /// Hands each data run with its bytes of `plain` to `each`, in order.
     ///
     /// # Errors

@@ -7,18 +7,19 @@
 use zerocopy::IntoBytes;
 
 use crate::error::{Error, Kind, Result};
-use crate::image::content::{ContentHasher, Hash, zero_cell_hash};
+use crate::image::content::{Hash, RunningContent};
 use crate::image::format::{
     BLOCK, CELL, FOOTER_MAGIC, FRAME, FileHeader, Footer, IndexEntry, IndexRootEntry, MAGIC,
-    MAX_STORED, RAW_ALIGN, RECORD_ALIGN, RECORD_HEADER, RECORD_MAGIC, RecordHeader, VERSION,
-    cipher, codec, hash_kind, record_flag, record_kind, seal_frame,
+    MAX_EXTENTS, MAX_JSON, MAX_PASSES, MAX_SEGMENT, MAX_SEGMENTS, MAX_SKIPPED, RAW_ALIGN,
+    RECORD_ALIGN, RECORD_HEADER, RECORD_MAGIC, RecordHeader, VERSION, cipher, codec, feature,
+    hash_kind, record_flag, record_kind, seal_frame,
 };
+use crate::image::index::IndexedImage;
 use crate::image::manifest::{Manifest, Trailer};
-use crate::image::tables::{Tables, cells_of};
+use crate::image::reader::root_entry;
+use crate::image::tables::Tables;
+use crate::read_at::ReadAt;
 use crate::units::ByteLen;
-
-/// Entries in one index segment: what the index of a run takes in memory, and a reader's bound.
-pub const SEGMENT_ENTRIES: usize = 4096;
 
 /// Where the bytes go. Every append is the next part of the image.
 pub trait Sink {
@@ -28,6 +29,12 @@ pub trait Sink {
     /// # Errors
     /// Whatever the writing says; the image is lost then.
     fn append(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// All that was appended, for reading; `None` where that cannot be had.
+    ///
+    /// # Errors
+    /// Whatever the writing says of what was still held back.
+    fn written(&mut self) -> Result<Option<&dyn ReadAt>>;
 }
 
 impl Sink for Vec<u8> {
@@ -35,12 +42,16 @@ impl Sink for Vec<u8> {
         self.extend_from_slice(bytes);
         Ok(())
     }
+
+    fn written(&mut self) -> Result<Option<&dyn ReadAt>> {
+        Ok(Some(self))
+    }
 }
 
-/// A data record, all but its place in the image.
+/// A data or stream record, all but its place in the image.
 #[derive(Clone, Debug)]
 pub struct DataRecord {
-    /// Number of the volume, from 1.
+    /// Number of the volume or stream, from 1.
     pub volume: u32,
     /// Pass, from 0.
     pub pass: u32,
@@ -65,23 +76,15 @@ pub struct Written {
 #[derive(Debug)]
 pub struct ImageWriter<S> {
     sink: S,
-    image_id: [u8; 16],
+    header: FileHeader,
+    manifest: Manifest,
     position: u64,
     sequence: u64,
     root: blake3::Hasher,
     pending: Vec<IndexEntry>,
     segments: Vec<IndexRootEntry>,
-    content: ContentProgress,
-}
-
-/// The content id as it grows. It can be told on the way as long as no block is superseded.
-#[derive(Clone, Debug)]
-struct ContentProgress {
-    hasher: ContentHasher,
-    sizes: Vec<u64>,
-    /// Volumes begun so far.
-    begun: u32,
-    superseded: bool,
+    content: RunningContent,
+    is_superseded: bool,
 }
 
 impl<S: Sink> ImageWriter<S> {
@@ -90,13 +93,20 @@ impl<S: Sink> ImageWriter<S> {
     /// # Errors
     /// The sink's.
     pub fn begin(sink: S, image_id: [u8; 16], max_plain: u32, manifest: &Manifest) -> Result<Self> {
+        let mut incompatible = 0;
+        if manifest.parent.is_some() {
+            incompatible |= feature::PARENT;
+        }
+        if !manifest.streams.is_empty() {
+            incompatible |= feature::STREAMS;
+        }
         let header = FileHeader {
             magic: MAGIC,
             version: VERSION.into(),
             header_len: (FRAME as u32).into(),
             compatible: 0.into(),
             read_only_compatible: 0.into(),
-            incompatible: 0.into(),
+            incompatible: incompatible.into(),
             image_id,
             block_len: (BLOCK as u32).into(),
             cell_len: (CELL as u32).into(),
@@ -104,21 +114,19 @@ impl<S: Sink> ImageWriter<S> {
             hash_kind: hash_kind::BLAKE3,
             cipher: cipher::NONE,
             reserved: [0; 2],
+            key_salt: [0; 32],
         };
         let mut writer = Self {
             sink,
-            image_id,
+            header,
+            manifest: manifest.clone(),
             position: 0,
             sequence: 0,
             root: blake3::Hasher::new(),
-            pending: Vec::with_capacity(SEGMENT_ENTRIES),
+            pending: Vec::new(),
             segments: Vec::new(),
-            content: ContentProgress {
-                hasher: ContentHasher::new(manifest.volumes.len()),
-                sizes: manifest.volumes.iter().map(|volume| volume.size).collect(),
-                begun: 0,
-                superseded: false,
-            },
+            content: RunningContent::new(manifest.sizes(), manifest.streams.len()),
+            is_superseded: false,
         };
         let frame = seal_frame(header.as_bytes());
         writer.root.update(&frame);
@@ -137,31 +145,51 @@ impl<S: Sink> ImageWriter<S> {
         &mut self.sink
     }
 
-    /// Appends a data record. `payload` is what the codec made of the data runs, in pieces. Records of
-    /// a pass come in ascending order, volume after volume; those of pass 0 hold whole cells.
+    /// Appends a data record, or a chunk of a stream. `payload` is what the codec made of the data
+    /// runs, in pieces. Records of a pass come in ascending order, volume after volume; those of pass
+    /// 0 hold whole cells. Chunks of a stream follow each other without a gap, and all but the last
+    /// hold whole cells.
     ///
     /// # Errors
-    /// The sink's.
+    /// The sink's; [`Kind::Failed`] for what no image can hold.
     pub fn data(&mut self, record: &DataRecord, payload: &[&[u8]]) -> Result<()> {
-        let (base, tables, extents) = record.tables.encode();
+        let is_stream = record.volume as usize > self.manifest.volumes.len();
+        let (base, mut tables, mut extents) = record.tables.encode();
+        if is_stream {
+            // A stream has no holes: its chunks need no extents.
+            tables = record.tables.hashes.concat();
+            extents = 0;
+        }
         let stored: usize = payload.iter().map(|piece| piece.len()).sum();
-        let header = self.header(record_kind::DATA, stored)?;
+        let kind = match is_stream {
+            true => record_kind::STREAM,
+            false => record_kind::DATA,
+        };
+        let max_plain = self.header.max_plain.get();
+        let plain_len = u32::try_from(record.tables.data_len().0)
+            .ok()
+            .filter(|len| *len <= max_plain && extents <= MAX_EXTENTS && record.pass < MAX_PASSES)
+            .ok_or_else(|| Error::new(Kind::Failed, "a record is too large for an image"))?;
+        let is_due = self.pending.first().is_some_and(|first| {
+            (first.volume.get(), first.pass.get()) != (record.volume, record.pass)
+        });
+        if is_due || self.pending.len() == MAX_SEGMENT {
+            self.flush_index()?;
+        }
         let header = RecordHeader {
             codec: record.codec,
-            flags: if record.pass == 0 {
-                record_flag::WHOLE_CELLS
-            } else {
-                0
-            }
-            .into(),
+            flags: match record.pass {
+                0 => record_flag::WHOLE_CELLS.into(),
+                _ => 0.into(),
+            },
             volume: record.volume.into(),
             pass: record.pass.into(),
             base: base.0.into(),
             extents: extents.into(),
             hashes: (record.tables.hashes.len() as u32).into(),
-            plain_len: (record.tables.data_len().0 as u32).into(),
+            plain_len: plain_len.into(),
             payload_crc: record.payload_crc.into(),
-            ..header
+            ..self.header(kind, stored, max_plain)?
         };
         let span = record.tables.span();
         self.pending.push(IndexEntry {
@@ -172,24 +200,42 @@ impl<S: Sink> ImageWriter<S> {
             start: span.start.0.into(),
             end: span.end().0.into(),
         });
-        self.content.add(record);
-        self.record(header, &tables, payload)?;
-        if self.pending.len() == SEGMENT_ENTRIES {
-            self.flush_index()?;
+        if record.pass > 0 {
+            self.is_superseded = true;
+            self.content.give_up();
         }
-        Ok(())
+        self.content.add(record.volume, record.tables.cells());
+        if is_stream {
+            self.content.grow(record.volume, ByteLen(span.end().0));
+        }
+        self.record(header, &tables, payload)
     }
 
-    /// The content id, if it can be told without reading the image: no block was superseded. All
-    /// data must have been written.
-    pub fn content_id(&self) -> Option<Hash> {
-        let mut content = self.content.clone();
-        let volumes = content.sizes.len() as u32;
-        content.begin_up_to(volumes);
-        if volumes > 0 {
-            content.hasher.end_volume();
+    /// Appends a record of a kind that readers may skip ([`record_kind::IGNORABLE`] or above).
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn ignorable(&mut self, kind: u8, payload: &[u8]) -> Result<()> {
+        self.bytes(kind, payload, MAX_SKIPPED)
+    }
+
+    /// The content id. Where blocks were superseded, what was written is read back for it; `None` if
+    /// that is not possible. All data must have been written.
+    ///
+    /// # Errors
+    /// The sink's; whatever reading back says.
+    pub fn content_id(&mut self) -> Result<Option<Hash>> {
+        if !self.is_superseded {
+            return Ok(self.content.clone().finish());
         }
-        (!content.superseded).then(|| content.hasher.finish())
+        self.flush_index()?;
+        let (header, manifest) = (self.header, self.manifest.clone());
+        match self.sink.written()? {
+            Some(image) => IndexedImage::new(image, header, manifest, &self.segments)?
+                .content_id()
+                .map(Some),
+            None => Ok(None),
+        }
     }
 
     /// Ends the image: the rest of the index, its root, the trailer and the footer.
@@ -198,9 +244,13 @@ impl<S: Sink> ImageWriter<S> {
     /// The sink's.
     pub fn finish(mut self, trailer: &Trailer) -> Result<(S, Written)> {
         self.flush_index()?;
+        let manifest_position = self.position;
+        let manifest = std::mem::take(&mut self.manifest);
+        self.json(record_kind::MANIFEST, &manifest)?;
         let index_root = self.position;
         let segments = std::mem::take(&mut self.segments);
-        self.bytes(record_kind::INDEX_ROOT, segments.as_bytes())?;
+        let longest = MAX_SEGMENTS * size_of::<IndexRootEntry>();
+        self.bytes(record_kind::INDEX_ROOT, segments.as_bytes(), longest as u32)?;
         let trailer_position = self.position;
         self.json(record_kind::TRAILER, trailer)?;
         let rest = self.position.next_multiple_of(FRAME as u64) - self.position;
@@ -209,12 +259,14 @@ impl<S: Sink> ImageWriter<S> {
         let len = self.position + FRAME as u64;
         let footer = Footer {
             magic: FOOTER_MAGIC,
-            image_id: self.image_id,
+            image_id: self.header.image_id,
+            manifest: manifest_position.into(),
             index_root: index_root.into(),
             trailer: trailer_position.into(),
             records: self.sequence.into(),
             total_len: len.into(),
             root_hash,
+            header: self.header,
         };
         self.append(&seal_frame(footer.as_bytes()))?;
         let written = Written {
@@ -225,19 +277,15 @@ impl<S: Sink> ImageWriter<S> {
     }
 
     fn flush_index(&mut self) -> Result<()> {
-        if self.pending.is_empty() {
+        let Some(entry) = root_entry(&self.pending, self.sequence, self.position) else {
             return Ok(());
-        }
-        let entries = std::mem::take(&mut self.pending);
-        self.segments.push(IndexRootEntry {
-            position: self.position.into(),
-            entries: (entries.len() as u32).into(),
-            reserved: 0.into(),
-            first_sequence: entries[0].sequence,
-        });
-        self.bytes(record_kind::INDEX, entries.as_bytes())?;
+        };
+        self.segments.push(entry);
+        let mut entries = std::mem::take(&mut self.pending);
+        let longest = MAX_SEGMENT * size_of::<IndexEntry>();
+        self.bytes(record_kind::INDEX, entries.as_bytes(), longest as u32)?;
+        entries.clear();
         self.pending = entries;
-        self.pending.clear();
         Ok(())
     }
 
@@ -245,23 +293,23 @@ impl<S: Sink> ImageWriter<S> {
         let json = serde_json::to_vec(value).map_err(|source| {
             Error::new(Kind::Failed, "cannot describe the image").because(source)
         })?;
-        self.bytes(kind, &json)
+        self.bytes(kind, &json, MAX_JSON)
     }
 
     /// A record other than data: one hash, one uncompressed payload.
-    fn bytes(&mut self, kind: u8, payload: &[u8]) -> Result<()> {
+    fn bytes(&mut self, kind: u8, payload: &[u8], longest: u32) -> Result<()> {
         let hash = blake3::hash(payload);
         let header = RecordHeader {
             hashes: 1.into(),
             plain_len: (payload.len() as u32).into(),
             payload_crc: crc32fast::hash(payload).into(),
-            ..self.header(kind, payload.len())?
+            ..self.header(kind, payload.len(), longest)?
         };
         self.record(header, hash.as_bytes(), &[payload])
     }
 
-    fn header(&self, kind: u8, stored: usize) -> Result<RecordHeader> {
-        let stored_len = u32::try_from(stored).ok().filter(|len| *len <= MAX_STORED);
+    fn header(&self, kind: u8, stored: usize, longest: u32) -> Result<RecordHeader> {
+        let stored_len = u32::try_from(stored).ok().filter(|len| *len <= longest);
         let stored_len = stored_len.ok_or_else(|| {
             Error::new(
                 Kind::Failed,
@@ -273,7 +321,7 @@ impl<S: Sink> ImageWriter<S> {
             kind,
             codec: codec::NONE,
             flags: 0.into(),
-            image_id: self.image_id,
+            image_id: self.header.image_id,
             sequence: self.sequence.into(),
             volume: 0.into(),
             pass: 0.into(),
@@ -319,33 +367,5 @@ impl<S: Sink> ImageWriter<S> {
         self.sink.append(bytes)?;
         self.position += bytes.len() as u64;
         Ok(())
-    }
-}
-
-impl ContentProgress {
-    fn add(&mut self, record: &DataRecord) {
-        if record.pass > 0 {
-            self.superseded = true;
-        }
-        if self.superseded {
-            return;
-        }
-        self.begin_up_to(record.volume);
-        let cells = cells_of(record.tables.data_extents());
-        for (cell, hash) in cells.zip(&record.tables.hashes) {
-            if hash != zero_cell_hash() {
-                self.hasher.cell(cell, hash);
-            }
-        }
-    }
-
-    fn begin_up_to(&mut self, volume: u32) {
-        while self.begun < volume {
-            if self.begun > 0 {
-                self.hasher.end_volume();
-            }
-            self.hasher.volume(ByteLen(self.sizes[self.begun as usize]));
-            self.begun += 1;
-        }
     }
 }

@@ -7,14 +7,14 @@ use crossbeam_channel::{Receiver, bounded};
 use holdstill_platform::buffer::{Buffer, Pool};
 
 use crate::error::{Error, Kind, Result};
-use crate::extent::Extent;
-use crate::image::reader::{DataHead, End, ImageReader, Item};
+use crate::extent::{Extent, ExtentSet};
+use crate::image::reader::{DataHead, End, ImageReader, Item, Lost};
 use crate::image::tables::{Content, Tables};
 use crate::progress::Progress;
 use crate::units::{ByteLen, Offset};
 
 /// Takes what an image holds. Called from several threads; pieces of one pass never overlap, and a
-/// pass is finished before the next begins.
+/// pass is finished before the next begins. Streams are numbered behind the volumes.
 pub trait Receive: Sync {
     /// Bytes of a volume.
     ///
@@ -30,6 +30,14 @@ pub trait Receive: Sync {
 
     /// A run that is no longer part of the volume. Nothing needs to be done.
     fn trim(&self, _volume: u32, _extent: Extent) {}
+
+    /// Something is damaged. Whoever takes it in gets everything else.
+    ///
+    /// # Errors
+    /// Any; it ends the reading. Unless overridden, the damage itself.
+    fn damaged(&self, lost: Lost) -> Result<()> {
+        Err(lost.error)
+    }
 }
 
 /// Takes everything and does nothing: for checking an image alone.
@@ -58,7 +66,7 @@ pub fn load<R: Read>(
     progress: &dyn Progress,
     mut heads: impl FnMut(&DataHead),
 ) -> Result<Box<End>> {
-    let stored = Pool::new(2 * workers + 1, image.max_stored());
+    let stored = Pool::new(2 * workers + 1, image.max_plain());
     let max_plain = image.max_plain();
     let in_flight = InFlight::default();
     let (to_workers, records) = bounded::<Loaded>(workers);
@@ -91,6 +99,10 @@ pub fn load<R: Read>(
                     if to_workers.send(loaded).is_err() {
                         return Err(Error::new(Kind::Failed, "the pipeline has ended"));
                     }
+                }
+                Item::Lost(lost) => {
+                    in_flight.wait_until_none();
+                    receiver.damaged(lost)?;
                 }
                 Item::End(end) => {
                     drop(to_workers);
@@ -136,7 +148,8 @@ fn work(
             let done = loaded
                 .head
                 .decode(&loaded.buffer[..loaded.len], &mut plain, &mut decompressor)
-                .and_then(|bytes| hand_out(&loaded.head, bytes, receiver));
+                .map(|bytes| hand_out(&loaded.head, Some(bytes), receiver))
+                .unwrap_or_else(|error| lose(&loaded.head, error, receiver));
             match done {
                 Ok(len) => progress.advance(len),
                 Err(error) => failure.set(error),
@@ -147,13 +160,17 @@ fn work(
     }
 }
 
-/// Returns the bytes handed out, zeros included.
-fn hand_out(head: &DataHead, plain: &[u8], receiver: &dyn Receive) -> Result<ByteLen> {
+/// Hands out the runs of a record, those with data only if there is any. Returns the bytes handed
+/// out, zeros included.
+fn hand_out(head: &DataHead, plain: Option<&[u8]>, receiver: &dyn Receive) -> Result<ByteLen> {
     let tables: &Tables = &head.tables;
-    tables.for_each_data(plain, |offset, bytes| {
-        receiver.data(head.volume, offset, bytes)
-    })?;
-    let mut len = tables.data_len();
+    let mut len = ByteLen::ZERO;
+    if let Some(plain) = plain {
+        tables.for_each_data(plain, |offset, bytes| {
+            receiver.data(head.volume, offset, bytes)
+        })?;
+        len = tables.data_len();
+    }
     for run in &tables.runs {
         match run.content {
             Content::Data => {}
@@ -165,6 +182,21 @@ fn hand_out(head: &DataHead, plain: &[u8], receiver: &dyn Receive) -> Result<Byt
         }
     }
     Ok(len)
+}
+
+/// The payload of a record is damaged: what it says of zeros still holds.
+fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen> {
+    if error.kind() != Kind::Damaged {
+        return Err(error);
+    }
+    let mut extents = ExtentSet::new();
+    extents.extend(head.tables.data_extents());
+    receiver.damaged(Lost {
+        error,
+        place: Some((head.volume, extents.runs().to_vec())),
+        is_outdated: false,
+    })?;
+    hand_out(head, None, receiver)
 }
 
 /// The first failure of any worker.

@@ -5,6 +5,7 @@ use holdstill_platform::output::Output;
 
 use crate::error::Result;
 use crate::image::writer::Sink;
+use crate::read_at::ReadAt;
 
 /// Length of a packed write in bytes.
 const PACK: usize = 1 << 20;
@@ -76,5 +77,13 @@ impl Sink for OutputSink {
             }
         }
         Ok(())
+    }
+
+    fn written(&mut self) -> Result<Option<&dyn ReadAt>> {
+        if self.output.is_stream() {
+            return Ok(None);
+        }
+        self.flush()?;
+        Ok(Some(&self.output))
     }
 }
