@@ -16,7 +16,7 @@ const HEAD: u64 = 256 << 10;
 const TAIL: u64 = 128 << 10;
 
 /// Says what is on a volume, by its signatures alone; `None` if it carries none that is known.
-/// If it carries several, the one that most likely came last: see [`signatures`].
+/// If it carries several: containers first, then hybrid ISO images, GPT, filesystems, MBR.
 ///
 /// # Errors
 /// If reading fails.

@@ -19,7 +19,7 @@ pub(super) const MIN_INODE_SIZE: u64 = 128;
 pub(super) const DESC_SIZE: u64 = 32;
 /// The fewest bytes of a group descriptor with it.
 pub(super) const MIN_DESC_SIZE_64BIT: u64 = 64;
-/// The journal's usual inode.
+/// [`SuperBlock::checksum_type`]: CRC-32C, the only one there is.
 pub(super) const CHECKSUM_CRC32C: u8 = 1;
 
 /// [`SuperBlock::state`]: unmounted cleanly (without journal), or checked.

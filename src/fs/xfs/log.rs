@@ -10,10 +10,14 @@
 use zerocopy::FromBytes;
 
 use super::Geometry;
-use super::format::{self, BufferItem, LogOp, LogRecord, SuperBlock};
+use super::format::{self, LogOp, LogRecord, SuperBlock};
 use crate::error::Result;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset, SECTOR};
+
+mod transactions;
+
+use transactions::Transactions;
 
 /// What a log says about its filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -446,94 +450,4 @@ fn log_crc_holds(record: &LogRecord, headers: &[u8], body: &[u8]) -> bool {
         }
         crc32c::crc32c_append(crc, body).to_le_bytes() == record.crc
     })
-}
-
-/// What comes next in the transactions of a log that was frozen.
-#[derive(Default)]
-enum Transactions {
-    /// A transaction begins.
-    #[default]
-    Start,
-    /// Its header follows.
-    Header { transaction: u32 },
-    /// Its items follow, of the current one `pieces` more; then its commit.
-    Items { transaction: u32, pieces: u16 },
-}
-
-impl Transactions {
-    /// Takes the operations of one record. False if there is anything in them but whole
-    /// transactions that write the superblock.
-    fn take(&mut self, record: &LogRecord, body: &[u8]) -> bool {
-        let mut rest = body;
-        for _ in 0..record.ops.get() {
-            let Ok((op, behind)) = LogOp::read_from_prefix(rest) else {
-                return false;
-            };
-            let Some((data, behind)) =
-                behind.split_at_checked(ByteLen(op.len.get().into()).as_usize())
-            else {
-                return false;
-            };
-            if !self.step(&op, data) {
-                return false;
-            }
-            rest = behind;
-        }
-        true
-    }
-
-    fn is_idle(&self) -> bool {
-        matches!(self, Self::Start)
-    }
-
-    fn step(&mut self, op: &LogOp, data: &[u8]) -> bool {
-        let id = op.transaction.get();
-        let next = match *self {
-            Self::Start if op.flags == format::OP_START && data.is_empty() => {
-                Self::Header { transaction: id }
-            }
-            Self::Header { transaction }
-                if id == transaction
-                    && op.flags == 0
-                    && data.starts_with(&format::TRANSACTION_MAGIC.to_le_bytes()) =>
-            {
-                Self::Items {
-                    transaction,
-                    pieces: 0,
-                }
-            }
-            Self::Items {
-                transaction,
-                pieces: 0,
-            } if id == transaction && op.flags == format::OP_COMMIT && data.is_empty() => {
-                Self::Start
-            }
-            Self::Items {
-                transaction,
-                pieces: 0,
-            } if id == transaction && op.flags == 0 => match BufferItem::read_from_prefix(data) {
-                Ok((item, _))
-                    if item.kind.get() == format::ITEM_BUFFER
-                        && item.sector.get() == 0
-                        && item.pieces.get() >= 1 =>
-                {
-                    Self::Items {
-                        transaction,
-                        pieces: item.pieces.get() - 1,
-                    }
-                }
-                _ => return false,
-            },
-            Self::Items {
-                transaction,
-                pieces,
-            } if id == transaction && op.flags == 0 => Self::Items {
-                transaction,
-                pieces: pieces - 1,
-            },
-            _ => return false,
-        };
-        *self = next;
-        true
-    }
 }
