@@ -4,6 +4,7 @@ mod backup;
 mod common;
 mod ext4;
 mod harness;
+mod hold;
 mod hostile_fs;
 mod image;
 mod inspect;

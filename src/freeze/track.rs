@@ -13,6 +13,7 @@
 //! was lost from the trace is proven: the disk's own counters must have grown by exactly the sectors
 //! that were traced.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,10 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 /// compared with the trace.
 const PAUSE: Duration = Duration::from_secs(10);
 const PAUSE_FROZEN: Duration = Duration::from_millis(20);
+
+/// Kernel memory for the trace: of all processors together at most, and of each at least, in KiB.
+const MOST_TRACE_KIB: u32 = 128 << 10;
+const LEAST_TRACE_KIB: u32 = 1 << 10;
 
 /// Room for ranges of the map at first.
 const MAP_ROOM: usize = 64 << 10;
@@ -518,7 +523,10 @@ fn start(
         .partition
         .map_or((0, device.sectors), |place| (place.start, place.sectors));
     let marks = Arc::clone(stale);
-    let options = Options::new(vec![device.disk]);
+    let mut options = Options::new(vec![device.disk]);
+    let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
+    options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
     Ok(Tracker::start(tracefs, run.id(), &options, move |write| {
         if let Some((first, sectors)) = write.within(start, len) {
             marks.mark(first, sectors);
@@ -575,9 +583,16 @@ impl Still for Track {
         }
     }
 
-    fn finish(mut self: Box<Self>, _: &dyn Progress) -> Result<Proof> {
+    fn finish(mut self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         if let Some(tracker) = self.tracker.take() {
-            tracker.stop()?;
+            let tally = tracker.stop()?;
+            if tally.passthrough > 0 {
+                progress.warn(&format!(
+                    "{} commands went to the disk past the block layer (SMART queries do): what they \
+                     wrote, if anything, could not be tracked",
+                    tally.passthrough
+                ));
+            }
         }
         self.run.forget(self.leftover.take());
         let last = self
