@@ -11,5 +11,6 @@ mod inspect;
 mod probe;
 mod restore;
 mod track;
+mod track_ends;
 mod verify;
 mod xfs;
