@@ -5,6 +5,7 @@
 
 pub(crate) mod holdstill;
 pub(crate) mod live;
+pub(crate) mod reseal;
 pub(crate) mod volume;
 
 use std::ffi::OsStr;

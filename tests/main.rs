@@ -3,6 +3,7 @@
 mod backup;
 mod common;
 mod ext4;
+mod golden;
 mod harness;
 mod hold;
 mod hostile_fs;

@@ -120,18 +120,27 @@ impl<'a> IndexedImage<'a> {
         &self.manifest
     }
 
-    /// Reads bytes of a volume: what the newest record says of each block, and zeros where none says
+    /// The length of a volume or stream; 0 if there is none of that number.
+    pub fn len(&self, number: u32) -> ByteLen {
+        let n = number as usize;
+        match n.checked_sub(1).and_then(|n| self.manifest.volumes.get(n)) {
+            Some(volume) => ByteLen(volume.size),
+            None => {
+                let last = self.passes_of(number).last();
+                let end = last.and_then(|pass| pass.segments.last());
+                ByteLen(end.map_or(0, |segment| segment.end.get()))
+            }
+        }
+    }
+
+    /// Reads bytes of a volume or stream: what the newest record says of each block, and zeros where none says
     /// anything.
     ///
     /// # Errors
     /// [`Kind::Damaged`](crate::error::Kind::Damaged) with the record's position in the image; if the
     /// range passes the volume's end.
     pub fn read(&self, volume: u32, offset: Offset, buf: &mut [u8]) -> Result<()> {
-        let size = (volume as usize)
-            .checked_sub(1)
-            .and_then(|n| self.manifest.sizes().nth(n))
-            .unwrap_or_default();
-        check_range(size, offset, ByteLen(buf.len() as u64))?;
+        check_range(self.len(volume), offset, ByteLen(buf.len() as u64))?;
         let mut at = offset;
         for piece in buf.chunks_mut(CELL as usize) {
             self.read_piece(volume, at, piece)?;
@@ -175,15 +184,9 @@ impl<'a> IndexedImage<'a> {
     pub fn content_id(&self) -> Result<Hash> {
         let volumes = self.manifest.volumes.len();
         let mut id = ContentHasher::new(volumes, self.manifest.streams.len());
-        for (number, size) in (1..).zip(self.manifest.sizes()) {
+        for number in 1..=(volumes + self.manifest.streams.len()) as u32 {
             self.cells(number, |cell, hash| id.cell(cell, hash))?;
-            id.end(size);
-        }
-        for stream in &self.manifest.streams {
-            self.cells(stream.n, |cell, hash| id.cell(cell, hash))?;
-            let last = self.passes_of(stream.n).last();
-            let end = last.and_then(|pass| pass.segments.last());
-            id.end(ByteLen(end.map_or(0, |segment| segment.end.get())));
+            id.end(self.len(number));
         }
         Ok(id.finish())
     }
@@ -209,7 +212,6 @@ impl<'a> IndexedImage<'a> {
     }
 
     fn cell_hash(&self, volume: u32, cell: u64) -> Result<Hash> {
-        let size = self.manifest.sizes().nth(volume as usize - 1);
         let extent = Extent::new(cell * CELL, CELL);
         let touching = self.touching(volume, extent)?;
         if let [only] = touching.as_slice()
@@ -218,7 +220,7 @@ impl<'a> IndexedImage<'a> {
         {
             return Ok(*hash);
         }
-        let end = extent.end().min(Offset(size.unwrap_or_default().0));
+        let end = extent.end().min(Offset(self.len(volume).0));
         let mut bytes = vec![0; end.since(extent.start).as_usize()];
         self.read_piece(volume, extent.start, &mut bytes)?;
         let mut hasher = CellHasher::new();

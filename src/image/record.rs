@@ -279,7 +279,9 @@ impl DataHead {
             }
             _ => return Err(wrong("a record belongs to no volume")),
         };
-        if tables.runs.is_empty() || (header.pass.get() == 0 && tables.has_trim()) {
+        let whole_cells = header.flags.get() & record_flag::WHOLE_CELLS != 0;
+        let suits_pass = header.pass.get() > 0 || (whole_cells && !tables.has_trim());
+        if tables.runs.is_empty() || !suits_pass {
             return Err(wrong("a record makes no sense"));
         }
         Ok(Self {
@@ -287,7 +289,7 @@ impl DataHead {
             is_stream,
             pass: header.pass.get(),
             sequence: header.sequence.get(),
-            whole_cells: header.flags.get() & record_flag::WHOLE_CELLS != 0,
+            whole_cells,
             tables,
             position: record.position,
             codec: header.codec,

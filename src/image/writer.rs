@@ -84,7 +84,6 @@ pub struct ImageWriter<S> {
     pending: Vec<IndexEntry>,
     segments: Vec<IndexRootEntry>,
     content: RunningContent,
-    is_superseded: bool,
 }
 
 impl<S: Sink> ImageWriter<S> {
@@ -126,7 +125,6 @@ impl<S: Sink> ImageWriter<S> {
             pending: Vec::new(),
             segments: Vec::new(),
             content: RunningContent::new(manifest.sizes(), manifest.streams.len()),
-            is_superseded: false,
         };
         let frame = seal_frame(header.as_bytes());
         writer.root.update(&frame);
@@ -189,7 +187,7 @@ impl<S: Sink> ImageWriter<S> {
             hashes: (record.tables.hashes.len() as u32).into(),
             plain_len: plain_len.into(),
             payload_crc: record.payload_crc.into(),
-            ..self.header(kind, stored, max_plain)?
+            ..self.header(kind, stored, plain_len)?
         };
         let span = record.tables.span();
         self.pending.push(IndexEntry {
@@ -201,7 +199,6 @@ impl<S: Sink> ImageWriter<S> {
             end: span.end().0.into(),
         });
         if record.pass > 0 {
-            self.is_superseded = true;
             self.content.give_up();
         }
         self.content.add(record.volume, record.tables.cells());
@@ -219,14 +216,14 @@ impl<S: Sink> ImageWriter<S> {
         self.bytes(kind, payload, MAX_SKIPPED)
     }
 
-    /// The content id. Where blocks were superseded, what was written is read back for it; `None` if
-    /// that is not possible. All data must have been written.
+    /// The content id. Where blocks were superseded or volumes alternated, what was written is read
+    /// back for it; `None` if that is not possible. All data must have been written.
     ///
     /// # Errors
     /// The sink's; whatever reading back says.
     pub fn content_id(&mut self) -> Result<Option<Hash>> {
-        if !self.is_superseded {
-            return Ok(self.content.clone().finish());
+        if let Some(id) = self.content.clone().finish() {
+            return Ok(Some(id));
         }
         self.flush_index()?;
         let (header, manifest) = (self.header, self.manifest.clone());
