@@ -45,7 +45,11 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let console = Console::new(&cli, run_id.clone());
     let done = Stop::install().map_err(Error::from).and_then(|stop| {
         console.listen_to(stop);
-        carry_out(cli.verb, &run_id, &console)
+        std::thread::scope(|scope| {
+            let ticker = scope.spawn(|| console.tick());
+            let _ends = EndTicking(&console, ticker.thread());
+            carry_out(cli.verb, &run_id, &console)
+        })
     });
     match done {
         Ok(code) => ExitCode::from(code),
@@ -53,6 +57,16 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
             console.error(&error);
             ExitCode::from(error.kind().exit_code())
         }
+    }
+}
+
+/// Ends the ticking when the work ends, even by a panic: else the scope would wait for ever.
+struct EndTicking<'a>(&'a Console, &'a std::thread::Thread);
+
+impl Drop for EndTicking<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+        self.1.unpark();
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod backup;
 mod common;
+mod events;
 mod ext4;
 mod golden;
 mod harness;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::units::ByteLen;
 /// Version of the JSON lines.
 const JSON_VERSION: u32 = 1;
 
-/// How often a JSON progress line is written at most and, while bytes flow, at least.
+/// How often a JSON progress line is written.
 const JSON_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How often a plain line is written.
@@ -35,7 +35,10 @@ pub(super) struct Console {
     begun: Instant,
     done: AtomicU64,
     total: AtomicU64,
+    /// When the last line of progress was written. Held while one is, so that the result is the last
+    /// line of all.
     last_line: Mutex<Instant>,
+    has_ended: AtomicBool,
 }
 
 enum Style {
@@ -69,6 +72,7 @@ impl Console {
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
             last_line: Mutex::new(Instant::now()),
+            has_ended: AtomicBool::new(false),
         }
     }
 
@@ -77,9 +81,31 @@ impl Console {
         let _ = self.signals.set(signals);
     }
 
+    /// Shows progress now and then, also while no byte moves, until [`end`](Self::end).
+    pub(super) fn tick(&self) {
+        while !self.has_ended.load(Ordering::Acquire) {
+            std::thread::park_timeout(JSON_INTERVAL);
+            if self.total.load(Ordering::Relaxed) > 0 {
+                self.show_progress();
+            }
+        }
+    }
+
+    /// No more progress is shown from now on.
+    pub(super) fn end(&self) {
+        let _last_line = self
+            .last_line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.has_ended.store(true, Ordering::Release);
+        if let Style::Bar(bar) = &self.style {
+            bar.finish_and_clear();
+        }
+    }
+
     /// Shows the result: `text` for people, `report` for programs. It is the last line.
     pub(super) fn result(&self, report: &impl Serialize, text: &str) {
-        self.clear();
+        self.end();
         match &self.style {
             Style::Json => {
                 let fields = serde_json::to_value(report).unwrap_or(Value::Null);
@@ -92,7 +118,7 @@ impl Console {
 
     /// Shows an error: two lines at most. It is the last line.
     pub(super) fn error(&self, error: &Error) {
-        self.clear();
+        self.end();
         match &self.style {
             Style::Json => write_line(self.is_stdout_taken, &error_json(error, &self.run_id)),
             _ => error_text(error),
@@ -118,46 +144,39 @@ impl Console {
         }
     }
 
-    fn clear(&self) {
-        if let Style::Bar(bar) = &self.style {
-            bar.finish_and_clear();
-        }
-    }
-
-    /// Whether `interval` has passed since the last line; if so, begins the next.
-    fn is_due(&self, interval: Duration) -> bool {
-        let mut last = self
-            .last_line
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let is_due = last.elapsed() >= interval;
-        if is_due {
-            *last = Instant::now();
-        }
-        is_due
-    }
-
     fn show_progress(&self) {
         let done = self.done.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed).max(done);
         let seconds = self.begun.elapsed().as_secs_f64().max(0.001);
         let rate = done as f64 / seconds;
         let eta = (done > 0).then(|| (total - done) as f64 / rate);
+        if let Style::Bar(bar) = &self.style {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+        let interval = match &self.style {
+            Style::Json => JSON_INTERVAL,
+            Style::Plain => PLAIN_INTERVAL,
+            _ => return,
+        };
+        let mut last_line = self
+            .last_line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if last_line.elapsed() < interval || self.has_ended.load(Ordering::Acquire) {
+            return;
+        }
+        *last_line = Instant::now();
         match &self.style {
-            Style::Json if self.is_due(JSON_INTERVAL) => self.json(
+            Style::Json => self.json(
                 "progress",
                 json!({"done_bytes": done, "total_bytes": total, "rate": rate as u64, "eta_s": eta}),
             ),
-            Style::Plain if self.is_due(PLAIN_INTERVAL) => {
+            _ => {
                 let eta = eta.map_or(String::new(), |eta| format!(", {eta:.0} s left"));
                 let (done, total, rate) = (ByteLen(done), ByteLen(total), ByteLen(rate as u64));
                 self.note(&format!("{done} of {total}, {rate}/s{eta}"));
             }
-            Style::Bar(bar) => {
-                bar.set_length(total);
-                bar.set_position(done);
-            }
-            _ => {}
         }
     }
 }
