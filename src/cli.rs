@@ -1,5 +1,5 @@
-//! The command line: what was typed ([`args`]), how it is carried out, and what is shown of it
-//! ([`console`]).
+//! The command line: what was typed (`args`), how it is carried out, and what is shown of it
+//! (`console`).
 
 mod args;
 mod ask;

@@ -69,7 +69,7 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
 /// What a clone would do.
 ///
 /// # Errors
-/// As [`backup`].
+/// As [`backup()`].
 pub fn clone(options: &clone::Options) -> Result<Report> {
     let (plan, candidate) = clone::plan(options)?;
     let target = options.target.display().to_string();
@@ -82,7 +82,7 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
 /// What a restore would do.
 ///
 /// # Errors
-/// As [`backup`].
+/// As [`backup()`].
 pub fn restore(options: &restore::Options) -> Result<Report> {
     let plans = restore::plan(options)?;
     let actions = plans.into_iter().map(|(volume, path, candidate)| Action {

@@ -1,4 +1,4 @@
-//! The image: what it looks like ([`format`](self::format)), what identifies its content
+//! The image: what it looks like ([`format`](mod@format)), what identifies its content
 //! ([`content`]), how it is written ([`writer`]), and how it is read: in order ([`reader`]) or
 //! anywhere ([`index`]).
 //!

@@ -93,7 +93,7 @@ pub mod feature {
     ];
 }
 
-/// What a record holds. Numbers from [`IGNORABLE`] on may be skipped by a reader that does not know
+/// What a record holds. Numbers from [`record_kind::IGNORABLE`] on may be skipped by a reader that does not know
 /// them; an unknown one below is damage or a newer format.
 pub mod record_kind {
     /// JSON about the volumes; always the first record.
