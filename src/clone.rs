@@ -118,7 +118,17 @@ pub fn run(
         progress,
     };
     let mut still = plan.hold_still(&context)?;
-    let warnings = still.survey().warnings.clone();
+    let mut warnings = still.survey().warnings.clone();
+    if let Some(uuid) = still
+        .survey()
+        .info
+        .as_ref()
+        .and_then(|info| info.uuid.as_ref())
+    {
+        warnings.push(format!(
+            "source and target will both have the UUID {uuid}: what is mounted by UUID may then be either"
+        ));
+    }
     for warning in &warnings {
         progress.warn(warning);
     }

@@ -6,12 +6,15 @@
 //! leaves nothing that a system would mount, neither the new volume nor the one that was there.
 
 use std::fs::OpenOptions;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::exclusive::{Claim, DiskLock};
 use holdstill_platform::in_use::{self, Users};
 use holdstill_platform::node::{BlockDevice, Kind as NodeKind, Node};
 
@@ -26,6 +29,9 @@ const HEAD: ByteLen = ByteLen::mib(1);
 /// What is cleared at the end of a target that is larger than its volume: signatures that live there
 /// (backup partition tables, md, ZFS) would speak of what was before.
 const TAIL: ByteLen = ByteLen::mib(1);
+
+/// How long udev may keep a disk locked.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a target was found to be, before anything is changed.
 #[derive(Debug)]
@@ -109,10 +115,15 @@ impl Candidate {
             file.set_len(self.size.0)
                 .context("cannot size", &self.path)?;
         }
+        let claimed = match self.existing {
+            Some(NodeKind::Block(_)) => Some(Claimed::new(&self.path)?),
+            _ => None,
+        };
         let disk = Disk::open(&self.path, Access::ReadWrite)?;
         let head = HEAD.min(self.size);
         let target = Target {
             disk,
+            claimed,
             size: self.size,
             is_new: self.existing.is_none(),
             is_done: false,
@@ -126,11 +137,37 @@ impl Candidate {
     }
 }
 
+/// A block device that is ours while it is written: nobody can mount it or build on it, and udev and
+/// partitioning tools keep their hands off its disk.
+#[derive(Debug)]
+struct Claimed {
+    _claim: Claim,
+    _lock: DiskLock,
+}
+
+impl Claimed {
+    fn new(path: &Path) -> Result<Self> {
+        let taken = |error: holdstill_platform::error::Error| match error.source.kind() {
+            ErrorKind::ResourceBusy | ErrorKind::WouldBlock => {
+                Error::new(Kind::InUse, "somebody took the target meanwhile").on(path)
+            }
+            _ => error.into(),
+        };
+        let disk = BlockDevice::of(BlockDevice::at(path)?.disk)?.path();
+        Ok(Self {
+            _claim: Claim::new(path).map_err(taken)?,
+            _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
+        })
+    }
+}
+
 /// A target being written. Dropped before [`finish`](Self::finish), it holds no signature; if it is a
 /// file that did not exist before, it is removed.
 #[derive(Debug)]
 pub struct Target {
     disk: Disk,
+    /// `Some` for a block device.
+    claimed: Option<Claimed>,
     size: ByteLen,
     is_new: bool,
     is_done: bool,
@@ -203,6 +240,13 @@ impl Target {
         }
         self.disk.sync()?;
         self.is_done = true;
+        if self.claimed.take().is_some() {
+            // A whole disk may have a partition table now. A partition cannot be asked, and a disk
+            // without one says no: neither matters.
+            if let Err(error) = self.disk.reread_table() {
+                log::debug!("{error}");
+            }
+        }
         Ok(())
     }
 }
