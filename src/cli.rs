@@ -157,7 +157,7 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
             Ok(if report.unreadable.is_empty() { 0 } else { 5 })
         }
         Verb::Verify(args) => {
-            let report = verify::run(&args.options(), progress)?;
+            let report = verify::run(&args.options()?, progress)?;
             console.result(&report, &text::verify(&report));
             Ok(0)
         }

@@ -81,6 +81,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         image: image.clone(),
         against: None,
         volume: 0,
+        expect_id: None,
         workers: options.workers,
     };
     verify::run(&verify_options, progress)?;
@@ -90,6 +91,8 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         targets: vec![(0, restored.clone())],
         discard: false,
         verify: true,
+        salvage: false,
+        expect_id: None,
         workers: options.workers,
     };
     restore::run(&restore_options, &mut |_, _| Ok(()), progress)?;

@@ -14,6 +14,7 @@ pub mod clone;
 pub mod demo;
 pub mod dry_run;
 
+pub mod damage;
 pub mod error;
 pub mod extent;
 pub mod freeze;

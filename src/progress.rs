@@ -1,5 +1,6 @@
 //! How the library tells what it does: it never prints.
 
+use crate::damage::Damage;
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::FreezeTimes;
 use crate::units::ByteLen;
@@ -19,6 +20,8 @@ pub enum Event<'a> {
     Thawed(&'a FreezeTimes),
     /// Something the user should know.
     Warning(&'a str),
+    /// Part of an image is damaged, and reading goes on behind it.
+    Damaged(&'a Damage),
 }
 
 /// Listens to a run. Called from several threads.

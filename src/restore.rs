@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::damage::{Damages, Tolerant};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, VolumeManifest};
-use crate::input;
+use crate::image::reader::End;
+use crate::input::{self, ExpectedId, NamedImage};
 use crate::pipeline::load::{Receive, load};
-use crate::progress::{Event, Progress};
+use crate::progress::{Event, Progress, Silent};
 use crate::target::{Candidate, Target};
 use crate::units::{ByteLen, Offset};
 use crate::verify;
@@ -26,6 +28,10 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Go on behind damage: write all that is whole, and zeros for the rest.
+    pub salvage: bool,
+    /// The id the image must have.
+    pub expect_id: Option<ExpectedId>,
     /// Threads that check, decompress and write.
     pub workers: usize,
 }
@@ -68,12 +74,32 @@ pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 /// # Errors
 /// As [`run`], as far as they can be known before the image is read.
 pub fn plan(options: &Options) -> Result<Vec<(VolumeManifest, PathBuf, Candidate)>> {
-    let image = input::open(&options.image)?;
+    let image = open(options, &Silent)?;
     let (wanted, candidates) = examine(options, image.manifest())?;
     let both = wanted.into_iter().zip(candidates);
     Ok(both
         .map(|((volume, path), candidate)| (volume, path, candidate))
         .collect())
+}
+
+/// Opens the image and checks what can be told before it is read.
+fn open<'a>(options: &Options, progress: &'a dyn Progress) -> Result<NamedImage<'a>> {
+    let image = match options.salvage {
+        true => input::open_damaged(&options.image, progress),
+        false => input::open(&options.image, progress),
+    }?;
+    if options.salvage && matches!(options.expect_id, Some(ExpectedId::Hash(_))) {
+        return Err(Error::new(
+            Kind::Usage,
+            "with --salvage only an image id can be expected: damage changes the others",
+        ));
+    }
+    if let Some(expected) = options.expect_id {
+        expected
+            .check_front(&options.image, &image.image_id())
+            .map_err(|error| error.on(input::name(&options.image)))?;
+    }
+    Ok(image)
 }
 
 /// A volume and where it goes.
@@ -93,20 +119,21 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<(Vec<Wanted>, Vec<C
 /// Restores an image.
 ///
 /// # Errors
-/// Whatever went wrong; the targets then hold nothing that looks like a whole filesystem.
+/// Whatever went wrong; the targets then hold nothing that looks like a whole filesystem. Only with
+/// `salvage` they hold all that is whole, head and all, and the error says what is not.
 pub fn run(
     options: &Options,
     confirm: &mut Confirm<'_>,
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
-    if options.verify && input::is_stdin(&options.image) {
+    if options.verify && input::is_stream(&options.image) {
         return Err(Error::new(
             Kind::Usage,
             "a stream cannot be read twice: --verify needs an image in a file",
         ));
     }
-    let mut image = input::open(&options.image)?;
+    let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
     let (wanted, candidates) = examine(options, &manifest)?;
     for (candidate, (volume, path)) in candidates.iter().zip(&wanted) {
@@ -119,14 +146,28 @@ pub fn run(
     progress.total(manifest.used_bytes());
     let mut targets = Targets::default();
     for (candidate, (volume, _)) in candidates.into_iter().zip(&wanted) {
-        targets.0.push((volume.n, candidate.open(options.discard)?));
+        let has_content = candidate.exists();
+        let target = candidate.open(options.discard)?;
+        if options.salvage && has_content {
+            // Nobody can tell where all that is lost belongs: nothing may shine through.
+            target.zero(Extent::new(0, volume.size))?;
+        }
+        targets.0.push((volume.n, target));
     }
     let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
-    let end = load(&mut image, &targets, options.workers, progress, |head| {
+    let tolerant = Tolerant::new(&targets, true, progress);
+    let receiver: &dyn Receive = match options.salvage {
+        true => &tolerant,
+        false => &targets,
+    };
+    let read = load(&mut image, receiver, options.workers, progress, |head| {
         head.add_to(&mut content)
-    })
-    .map_err(|error| error.on(input::name(&options.image)))?;
-    input::check_content_id(content.finish().as_ref(), end.trailer.content_id.as_deref())?;
+    });
+    let check = || match options.salvage {
+        true => tolerant.finish(read),
+        false => check_whole(options, read?, content).map(|end| (Some(end), Damages::none())),
+    };
+    let (end, damages) = check().map_err(|error| error.on(input::name(&options.image)))?;
     progress.check()?;
     for (_, target) in targets.0 {
         target.finish()?;
@@ -134,6 +175,11 @@ pub fn run(
     if options.verify {
         verify::compare(&options.image, &wanted, options.workers, progress)?;
     }
+    damages
+        .as_failure("all that is whole was written; lost blocks are zeros")
+        .map_err(|error| error.on(input::name(&options.image)))?;
+    // Without damage there is an end.
+    let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
     let warnings = verify::grade_warnings(&end.trailer);
     for warning in &warnings {
         progress.warn(warning);
@@ -154,6 +200,20 @@ pub fn run(
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
+}
+
+/// Checks, once everything is read, that it is the content it should be.
+fn check_whole(options: &Options, end: Box<End>, content: RunningContent) -> Result<Box<End>> {
+    let said = end.trailer.content_id.as_deref();
+    let content_id = match options.expect_id {
+        Some(ExpectedId::Hash(_)) => input::content_id(&options.image, content)?,
+        _ => content.finish(),
+    };
+    input::check_content_id(content_id.as_ref(), said)?;
+    if let Some(expected) = options.expect_id {
+        expected.check_end(&end.root_hash, content_id.as_ref())?;
+    }
+    Ok(end)
 }
 
 /// Which volume goes where.

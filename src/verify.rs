@@ -7,12 +7,13 @@ use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
+use crate::damage::Tolerant;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::image::content::{RunningContent, is_zero, to_hex};
 use crate::image::format::BLOCK;
 use crate::image::manifest::{Grade, Trailer, VolumeManifest};
-use crate::input;
+use crate::input::{self, ExpectedId};
 use crate::pipeline::load::{Discard, Receive, load};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
@@ -27,6 +28,8 @@ pub struct Options {
     pub against: Option<PathBuf>,
     /// Which volume to compare; 0 stands for the only one.
     pub volume: u32,
+    /// The id it must have.
+    pub expect_id: Option<ExpectedId>,
     /// Threads that check and decompress.
     pub workers: usize,
 }
@@ -56,12 +59,20 @@ pub struct Report {
 
 /// Verifies an image.
 ///
+/// Damage is reported place by place; it is an error only at the end.
+///
 /// # Errors
-/// [`Kind::Damaged`] and its kin; [`Kind::Mismatch`] if the comparison found a difference.
+/// [`Kind::Damaged`] and its kin; [`Kind::UnexpectedImage`]; [`Kind::Mismatch`] if the comparison found a difference.
 pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
     let name = input::name(&options.image);
-    let mut image = input::open(&options.image)?;
+    let mut image = input::open(&options.image, progress)?;
+    if let Some(expected) = options.expect_id {
+        expected
+            .check_front(&options.image, &image.image_id())
+            .map_err(|error| error.on(&name))?;
+    }
+    image.go_on_behind_damage();
     let manifest = image.manifest();
     let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     progress.total(image.manifest().used_bytes());
@@ -76,15 +87,24 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         Some(comparison) => comparison,
         None => &Discard,
     };
-    let end = load(&mut image, receiver, options.workers, progress, |head| {
+    let receiver = Tolerant::new(receiver, false, progress);
+    let read = load(&mut image, &receiver, options.workers, progress, |head| {
         head.add_to(&mut content)
-    })
-    .and_then(|end| {
+    });
+    let check = || {
+        let (end, damages) = receiver.finish(read)?;
+        damages.as_failure("restore --salvage writes all that is whole")?;
+        // Without damage there is an end.
+        let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
+        let content_id = input::content_id(&options.image, content)?;
+        input::check_content_id(content_id.as_ref(), end.trailer.content_id.as_deref())?;
+        if let Some(expected) = options.expect_id {
+            expected.check_end(&end.root_hash, content_id.as_ref())?;
+        }
         comparison.as_ref().map_or(Ok(()), Comparison::finish)?;
-        let said = end.trailer.content_id.as_deref();
-        input::check_content_id(content.finish().as_ref(), said).map(|()| end)
-    })
-    .map_err(|error| error.on(name))?;
+        Ok((end, content_id))
+    };
+    let (end, content_id) = check().map_err(|error: Error| error.on(name))?;
     let warnings = grade_warnings(&end.trailer);
     for warning in &warnings {
         progress.warn(warning);
@@ -92,7 +112,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     Ok(Report {
         image: options.image.display().to_string(),
         image_id: to_hex(&image.image_id()),
-        content_id: end.trailer.content_id,
+        content_id: content_id.map(|id| to_hex(&id)).or(end.trailer.content_id),
         root_hash: to_hex(&end.root_hash),
         grade: end.trailer.grade,
         stored_bytes: end.len.0,
@@ -120,6 +140,7 @@ pub fn compare(
             image: image.to_owned(),
             against: Some(path.clone()),
             volume: volume.n,
+            expect_id: None,
             workers,
         };
         run(&options, progress)?;

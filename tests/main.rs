@@ -12,6 +12,7 @@ mod image;
 mod inspect;
 mod probe;
 mod restore;
+mod salvage;
 mod track;
 mod track_ends;
 mod verify;

@@ -15,6 +15,7 @@ pub mod freeze;
 pub mod fsmap;
 pub mod guard;
 pub mod in_use;
+pub mod input;
 pub mod lock;
 pub mod memory;
 pub mod mounts;

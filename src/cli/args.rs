@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Step;
+use crate::input::ExpectedId;
 use crate::pipeline::default_workers;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
@@ -233,11 +234,23 @@ pub(super) struct RestoreArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
+    /// From a damaged image, write all that is whole, zeros for the rest, list it, and exit with 4;
+    /// the whole target is written
+    #[arg(long, conflicts_with = "verify")]
+    salvage: bool,
+    /// Refuse an image whose image id, content id or root hash is another
+    #[arg(long, value_name = "HASH")]
+    expect_id: Option<String>,
     #[command(flatten)]
     copying: CopyArgs,
     /// Print what would be done, and change nothing
     #[arg(long)]
     pub(super) dry_run: bool,
+}
+
+/// The id in `--expect-id`.
+fn expected_id(text: Option<&String>) -> Result<Option<ExpectedId>> {
+    text.map(|text| text.parse()).transpose()
 }
 
 impl RestoreArgs {
@@ -264,6 +277,8 @@ impl RestoreArgs {
             targets,
             discard: self.discard,
             verify: self.verify,
+            salvage: self.salvage,
+            expect_id: expected_id(self.expect_id.as_ref())?,
             workers: workers(self.copying.threads),
         })
     }
@@ -316,19 +331,23 @@ pub(super) struct VerifyArgs {
     /// Which volume to compare
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "against")]
     volume: Option<u32>,
+    /// Refuse an image whose image id, content id or root hash is another
+    #[arg(long, value_name = "HASH")]
+    expect_id: Option<String>,
     /// Threads that check and decompress
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
 }
 
 impl VerifyArgs {
-    pub(super) fn options(&self) -> verify::Options {
-        verify::Options {
+    pub(super) fn options(&self) -> Result<verify::Options> {
+        Ok(verify::Options {
             image: self.image.clone(),
             against: self.against.clone(),
             volume: self.volume.unwrap_or(0),
+            expect_id: expected_id(self.expect_id.as_ref())?,
             workers: workers(self.threads),
-        }
+        })
     }
 }
 

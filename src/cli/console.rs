@@ -1,6 +1,7 @@
 //! What is shown while a verb runs: text and a bar for people, JSON lines for programs.
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -12,6 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::args::{Cli, ProgressKind};
+use crate::damage::{Damage, State};
 use crate::error::{Error, Escaped};
 use crate::progress::{Event, Progress, Stop};
 use crate::units::ByteLen;
@@ -227,6 +229,7 @@ fn event_json(event: &Event<'_>) -> (&'static str, Value) {
         Event::Frozen { instant } => ("frozen", json!({"instant": instant})),
         Event::Thawed(times) => ("thawed", json!(times)),
         Event::Warning(text) => ("warning", json!({"message": text})),
+        Event::Damaged(damage) => ("damaged", json!(damage)),
     }
 }
 
@@ -236,7 +239,27 @@ fn event_text(event: &Event<'_>) -> String {
         Event::Frozen { instant } => format!("frozen at {instant}"),
         Event::Thawed(times) => format!("thawed after {:.0} ms; keep working", times.freeze_ms),
         Event::Warning(text) => format!("warning: {}", Escaped(text)),
+        Event::Damaged(damage) => damage_text(damage),
     }
+}
+
+fn damage_text(damage: &Damage) -> String {
+    let mut text = format!("damaged: {}", Escaped(&damage.message));
+    if let Some(position) = damage.position {
+        let _ = write!(text, ", at byte {position} of the image");
+    }
+    if let (Some(volume), Some((first, _))) = (damage.volume, damage.ranges.first()) {
+        let what = match damage.state {
+            State::Outdated => "some older than the instant",
+            _ => "lost",
+        };
+        let bytes = damage.bytes();
+        let _ = write!(
+            text,
+            "; {bytes} of volume {volume} from byte {first} on: {what}"
+        );
+    }
+    text
 }
 
 /// One line: the fields every line has, and then its own.

@@ -141,18 +141,18 @@ impl<R: Read> ImageReader<R> {
     }
 
     /// Reads an image of which the header or the first manifest is damaged: `front` tells what was in
-    /// them, and `input` stands behind the header. Goes on behind damage.
-    pub fn open_behind(front: Front, input: R) -> Self {
+    /// them, and `input` stands behind the header. Goes on behind damage, the first of which is
+    /// `error`.
+    pub fn open_behind(front: Front, error: Error, input: R) -> Self {
         let mut reader = Self::new(
             Input::new(input, FRAME as u64),
             front.header,
             front.manifest,
         );
         reader.progress = vec![Progress::default(); reader.numbers()];
-        reader.losses = Some(Losses {
-            any: true,
-            ..Losses::default()
-        });
+        let mut losses = Losses::default();
+        losses.tell(Lost::nowhere(error));
+        reader.losses = Some(losses);
         reader
     }
 

@@ -84,10 +84,12 @@ pub fn load<R: Read>(
             if failure.is_set() {
                 return Err(Error::new(Kind::Failed, "the pipeline has ended"));
             }
-            match image.next_item()? {
+            // Input that was given up because we were asked to stop is no failure of the input.
+            let stopped = |error| progress.check().err().unwrap_or(error);
+            match image.next_item().map_err(stopped)? {
                 Item::Data(head) => {
                     let mut buffer = stored.take();
-                    let len = image.read_payload(&head, &mut buffer)?;
+                    let len = image.read_payload(&head, &mut buffer).map_err(stopped)?;
                     heads(&head);
                     // A later pass may overwrite what an earlier one is still writing.
                     if place != (head.volume, head.pass) {
