@@ -267,6 +267,31 @@ proptest! {
     }
 }
 
+/// An index segment so long that it is aligned in the image, as raw payloads are.
+#[test]
+fn an_index_of_many_records_is_read() {
+    let source = vec![3; 240 << 20];
+    let size = source.len();
+    let run = |start, len, content| Run {
+        extent: Extent::new(start, len),
+        content,
+    };
+    let first = vec![run(0, size as u64, Content::Data)];
+    // Pages of zeros take no memory; none of them is read.
+    let later = vec![run(BLOCK, BLOCK, Content::Zero)];
+    let image = image_of_runs(
+        &[(source, first), (vec![0; size], later)],
+        Compression::Zstd(1),
+    );
+    let (indexed, summary) = IndexedImage::open(&image).unwrap();
+    let id = holdstill::image::content::to_hex(&indexed.content_id().unwrap());
+    assert_eq!(summary.trailer.content_id, Some(id));
+    let mut got = vec![UNTOUCHED; 2 * BLOCK as usize];
+    indexed.read(1, Offset(BLOCK), &mut got).unwrap();
+    let (zeroed, rest) = got.split_at(BLOCK as usize);
+    assert!(zeroed.iter().all(|byte| *byte == 0) && rest.iter().all(|byte| *byte == 3));
+}
+
 fn small_image(compression: Compression) -> (Vec<u8>, Vec<u8>) {
     let source = volume(&[2, 0, 1, 5, 0, 0, 7, 2], 512);
     let whole = vec![Extent::new(0, source.len() as u64)];

@@ -323,7 +323,6 @@ impl<'a> IndexedImage<'a> {
         cached(&self.plains, head.position, || {
             let mut input = Cursor::input(self.image, head.position);
             let record = read_record(&mut input, &self.header)?;
-            input.zeros(record.header.pad.get() as usize)?;
             let mut stored = vec![0; head.stored_len()];
             input.fill(&mut stored)?;
             input.zeros(record.tail())?;
@@ -341,14 +340,17 @@ impl<'a> IndexedImage<'a> {
     }
 }
 
-/// A record anywhere; what it is and whether it is the expected one is the caller's to check.
+/// A record anywhere, up to its payload; what it is and whether it is the expected one is the
+/// caller's to check.
 fn read_record(input: &mut Input<Cursor<'_>>, file: &FileHeader) -> Result<Record> {
     let position = input.position;
     let mut bytes = [0; RECORD_HEADER];
     input.fill(&mut bytes)?;
     let header = RecordHeader::read_from_bytes(&bytes).map_err(|_| damaged("impossible"))?;
     check_record(&header, file).map_err(|error| error.at(Offset(position)))?;
-    read_tables(input, header, position)
+    let record = read_tables(input, header, position)?;
+    input.zeros(record.header.pad.get() as usize)?;
+    Ok(record)
 }
 
 /// Walks over the cells that the records of one pass have data in, ascending.
