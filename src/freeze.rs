@@ -4,6 +4,7 @@
 
 mod final_read;
 pub mod hold;
+mod live_map;
 mod mounted;
 pub mod offline;
 mod stale;

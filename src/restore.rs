@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::node::device_with_uuid;
 use serde::Serialize;
 
 use crate::damage::{Damages, Tolerant};
@@ -180,7 +181,8 @@ pub fn run(
         .map_err(|error| error.on(input::name(&options.image)))?;
     // Without damage there is an end.
     let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
-    let warnings = verify::grade_warnings(&end.trailer);
+    let mut warnings = verify::grade_warnings(&end.trailer);
+    warnings.extend(wanted.iter().filter_map(twin_warning));
     for warning in &warnings {
         progress.warn(warning);
     }
@@ -199,6 +201,19 @@ pub fn run(
         verified: options.verify,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
+    })
+}
+
+/// Names a UUID that is visible twice now.
+fn twin_warning((volume, target): &Wanted) -> Option<String> {
+    let uuid = volume.uuid.as_ref()?;
+    let other = device_with_uuid(uuid)?;
+    let is_other = std::fs::canonicalize(target).is_ok_and(|target| target != other);
+    is_other.then(|| {
+        format!(
+            "{} has the UUID {uuid}, too: what is mounted by UUID may then be either",
+            other.display()
+        )
     })
 }
 

@@ -457,6 +457,15 @@ impl LoopInfo {
     }
 }
 
+/// The device that udev found a filesystem of this UUID on (`/dev/disk/by-uuid`), if any.
+pub fn device_with_uuid(uuid: &str) -> Option<PathBuf> {
+    // The text may come from an image: it must not lead out of the folder.
+    if uuid.is_empty() || uuid.contains('/') || uuid.starts_with('.') {
+        return None;
+    }
+    std::fs::canonicalize(Path::new("/dev/disk/by-uuid").join(uuid)).ok()
+}
+
 /// The kernel's names of all block devices that are whole disks.
 ///
 /// # Errors

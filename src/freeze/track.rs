@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::freeze::MountPoint;
-use holdstill_platform::fsmap::{FsMap, FsMapError, UsedRange};
 use holdstill_platform::guard::{Frozen, Leftover, LeftoverKind};
 use holdstill_platform::memory;
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
 
 use super::final_read::FinalRead;
+use super::live_map::LiveMap;
 use super::mounted::{self, milliseconds};
 use super::stale::{self, BLOCK_SHIFT};
 use crate::error::{Error, Kind, Result};
@@ -78,18 +78,13 @@ const PAUSE_FROZEN: Duration = Duration::from_millis(20);
 const MOST_TRACE_KIB: u32 = 128 << 10;
 const LEAST_TRACE_KIB: u32 = 1 << 10;
 
-/// Room for ranges of the map at first.
-const MAP_ROOM: usize = 64 << 10;
-
 /// A source whose writes are being tracked.
 #[derive(Debug)]
 pub struct Track {
     source: Source,
-    device: BlockDevice,
     disk: Arc<Disk>,
     point: Arc<MountPoint>,
     run: Run,
-    all_blocks: bool,
     survey: Survey,
     // Taken down before anything it refers to.
     tracker: Option<Tracker>,
@@ -97,9 +92,7 @@ pub struct Track {
     stale: Arc<DirtyMap>,
     /// Blocks that any pass has copied.
     copied: DirtyMap,
-    fsmap: FsMap,
-    /// What is in use, by the last look.
-    used: Vec<UsedRange>,
+    map: LiveMap,
     /// What the trace has to agree with at the end; known since the first freeze.
     balance: Option<Balance>,
     phase: Phase,
@@ -196,12 +189,14 @@ impl Track {
         }
         let point = Arc::new(MountPoint::open(&mount.point)?);
         let sectors = device.sectors;
-        let map = || {
+        let marks = || {
             DirtyMap::new(sectors, BLOCK_SHIFT)
                 .ok_or_else(|| no("there is not enough memory for a map of its blocks"))
         };
-        let stale = Arc::new(map()?);
-        let copied = map()?;
+        let stale = Arc::new(marks()?);
+        let copied = marks()?;
+        // The copy has nothing yet: everything is stale until it is read.
+        stale.mark(0, sectors);
         run.note(|record| {
             record.mount_points.push(mount.point.clone());
             record.trace_instance = Some(instance_name(run.id()));
@@ -216,13 +211,13 @@ impl Track {
         // What the survey of a live filesystem says is not believed: this is to know what it is, and
         // to be told of an external log before anything is frozen.
         let survey = Survey::of_mounted(&disk)?;
+        let size = ReadAt::len(&*disk);
+        let map = LiveMap::new(Arc::clone(&point), device.number, size, all_blocks);
         let mut track = Self {
             source: source.clone(),
-            device,
             disk,
             point,
             run: run.clone(),
-            all_blocks,
             survey,
             balance: None,
             tries: 0,
@@ -230,13 +225,12 @@ impl Track {
             leftover,
             stale,
             copied,
-            fsmap: FsMap::new(),
-            used: Vec::with_capacity(MAP_ROOM),
+            map,
             phase: Phase::First,
             last_pass: None,
             freezes: Vec::new(),
         };
-        track.look_at_map()?;
+        track.map.look(&track.source.path)?;
         track.first_freeze(progress)?;
         Ok(track)
     }
@@ -251,15 +245,13 @@ impl Track {
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
         // Before, while the disk may be quiet all by itself: then the freeze need not wait for it.
         let early = self.tracker()?.balance(Duration::from_millis(200)).ok();
-        self.make_room();
+        self.map.make_room();
         self.point.sync()?;
         let frozen = self.freeze()?;
         let drained = self.tracker()?.drain(CATCH_UP);
         let drain_ms = milliseconds(frozen.held());
         let balance = self.tracker()?.balance(PAUSE_FROZEN);
-        self.stale.clear();
-        self.stale.mark(0, self.device.sectors);
-        let map = self.read_map();
+        let map = self.map.look_in_place(&self.source.path);
         let confirmed = Survey::why_unsettled(&self.disk);
         let read_ms = milliseconds(frozen.held()) - drain_ms;
         let thawed = frozen
@@ -276,13 +268,13 @@ impl Track {
         }
         if let Some(why) = confirmed? {
             self.survey.grade = Grade::Crash;
-            self.all_blocks = true;
+            self.map.distrust();
             self.survey
                 .warnings
                 .push(format!("all blocks are copied: even frozen, {why}"));
-            self.read_map()?;
+            self.map.look(&self.source.path)?;
         }
-        self.survey.bytes = stale::bytes(&self.used);
+        self.survey.bytes = stale::bytes(self.map.used());
         Ok(())
     }
 
@@ -294,56 +286,6 @@ impl Track {
             .map_err(|error| mounted::explain(error, &self.source))
     }
 
-    /// A look at the map that may take its time and its memory.
-    fn look_at_map(&mut self) -> Result<()> {
-        loop {
-            match self.try_map() {
-                Err(FsMapError::TooManyRanges { needed }) => {
-                    self.used.clear();
-                    self.used.reserve_exact(needed + needed / 2);
-                }
-                other => return other.map_err(|error| self.no_map(&error)),
-            }
-        }
-    }
-
-    /// The map, into the memory that is there.
-    fn read_map(&mut self) -> Result<()> {
-        self.try_map().map_err(|error| self.no_map(&error))
-    }
-
-    fn try_map(&mut self) -> std::result::Result<(), FsMapError> {
-        let size = ReadAt::len(&*self.disk).0;
-        if self.all_blocks {
-            self.used.clear();
-            self.used.push(UsedRange {
-                start: 0,
-                len: size,
-            });
-            return Ok(());
-        }
-        self.fsmap
-            .used(&self.point, self.device.number, size, &mut self.used)
-    }
-
-    fn no_map(&self, error: &FsMapError) -> Error {
-        let kind = match error {
-            FsMapError::AnotherDevice(_) | FsMapError::Unsupported => Kind::NotApplicable,
-            _ => Kind::Io,
-        };
-        Error::new(kind, "the filesystem's map cannot be had")
-            .on(&self.source.path)
-            .because(error.to_string())
-    }
-
-    /// Room for a map half as long again as the last one, so that the next look needs no memory.
-    fn make_room(&mut self) {
-        let wanted = self.used.len() + self.used.len() / 2 + 4096;
-        if self.used.capacity() < wanted {
-            self.used.reserve_exact(wanted - self.used.len());
-        }
-    }
-
     /// Decides what comes after a round: another one, or getting ready for the end.
     fn after_round(&mut self, done: u32, slow: u32, left: u64) -> Result<Phase> {
         self.run.check_guard()?;
@@ -353,8 +295,8 @@ impl Track {
         self.tracker()?
             .drain(CATCH_UP)
             .map_err(|error| self.untrusted(&error))?;
-        self.look_at_map()?;
-        let now = stale::count(&self.stale, &self.used);
+        self.map.look(&self.source.path)?;
+        let now = stale::count(&self.stale, self.map.used());
         let is_slow = now as f64 >= CONVERGING * left as f64;
         let slow = if is_slow { slow + 1 } else { 0 };
         if now <= SMALL.0 || slow >= PATIENT_ROUNDS || done >= MOST_ROUNDS {
@@ -392,16 +334,18 @@ impl Track {
     fn stale_pass(&self) -> Pass<'_> {
         Pass {
             source: &*self.disk,
-            walk: Box::new(move |sink| stale::take(&self.stale, &self.copied, &self.used, sink)),
+            walk: Box::new(move |sink| {
+                stale::take(&self.stale, &self.copied, self.map.used(), sink)
+            }),
         }
     }
 
     /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
     /// and another round is needed.
     fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
-        self.look_at_map()?;
-        self.make_room();
-        let ready = stale::count(&self.stale, &self.used);
+        self.map.look(&self.source.path)?;
+        self.map.make_room();
+        let ready = stale::count(&self.stale, self.map.used());
         let most = ByteLen(MOST_MEMORY.min(memory::available()? / 4));
         if ready > most.0 / 2 {
             return Err(self.too_much(ready, most));
@@ -423,8 +367,8 @@ impl Track {
             let drained = self.tracker()?.drain(CATCH_UP);
             let drain_ms = milliseconds(frozen.held());
             let balance = self.tracker()?.balance(PAUSE_FROZEN);
-            let map = self.read_map();
-            let fits = stale::collect(&self.stale, &self.used, |extent| readers.push(extent));
+            let map = self.map.look_in_place(&self.source.path);
+            let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
             let was_read = readers.read();
             let confirmed = Survey::why_unsettled(&self.disk);
             let read_ms = milliseconds(frozen.held()) - drain_ms;
@@ -457,11 +401,11 @@ impl Track {
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
         });
-        self.survey.bytes = stale::bytes(&self.used);
+        self.survey.bytes = stale::bytes(self.map.used());
         let runs = stale::last_runs(
             read.extents(),
             &self.copied,
-            &self.used,
+            self.map.used(),
             ReadAt::len(&*self.disk),
         );
         self.last_pass = Some(LastPass {
@@ -543,7 +487,7 @@ impl Still for Track {
         loop {
             match self.phase {
                 Phase::First => {
-                    let left = stale::count(&self.stale, &self.used);
+                    let left = stale::count(&self.stale, self.map.used());
                     self.phase = Phase::Rounds {
                         done: 0,
                         slow: 0,
@@ -568,7 +512,7 @@ impl Still for Track {
                     self.tries += 1;
                     if self.tries == MOST_FREEZES {
                         return Err(self.too_much(
-                            stale::count(&self.stale, &self.used),
+                            stale::count(&self.stale, self.map.used()),
                             ByteLen(MOST_MEMORY),
                         ));
                     }
