@@ -8,6 +8,7 @@ mod golden;
 mod harness;
 mod hold;
 mod hostile_fs;
+mod hostile_image;
 mod image;
 mod inspect;
 mod probe;

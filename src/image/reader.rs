@@ -34,7 +34,7 @@ use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 
 /// More separate places of damage than this are not worth going on for.
-const ENOUGH_DAMAGE: usize = 65_536;
+const ENOUGH_DAMAGE: usize = 10_000;
 
 /// An image being read in order.
 #[derive(Debug)]
@@ -261,7 +261,8 @@ impl<R: Read> ImageReader<R> {
                 let error = error.at(Offset(position));
                 let found = self.find_record();
                 // Where the input ended, at least one record was not found.
-                let next = self.sequence.max(sequence + u64::from(found.is_err()));
+                let least = u64::from(found.is_err());
+                let next = self.sequence.max(sequence.saturating_add(least));
                 self.lose(sequence..next, error)?;
                 found.map(|()| None)
             }
@@ -588,10 +589,10 @@ impl Losses {
         };
         let error = Error::new(error.kind(), error.message()).at(Offset(entry.position.get()));
         let range = range.clone();
-        let size = manifest
-            .volumes
-            .get(entry.volume.get() as usize - 1)
-            .map_or(u64::MAX, |volume| volume.size);
+        let volume = (entry.volume.get() as usize)
+            .checked_sub(1)
+            .and_then(|n| manifest.volumes.get(n));
+        let size = volume.map_or(u64::MAX, |volume| volume.size);
         let extent = Extent::between(Offset(entry.start.get()), Offset(entry.end.get().min(size)));
         self.tell(Lost {
             error,
@@ -602,6 +603,9 @@ impl Losses {
         let at = self.unplaced.iter().position(|(other, _)| *other == range);
         if let Some(at) = at {
             let (_, error) = self.unplaced.swap_remove(at);
+            if self.unplaced.len() >= ENOUGH_DAMAGE {
+                return;
+            }
             for rest in [range.start..sequence, sequence + 1..range.end] {
                 if !rest.is_empty() {
                     let same = Error::new(error.kind(), error.message());
