@@ -33,7 +33,8 @@ pub struct Stop(Arc<AtomicUsize>);
 impl Stop {
     /// Takes over SIGINT, SIGTERM and SIGHUP; those that were ignored when we were started
     /// (`nohup`, a background job of a plain shell) stay ignored. SIGPIPE is ignored: a reader that
-    /// goes away is seen as `BrokenPipe` by the next write. Children start with the default for all
+    /// goes away is seen as `BrokenPipe` by the next write. SIGXFSZ no longer kills: a file that may
+    /// not grow (`ulimit -f`) is seen as `FileTooLarge` by the write. Children start with the default for all
     /// of them but those the user had ignored.
     ///
     /// # Errors
@@ -50,6 +51,9 @@ impl Stop {
         // SAFETY: ignoring a signal runs no code of ours.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }
             .context("cannot ignore the signal", "SIGPIPE")?;
+        // A handler that nobody asks, not `SIG_IGN`: children must start with the default.
+        signal_hook::flag::register(Signal::SIGXFSZ as i32, Arc::default())
+            .context("cannot take over the signal", "SIGXFSZ")?;
         Ok(stop)
     }
 
