@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::exclusive::{Claim, DiskLock};
-use holdstill_platform::in_use::{self, Users};
-use holdstill_platform::node::{BlockDevice, Kind as NodeKind, Node};
+use holdstill_platform::in_use::{self, User, Users};
+use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
@@ -60,16 +60,16 @@ impl Candidate {
             }
             Err(error) => return Err(error.into()),
         };
-        let Users { users, .. } = match node.kind {
-            NodeKind::Block(_) => in_use::of_device(&BlockDevice::at(path)?, &[])?,
-            NodeKind::Regular => in_use::of_file(node.id, &[])?,
+        let user = match node.kind {
+            NodeKind::Block(_) => first_user(in_use::of_device(&BlockDevice::at(path)?, &[])?),
+            NodeKind::Regular => user_of_file(node.id)?,
             _ => {
                 return Err(
                     Error::new(Kind::Usage, "a target is a block device or a file").on(path),
                 );
             }
         };
-        if let Some(user) = users.first() {
+        if let Some(user) = user {
             return Err(
                 Error::new(Kind::InUse, format!("the target is in use: {user}"))
                     .on(path)
@@ -112,8 +112,10 @@ impl Candidate {
                 .mode(0o600)
                 .open(&self.path);
             let file = file.context("cannot create", &self.path)?;
-            file.set_len(self.size.0)
-                .context("cannot size", &self.path)?;
+            if let Err(error) = file.set_len(self.size.0) {
+                remove(&self.path);
+                return Err(error).context("cannot size", &self.path);
+            }
         }
         let claimed = match self.existing {
             Some(NodeKind::Block(_)) => Some(Claimed::new(&self.path)?),
@@ -159,6 +161,25 @@ impl Claimed {
             _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
         })
     }
+}
+
+fn first_user(found: Users) -> Option<String> {
+    found.users.first().map(User::to_string)
+}
+
+/// Who uses a file. A loop device over it that nobody uses itself is no user: the kernel keeps
+/// nothing of the file in its cache then.
+fn user_of_file(file: FileId) -> Result<Option<String>> {
+    for user in in_use::of_file(file, &[])?.users {
+        let User::Loop { device, name, .. } = &user else {
+            return Ok(Some(user.to_string()));
+        };
+        let users_of_loop = in_use::of_device(&BlockDevice::of(*device)?, &[])?;
+        if let Some(user) = first_user(users_of_loop) {
+            return Ok(Some(format!("through loop device {name}: {user}")));
+        }
+    }
+    Ok(None)
 }
 
 /// A target being written. Dropped before [`finish`](Self::finish), it holds no signature; if it is a
@@ -259,11 +280,14 @@ impl AsFd for Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if self.is_new
-            && !self.is_done
-            && let Err(error) = std::fs::remove_file(self.disk.path())
-        {
-            log::warn!("cannot remove {}: {error}", self.disk.path().display());
+        if self.is_new && !self.is_done {
+            remove(self.disk.path());
         }
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        log::warn!("cannot remove {}: {error}", path.display());
     }
 }
