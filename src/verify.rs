@@ -148,21 +148,31 @@ pub fn compare(
     Ok(())
 }
 
-/// What must be said aloud of an image whose grade is below `clean`.
+/// What must be said aloud of an image: a grade below `clean`, and what its source could not give.
 pub fn grade_warnings(trailer: &Trailer) -> Vec<String> {
     let below = trailer
         .volumes
         .iter()
         .filter(|volume| volume.grade > Grade::Clean);
-    below
-        .map(|volume| match volume.grade {
-            Grade::Torn => format!("volume {} is torn: it was read while it changed", volume.n),
-            _ => format!(
-                "volume {} is graded crash: it is as a power cut would have left it",
+    let grades = below.map(|volume| match volume.grade {
+        Grade::Torn => format!("volume {} is torn: it was read while it changed", volume.n),
+        _ => format!(
+            "volume {} is graded crash: it is as a power cut would have left it",
+            volume.n
+        ),
+    });
+    let unreadable = trailer.volumes.iter().filter_map(|volume| {
+        let lens = volume.unreadable.iter().map(|(_, len)| *len);
+        let bytes = ByteLen(lens.fold(0, u64::saturating_add));
+        (bytes > ByteLen::ZERO).then(|| {
+            format!(
+                "volume {}: {bytes} could not be read from its source and are zeros; inspect --json \
+                 lists where",
                 volume.n
-            ),
+            )
         })
-        .collect()
+    });
+    grades.chain(unreadable).collect()
 }
 
 fn volume_of(volumes: &[VolumeManifest], number: u32) -> Result<VolumeManifest> {
