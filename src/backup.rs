@@ -146,6 +146,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         run: &run,
         output: Some(output.as_fd()),
         all_blocks: options.all_blocks,
+        on_read_error: options.on_read_error,
         progress,
     };
     let mut warnings = Vec::new();

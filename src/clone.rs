@@ -115,6 +115,7 @@ pub fn run(
         run: &run,
         output: Some(target.as_fd()),
         all_blocks: options.all_blocks,
+        on_read_error: options.on_read_error,
         progress,
     };
     let mut still = plan.hold_still(&context)?;

@@ -16,7 +16,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::{FreezeTimes, Grade};
-use crate::pipeline::read::Walk;
+use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
@@ -88,6 +88,8 @@ pub struct Context<'a> {
     pub output: Option<BorrowedFd<'a>>,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
+    /// What unreadable blocks become.
+    pub on_read_error: OnReadError,
     /// Who listens.
     pub progress: &'a dyn Progress,
 }

@@ -2,7 +2,7 @@
 
 use holdstill_platform::device::Disk;
 
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs::{self, Condition, Filesystem, Info, Opened};
 use crate::image::manifest::{Blocks, Grade};
@@ -66,6 +66,24 @@ impl Survey {
             grade: Grade::Frozen,
             bytes: ByteLen::ZERO,
             warnings: Vec::new(),
+        })
+    }
+
+    /// Gives up on understanding a volume that could not be examined because of `error`: all its
+    /// blocks are copied, as far as they can be read.
+    ///
+    /// # Errors
+    /// If its holes cannot be found.
+    pub fn of_unreadable(disk: &Disk, error: &Error) -> Result<Self> {
+        Ok(Self {
+            info: None,
+            filesystem: None,
+            blocks: Blocks::All,
+            grade: Grade::Crash,
+            bytes: data_bytes(disk)?,
+            warnings: vec![format!(
+                "all blocks are copied, for what is on it cannot be examined ({error})"
+            )],
         })
     }
 

@@ -58,6 +58,7 @@ impl Hold {
             output,
             all_blocks,
             progress,
+            ..
         } = *context;
         let no = |why: String| {
             Error::new(

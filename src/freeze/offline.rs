@@ -14,6 +14,7 @@ use holdstill_platform::node::BlockDevice;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::{Context, Pass, Proof, Still};
 use crate::image::manifest::Grade;
+use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
 use crate::run::Run;
 use crate::source::{Medium, Source};
@@ -76,7 +77,13 @@ impl Offline {
         if let Some(user) = objection(source)? {
             return Err(in_use(&disk, &user));
         }
-        let mut survey = Survey::of_offline(&disk, context.all_blocks)?;
+        let mut survey = match Survey::of_offline(&disk, context.all_blocks) {
+            Err(error) if error.kind() == Kind::Io => match context.on_read_error {
+                OnReadError::Fail => return Err(error.hint(READ_ERROR_HINT)),
+                OnReadError::Zero => Survey::of_unreadable(&disk, &error)?,
+            },
+            other => other?,
+        };
         if let Some(weakness) = watch.weakness() {
             survey.grade = survey.grade.max(Grade::Crash);
             survey.warnings.push(weakness.to_owned());

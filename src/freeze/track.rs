@@ -167,6 +167,7 @@ impl Track {
             output,
             all_blocks,
             progress,
+            ..
         } = *context;
         let no = |why: &str| {
             Error::new(

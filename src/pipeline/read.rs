@@ -10,6 +10,10 @@ use crate::pipeline::batch::{Batcher, Chunk};
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 
+/// What a user can do about blocks that cannot be read.
+pub const READ_ERROR_HINT: &str =
+    "the disk may be failing: --on-read-error zero copies what can be read";
+
 /// What to do with blocks that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnReadError {
@@ -71,9 +75,7 @@ pub(super) fn read_chunk(
         match source.read_exact_at(bytes, extent.start) {
             Ok(()) => {}
             Err(error) if on_error == OnReadError::Fail => {
-                return Err(error.hint(
-                    "the disk may be failing: --on-read-error zero copies what can be read",
-                ));
+                return Err(error.hint(READ_ERROR_HINT));
             }
             Err(_) => read_block_by_block(source, extent.start, bytes, &mut unreadable),
         }
