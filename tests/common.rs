@@ -6,6 +6,7 @@
 pub(crate) mod holdstill;
 pub(crate) mod live;
 pub(crate) mod reseal;
+pub(crate) mod scene;
 pub(crate) mod volume;
 
 use std::ffi::OsStr;
