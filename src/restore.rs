@@ -111,8 +111,8 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<(Vec<Wanted>, Vec<C
     let wanted = choose(manifest, &options.targets)?;
     let mut candidates = Vec::new();
     for (volume, path) in &wanted {
-        candidates.push(Candidate::examine(path, ByteLen(volume.size))?);
         refuse_image_as_target(&options.image, path)?;
+        candidates.push(Candidate::examine(path, ByteLen(volume.size))?);
     }
     Ok((wanted, candidates))
 }
