@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use holdstill_platform::guard::LeftoverKind;
 use holdstill_platform::output::{Output, part_file_of};
@@ -139,7 +140,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     }
     let run = begin(options, &plans)?;
     let output = match &options.output {
-        Some(path) => Output::create(path, options.force).map_err(explain_output)?,
+        Some(path) => create_output(path, options.force, progress)?,
         None => Output::stdout()?,
     };
     let context = Context {
@@ -163,7 +164,12 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let manifest = manifest(options, &plans, &stills)?;
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;
-    let mut image = ImageWriter::begin(OutputSink::new(output), image_id, max_plain, &manifest)?;
+    let mut image = ImageWriter::begin(
+        OutputSink::new(output, progress),
+        image_id,
+        max_plain,
+        &manifest,
+    )?;
     let mut volumes = Vec::new();
     let mut proofs = Vec::new();
     for (volume, still) in manifest.volumes.iter().zip(stills) {
@@ -238,7 +244,7 @@ fn copy(
     volume: u32,
     mut still: Box<dyn Still>,
     options: &Options,
-    image: &mut ImageWriter<OutputSink>,
+    image: &mut ImageWriter<OutputSink<'_>>,
     progress: &dyn Progress,
 ) -> Result<(Proof, Vec<Extent>, ByteLen)> {
     let mut unreadable = Vec::new();
@@ -368,6 +374,22 @@ fn exists(path: &Path) -> Error {
     Error::new(Kind::Exists, "the output exists already")
         .on(path)
         .hint("--force replaces it")
+}
+
+/// How often we look whether somebody reads a pipe, and whether the run was asked to stop.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Creates the output. A pipe is waited for until somebody reads it.
+fn create_output(path: &Path, force: bool, progress: &dyn Progress) -> Result<Output> {
+    loop {
+        match Output::create(path, force) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                progress.check()?;
+                std::thread::sleep(PATIENCE);
+            }
+            other => return other.map_err(explain_output),
+        }
+    }
 }
 
 /// An existing file and a device as output are refusals, not failures.

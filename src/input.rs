@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
-use holdstill_platform::input::wait_readable;
+use holdstill_platform::stream::Reader;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::content::{Hash, RunningContent, from_hex, to_hex};
@@ -33,18 +32,17 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// # Errors
 /// If it cannot be opened or is no image; the request to stop.
 pub fn open<'a>(path: &Path, progress: &'a dyn Progress) -> Result<NamedImage<'a>> {
-    let is_stream = is_stream(path);
-    let file = match is_stdin(path) {
-        true => std::io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .map(File::from),
-        false => File::open(path),
-    };
-    let file = file.context("cannot open the image", path)?;
-    let input: Box<dyn Read + 'a> = match is_stream {
-        true => Box::new(Stream { file, progress }),
-        false => Box::new(file),
+    let input: Box<dyn Read + 'a> = if is_stream(path) {
+        let reader = match is_stdin(path) {
+            true => Reader::stdin(),
+            false => Reader::open(path),
+        };
+        Box::new(Stream {
+            reader: reader?,
+            progress,
+        })
+    } else {
+        Box::new(File::open(path).context("cannot open the image", path)?)
     };
     ImageReader::open(BufReader::with_capacity(READ_AHEAD, input))
         .map_err(|error| progress.check().err().unwrap_or(error).on(name(path)))
@@ -52,18 +50,19 @@ pub fn open<'a>(path: &Path, progress: &'a dyn Progress) -> Result<NamedImage<'a
 
 /// A pipe, which may stay silent for ever.
 struct Stream<'a> {
-    file: File,
+    reader: Reader,
     progress: &'a dyn Progress,
 }
 
 impl Read for Stream<'_> {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
-        while !wait_readable(&self.file, PATIENCE)? {
-            if self.progress.stop().is_some() {
-                return Err(std::io::Error::other("asked to stop"));
+        loop {
+            match self.reader.read_within(buf, PATIENCE)? {
+                Some(count) => return Ok(count),
+                None if self.progress.stop().is_none() => {}
+                None => return Err(std::io::Error::other("asked to stop")),
             }
         }
-        self.file.read(buf)
     }
 }
 

@@ -15,7 +15,6 @@ pub mod freeze;
 pub mod fsmap;
 pub mod guard;
 pub mod in_use;
-pub mod input;
 pub mod lock;
 pub mod memory;
 pub mod mounts;
@@ -23,6 +22,7 @@ pub mod node;
 pub mod output;
 pub mod records;
 pub mod signals;
+pub mod stream;
 pub mod trace;
 
 #[cfg(test)]

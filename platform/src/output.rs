@@ -7,12 +7,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::stream::Writer;
 
 /// Alignment of the writes that go past the page cache, in bytes.
 const DIRECT_ALIGN: usize = 4096;
@@ -34,7 +36,7 @@ pub struct Output {
 
 #[derive(Debug)]
 enum Kind {
-    Stream(File),
+    Stream(Writer),
     Image(ImageFile),
 }
 
@@ -57,17 +59,13 @@ impl Output {
     /// If the descriptor cannot be duplicated.
     pub fn stdout() -> Result<Self> {
         let path = PathBuf::from("(standard output)");
-        let fd = io::stdout()
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|source| Error::new("cannot write to", &path, source))?;
-        Ok(Self::stream(path, fd))
+        Ok(Self::stream(path, Writer::stdout()?))
     }
 
-    fn stream(path: PathBuf, fd: OwnedFd) -> Self {
+    fn stream(path: PathBuf, writer: Writer) -> Self {
         Self {
             path,
-            kind: Kind::Stream(File::from(fd)),
+            kind: Kind::Stream(writer),
             written: 0,
         }
     }
@@ -77,7 +75,7 @@ impl Output {
     ///
     /// # Errors
     /// `AlreadyExists` for an existing regular file without `replace`; `InvalidInput` for a block
-    /// device or folder; else what the kernel says.
+    /// device or folder; `WouldBlock` for a pipe that nobody reads yet; else what the kernel says.
     pub fn create(path: &Path, replace: bool) -> Result<Self> {
         let fail = |source| Error::new("cannot create", path, source);
         match std::fs::metadata(path) {
@@ -93,8 +91,7 @@ impl Output {
                 )));
             }
             Ok(_) => {
-                let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
-                return Ok(Self::stream(path.to_owned(), file.into()));
+                return Ok(Self::stream(path.to_owned(), Writer::open(path)?));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(fail(error)),
@@ -157,19 +154,23 @@ impl Output {
         }
     }
 
-    /// Appends all of `buf`. Goes past the page cache when `buf` and the position are aligned.
+    /// Appends the front of `buf`, and returns how much of it: all of it to a file, past the page
+    /// cache when `buf` and the position are aligned; what there is room for to a stream, and nothing
+    /// if there was no room within `patience`.
     ///
     /// # Errors
     /// What `write(2)` says: no space, a broken pipe, a size limit.
-    pub fn append(&mut self, buf: &[u8]) -> Result<()> {
-        let at = self.written;
-        let done = match &mut self.kind {
-            Kind::Stream(file) => file.write_all(buf),
-            Kind::Image(image) => image.write_at(buf, at),
+    pub fn append_within(&mut self, buf: &[u8], patience: Duration) -> Result<usize> {
+        let count = match &mut self.kind {
+            Kind::Stream(writer) => writer.write_within(buf, patience)?,
+            Kind::Image(image) => {
+                let done = image.write_at(buf, self.written);
+                done.map_err(|source| Error::new("cannot write", &self.path, source))?;
+                buf.len()
+            }
         };
-        done.map_err(|source| Error::new("cannot write", &self.path, source))?;
-        self.written += buf.len() as u64;
-        Ok(())
+        self.written += count as u64;
+        Ok(count)
     }
 
     /// Reads back what was appended, while the output is still being made.
@@ -192,7 +193,7 @@ impl Output {
     pub fn publish(mut self) -> Result<()> {
         let path = self.path.clone();
         match &mut self.kind {
-            Kind::Stream(file) => match file.sync_all() {
+            Kind::Stream(writer) => match writer.sync() {
                 // Pipes and most character devices have nothing to flush.
                 Err(error) if is_not_flushable(&error) => Ok(()),
                 other => other,
@@ -206,7 +207,7 @@ impl Output {
 impl AsFd for Output {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.kind {
-            Kind::Stream(file) => file.as_fd(),
+            Kind::Stream(writer) => writer.as_fd(),
             Kind::Image(image) => image.plain.as_fd(),
         }
     }
@@ -397,6 +398,8 @@ mod tests {
     use super::*;
     use crate::buffer::Buffer;
 
+    const SOON: Duration = Duration::from_secs(1);
+
     #[test]
     fn nothing_has_a_name_before_it_is_whole() {
         let dir = tempfile::tempdir().unwrap();
@@ -404,8 +407,8 @@ mod tests {
         let mut output = Output::create(&path, false).unwrap();
         let mut block = Buffer::new(8192);
         block.fill(7);
-        output.append(&block).unwrap();
-        output.append(b"tail").unwrap();
+        output.append_within(&block, SOON).unwrap();
+        output.append_within(b"tail", SOON).unwrap();
         let mut back = [0; 5];
         output.read_back(&mut back, 8191).unwrap();
         assert_eq!(&back, b"\x07tail");
@@ -424,11 +427,11 @@ mod tests {
         let error = Output::create(&path, false).unwrap_err();
         assert_eq!(error.source.kind(), io::ErrorKind::AlreadyExists);
         let mut output = Output::create(&path, true).unwrap();
-        output.append(b"new").unwrap();
+        output.append_within(b"new", SOON).unwrap();
         drop(output);
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         let mut output = Output::create(&path, true).unwrap();
-        output.append(b"new").unwrap();
+        output.append_within(b"new", SOON).unwrap();
         output.publish().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -449,7 +452,7 @@ mod tests {
     fn a_full_device_says_so() {
         let mut output = Output::create(Path::new("/dev/full"), false).unwrap();
         assert!(output.is_stream());
-        let error = output.append(b"x").unwrap_err();
+        let error = output.append_within(b"x", SOON).unwrap_err();
         assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
     }
 }

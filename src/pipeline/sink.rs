@@ -1,10 +1,13 @@
 //! Packs an image's small pieces into large aligned writes, and lets aligned payloads pass untouched.
 
+use std::time::Duration;
+
 use holdstill_platform::buffer::{ALIGN, Buffer};
 use holdstill_platform::output::Output;
 
 use crate::error::Result;
 use crate::image::writer::Sink;
+use crate::progress::Progress;
 use crate::read_at::ReadAt;
 
 /// Length of a packed write in bytes.
@@ -13,19 +16,28 @@ const PACK: usize = 1 << 20;
 /// Pieces at least this long are worth a write of their own, in bytes.
 const WORTH_A_WRITE: usize = 64 << 10;
 
+/// How long room in a stream is waited for before we look whether the run was asked to stop.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// An [`Output`] as the image writer's sink.
-#[derive(Debug)]
-pub struct OutputSink {
+#[allow(
+    missing_debug_implementations,
+    reason = "a listener need not be printable"
+)]
+pub struct OutputSink<'a> {
     output: Output,
+    progress: &'a dyn Progress,
     pack: Buffer,
     filled: usize,
 }
 
-impl OutputSink {
-    /// Packs into `output`, to which nothing was written yet.
-    pub fn new(output: Output) -> Self {
+impl<'a> OutputSink<'a> {
+    /// Packs into `output`, to which nothing was written yet. Waiting for a stream ends when
+    /// `progress` is asked to stop.
+    pub fn new(output: Output, progress: &'a dyn Progress) -> Self {
         Self {
             output,
+            progress,
             pack: Buffer::new(PACK),
             filled: 0,
         }
@@ -37,7 +49,7 @@ impl OutputSink {
     /// The output's.
     pub fn flush(&mut self) -> Result<()> {
         let filled = std::mem::take(&mut self.filled);
-        Ok(self.output.append(&self.pack[..filled])?)
+        append_all(&mut self.output, &self.pack[..filled], self.progress)
     }
 
     /// The output, with everything written to it.
@@ -55,7 +67,18 @@ impl OutputSink {
     }
 }
 
-impl Sink for OutputSink {
+fn append_all(output: &mut Output, bytes: &[u8], progress: &dyn Progress) -> Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match output.append_within(rest, PATIENCE)? {
+            0 => progress.check()?,
+            count => rest = &rest[count..],
+        }
+    }
+    Ok(())
+}
+
+impl Sink for OutputSink<'_> {
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         // Everything before was packed from an aligned position, so the fill tells the alignment.
@@ -64,7 +87,7 @@ impl Sink for OutputSink {
         if is_aligned && rest.len() >= WORTH_A_WRITE {
             self.flush()?;
             let (front, behind) = rest.split_at(rest.len() - rest.len() % ALIGN);
-            self.output.append(front)?;
+            append_all(&mut self.output, front, self.progress)?;
             rest = behind;
         }
         while !rest.is_empty() {
