@@ -12,6 +12,7 @@ mod hostile_fs;
 mod hostile_image;
 mod image;
 mod inspect;
+mod interrupt;
 mod probe;
 mod refusals;
 mod restore;

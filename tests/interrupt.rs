@@ -1,0 +1,305 @@
+//! Runs that are killed, interrupted, or left waiting: what they leave must not look whole, and
+//! nothing may keep them from ending.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::common::holdstill::{command, finish, listing, run, run_from, wait};
+use crate::common::scene::{assert_no_signature, backup_to};
+use crate::common::volume::{ext4, map};
+use crate::common::{LoopDevice, Rng, count, needs_root, output, run as tool, seed, temp_dir};
+
+const SIZE: u64 = 256 << 20;
+
+/// A source that takes a moment to copy.
+fn source(dir: &Path, rng: &mut Rng) -> PathBuf {
+    let [source, tree] = ["source", "tree"].map(|name| dir.join(name));
+    std::fs::create_dir(&tree).unwrap();
+    let mut bytes = vec![0; 20 << 20];
+    for number in 0..8 {
+        rng.fill(&mut bytes);
+        std::fs::write(tree.join(number.to_string()), &bytes).unwrap();
+    }
+    ext4(&source, SIZE, "", Some(&tree));
+    std::fs::remove_dir_all(tree).unwrap();
+    source
+}
+
+/// How long a run takes when it is left alone.
+fn duration<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Duration {
+    let begun = Instant::now();
+    run(args).expect(0);
+    begun.elapsed()
+}
+
+/// Starts the program and kills it after `delay`; whether it was killed before it ended.
+fn killed_after(mut command: Command, delay: Duration) -> bool {
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(delay);
+    child.kill().unwrap();
+    child.wait().unwrap().signal() == Some(9)
+}
+
+/// Random moments within a run that takes `whole` when left alone.
+fn moments(rng: &mut Rng, whole: Duration) -> impl Iterator<Item = Duration> + '_ {
+    let micros = whole.as_micros() as u64 * 11 / 10;
+    (0..count(4, 50)).map(move |_| Duration::from_micros(rng.below(micros)))
+}
+
+#[test]
+fn a_killed_backup_leaves_no_image() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let image = dir.path().join("image");
+    let whole = duration(backup_to(&source, &image));
+    let old = std::fs::read(&image).unwrap();
+    let mut killed = 0;
+    for replaces in [false, true] {
+        let delays: Vec<_> = moments(&mut rng, whole).collect();
+        for delay in delays {
+            if replaces {
+                std::fs::write(&image, &old).unwrap();
+            } else {
+                let _ = std::fs::remove_file(&image);
+            }
+            let was_killed = killed_after(command(backup_to(&source, &image)), delay);
+            killed += u64::from(was_killed);
+            let is_old = std::fs::read(&image).is_ok_and(|bytes| bytes == old);
+            if image.exists() && !(replaces && is_old) {
+                // It had just been given its name.
+                run([Path::new("verify"), &image]).expect(0);
+            } else if !replaces {
+                assert!(was_killed, "it ended, and there is no image");
+            }
+            let left: Vec<_> = listing(dir.path())
+                .into_iter()
+                .filter(|name| name != "source" && name != "image")
+                .collect();
+            // Between the part file's name and the image's there is a moment when it replaces one.
+            if !replaces {
+                assert_eq!(left, [""; 0], "after {delay:?}");
+            }
+            for name in left {
+                std::fs::remove_file(dir.path().join(name)).unwrap();
+            }
+        }
+    }
+    assert!(killed > 0, "none was killed in time");
+    run(backup_to(&source, &image)).expect(0);
+    run([Path::new("verify"), &image]).expect(0);
+}
+
+/// Kills restores to `target` at random moments: it never carries a signature then.
+fn kill_restores(rng: &mut Rng, source: &Path, image: &Path, target: &Path) {
+    let args = [Path::new("restore"), Path::new("--yes"), image, target];
+    let whole = duration(args);
+    let mut killed = 0;
+    let delays: Vec<_> = moments(rng, whole).collect();
+    for delay in delays {
+        // It holds a whole filesystem before.
+        let begun = target.metadata().is_ok();
+        if killed_after(command(args), delay) {
+            killed += 1;
+            let found = output("blkid", [Path::new("-p"), target]);
+            // Killed before it began, or after its last write, it is whole.
+            if found.status.code() != Some(2) {
+                assert!(begun);
+                let fsck = output("e2fsck", [Path::new("-fn"), target]);
+                assert!(fsck.status.success(), "half a filesystem: {fsck:?}");
+                run([Path::new("verify"), image, Path::new("--against"), target]).expect(0);
+            } else {
+                assert_no_signature(target);
+            }
+        }
+        run(args).expect(0);
+    }
+    assert!(killed > 0, "none was killed in time");
+    assert_eq!(map(target).used, map(source).used);
+}
+
+#[test]
+fn a_killed_restore_leaves_no_filesystem() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let [image, target] = ["image", "target"].map(|name| dir.path().join(name));
+    run(backup_to(&source, &image)).expect(0);
+    kill_restores(&mut rng, &source, &image, &target);
+}
+
+#[test]
+fn privileged_a_killed_restore_leaves_no_filesystem_on_a_device() {
+    needs_root!();
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let [image, file] = ["image", "file"].map(|name| dir.path().join(name));
+    run(backup_to(&source, &image)).expect(0);
+    crate::common::volume::copy(&source, &file);
+    let target = LoopDevice::attach(&file);
+    kill_restores(&mut rng, &source, &image, target.path());
+}
+
+fn signal(child: &Child, name: &str) {
+    tool("kill", ["-s", name, &child.id().to_string()]);
+}
+
+/// Reads JSON lines until one is of this event.
+fn wait_for(lines: &mut impl BufRead, event: &str) {
+    let mut line = String::new();
+    let wanted = format!("\"event\":\"{event}\"");
+    while !line.contains(&wanted) {
+        line.clear();
+        let got = lines.read_line(&mut line).unwrap();
+        assert!(got > 0, "no {event}");
+    }
+}
+
+const SIGNALS: [(&str, i32, &str); 3] = [
+    ("INT", 130, "interrupted"),
+    ("TERM", 143, "terminated"),
+    ("HUP", 143, "terminated"),
+];
+
+#[test]
+fn signals_end_a_run_that_cleans_up() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let image = dir.path().join("image");
+    run(backup_to(&source, &image)).expect(0);
+    let before = listing(dir.path());
+    let [other, target] = ["other", "target"].map(|name| dir.path().join(name));
+    for (name, code, kind) in SIGNALS {
+        // Slow enough to be caught, whatever the machine.
+        let mut slow = command(backup_to(&source, &other));
+        slow.args(["--json", "--rate", "4M"]);
+        let mut restore = command([Path::new("restore"), &image, &target]);
+        restore.args(["--json", "--rate", "4M"]);
+        for mut command in [slow, restore] {
+            println!("{name} {command:?}");
+            let mut child = command.spawn().unwrap();
+            let mut lines = BufReader::new(child.stdout.take().unwrap());
+            wait_for(&mut lines, "progress");
+            signal(&child, name);
+            let mut rest = String::new();
+            lines.read_to_string(&mut rest).unwrap();
+            let run = wait(&command, child);
+            assert_eq!(run.code(), Some(code), "{rest}{run}");
+            let last: serde_json::Value =
+                serde_json::from_str(rest.lines().last().unwrap()).unwrap();
+            assert_eq!(last["kind"], kind);
+            assert_eq!(last["exit_code"], code);
+            assert_eq!(listing(dir.path()), before);
+        }
+    }
+}
+
+/// A run that waits for the other end of a pipe, and for nothing else.
+fn waits(mut command: Command, name: &str, code: i32) {
+    println!("{name} {command:?}");
+    let child = command.spawn().unwrap();
+    until_idle(&child);
+    signal(&child, name);
+    wait(&command, child).expect(code);
+}
+
+/// Waits until a process does nothing any more: it sleeps, and its time does not grow.
+fn until_idle(child: &Child) {
+    let mut last = String::new();
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split(' ').collect();
+        // State, and time in user and system mode in ticks of 10 ms (proc_pid_stat(5)).
+        let now = format!("{} {}", fields[1], fields[12]);
+        let mut used: u64 = fields[12].parse().unwrap();
+        used += fields[13].parse::<u64>().unwrap();
+        let now_used = format!("{now} {used}");
+        if fields[1] == "S" && now_used == last {
+            return;
+        }
+        assert_ne!(fields[1], "Z", "it has ended");
+        last = now_used;
+    }
+}
+
+#[test]
+fn a_stalled_pipe_does_not_keep_a_run_from_ending() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let [image, pipe, target] = ["image", "pipe", "target"].map(|name| dir.path().join(name));
+    run(backup_to(&source, &image)).expect(0);
+    tool("mkfifo", [&pipe]);
+    let before = listing(dir.path());
+    for (name, code, _) in SIGNALS {
+        // Nobody writes to standard input, or nobody opens the pipe.
+        for args in [
+            vec![Path::new("verify"), Path::new("-")],
+            vec![Path::new("restore"), Path::new("-"), &target],
+            vec![Path::new("verify"), &pipe],
+        ] {
+            let mut command = command(args);
+            command.stdin(Stdio::piped());
+            waits(command, name, code);
+        }
+        // Nobody reads standard output, or the pipe.
+        let mut to_stdout = command(backup_to(&source, Path::new("-")));
+        println!("{name} {to_stdout:?}");
+        let mut child = to_stdout.spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        until_idle(&child);
+        signal(&child, name);
+        wait(&to_stdout, child).expect(code);
+        drop(stdout);
+        waits(command(backup_to(&source, &pipe)), name, code);
+        let reader = File::options().read(true).write(true).open(&pipe).unwrap();
+        waits(command(backup_to(&source, &pipe)), name, code);
+        drop(reader);
+        // The image ends in the middle, and the pipe stays open.
+        let mut half = command([Path::new("restore"), Path::new("-"), &target]);
+        half.stdin(Stdio::piped());
+        let mut child = half.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let bytes = std::fs::read(&image).unwrap();
+        std::io::Write::write_all(&mut stdin, &bytes[..bytes.len() / 2]).unwrap();
+        until_idle(&child);
+        signal(&child, name);
+        wait(&half, child).expect(code);
+        drop(stdin);
+        assert_eq!(listing(dir.path()), before);
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_run() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let mut backup = command(backup_to(&source, Path::new("-")));
+    let mut child = backup.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut some = vec![0; 100_000];
+    stdout.read_exact(&mut some).unwrap();
+    drop(stdout);
+    wait(&backup, child).expect(1).says("Broken pipe");
+    // What it got is no image.
+    let part = dir.path().join("part");
+    std::fs::write(&part, &some).unwrap();
+    run([Path::new("verify"), &part]).expect(4);
+    run_from(&part, ["verify", "-"]).expect(4);
+    // Reports that nobody reads do no harm.
+    let image = dir.path().join("image");
+    let mut quiet = command(backup_to(&source, &image));
+    quiet.arg("--json");
+    let mut child = quiet.spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    finish(command([Path::new("verify"), &image])).expect(0);
+}
