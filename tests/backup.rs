@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::holdstill::{Run, command, finish, listing, run, wait};
 use crate::common::volume::{ext4, map};
-use crate::common::{run as tool, temp_dir};
+use crate::common::{run as tool, spawn, temp_dir};
 
 const SIZE: u64 = (48 << 20) + 512;
 
@@ -190,7 +190,7 @@ fn pipes_and_devices_are_streams() {
 
     // And the other way round: an image read from a pipe by its name.
     let mut feeding = command([Path::new("backup"), &source, Path::new("-o"), &pipe]);
-    let feeder = feeding.spawn().unwrap();
+    let feeder = spawn(&mut feeding);
     run([Path::new("verify"), &pipe]).expect(0);
     wait(&feeding, feeder).expect(0);
 }

@@ -13,7 +13,8 @@ use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ::holdstill::error::{Error, IoContext, Result};
@@ -66,15 +67,32 @@ pub(crate) fn command<S: AsRef<OsStr>>(
     command
 }
 
+/// Starts a command, and waits until it is really that command which runs.
+///
+/// Between fork and exec a child holds copies of all files that are open here: to others it looks as
+/// if it wrote to them. One lock for all children keeps that moment apart from the start of a program
+/// that searches for writers.
+///
+/// # Panics
+/// If it cannot be started: a missing tool is a failed test.
+pub(crate) fn spawn(command: &mut Command) -> Child {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    command.spawn().unwrap_or_else(|error| {
+        panic!("cannot run {command:?} (is the package installed?): {error}")
+    })
+}
+
 /// Runs a command to its end, whatever its exit status.
 ///
 /// # Panics
 /// If it cannot be started: a missing tool is a failed test.
 pub(crate) fn output<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Output {
     let mut command = command(program, args);
-    command.output().unwrap_or_else(|error| {
-        panic!("cannot run {command:?} (is the package installed?): {error}")
-    })
+    command.stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = spawn(&mut command);
+    child.wait_with_output().expect("the command ends")
 }
 
 /// Runs a command that must succeed; what it printed on standard output.
@@ -219,7 +237,9 @@ impl Drop for Frozen<'_> {
 fn take_down(program: &str, args: &[&str], what: &Path) {
     let mut result = None;
     for _ in 0..50 {
-        let done = command(program, args).arg(what).output();
+        let mut command = command(program, args);
+        command.arg(what).stderr(Stdio::piped());
+        let done = spawn(&mut command).wait_with_output();
         match done {
             Ok(output) if output.status.success() => return,
             other => result = Some(other),

@@ -15,7 +15,8 @@ use crate::common::holdstill::{Run, command, finish, listing, run, run_from, sam
 use crate::common::scene::{SIZE, Scene, assert_no_signature, backup_to};
 use crate::common::volume::{copy, ext4, map, poisoned_file};
 use crate::common::{
-    LoopDevice, Mount, Rng, command as tool_command, needs_root, run as tool, sparse_file, temp_dir,
+    LoopDevice, Mount, Rng, command as tool_command, needs_root, run as tool, sparse_file, spawn,
+    temp_dir,
 };
 
 /// Runs the program under a limit on the size of files, in KiB.
@@ -183,7 +184,7 @@ impl Slow {
     fn backup(source: &Path, image: &Path) -> Self {
         let mut command = command(backup_to(source, image));
         command.args(["--json", "--threads", "1", "--compress", "zstd:19"]);
-        let mut child = command.spawn().unwrap();
+        let mut child = spawn(&mut command);
         let stdout = child.stdout.take().unwrap();
         let mut slow = Self {
             command,
@@ -370,11 +371,8 @@ fn answered(answer: &str, image: &Path, target: &Path) -> (Option<i32>, String) 
         target.display()
     );
     let options = ["--quiet", "--return", "--command", &line, "/dev/null"];
-    let mut script = tool_command("script", options)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("script starts (is the package bsdutils installed?)");
+    let mut script = tool_command("script", options);
+    let mut script = spawn(script.stdin(Stdio::piped()).stdout(Stdio::piped()));
     let mut input = script.stdin.take().unwrap();
     input.write_all(answer.as_bytes()).unwrap();
     // Open until the end: the terminal must not hang up.
@@ -501,7 +499,7 @@ fn a_pipe_that_ends_early_is_no_image() {
         ] {
             let mut command = command(args);
             command.stdin(Stdio::piped());
-            let mut child = command.spawn().unwrap();
+            let mut child = spawn(&mut command);
             let mut pipe = child.stdin.take().unwrap();
             // It may well be gone before all is written.
             let _ = pipe.write_all(&whole[..len]);

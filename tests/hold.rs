@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::holdstill::{self, listing};
 use crate::common::volume::{digests, populate};
-use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file};
+use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file, spawn};
 
 /// A small mounted volume.
 struct Volume {
@@ -55,7 +55,7 @@ impl Volume {
         args.push(image.to_str().unwrap());
         args.extend(more);
         args.push("--json");
-        let mut child = holdstill::command(args).spawn().unwrap();
+        let mut child = spawn(&mut holdstill::command(args));
         // It says so itself: a look by freezing could come just before its own freeze.
         let mut lines = BufReader::new(child.stdout.take().unwrap())
             .lines()

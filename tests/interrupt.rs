@@ -11,15 +11,17 @@ use std::time::{Duration, Instant};
 use crate::common::holdstill::{command, finish, listing, run, run_from, wait};
 use crate::common::scene::{assert_no_signature, backup_to};
 use crate::common::volume::{ext4, map};
-use crate::common::{LoopDevice, Rng, count, needs_root, output, run as tool, seed, temp_dir};
+use crate::common::{
+    LoopDevice, Rng, count, needs_root, output, run as tool, seed, spawn, temp_dir,
+};
 
-const SIZE: u64 = 256 << 20;
+const SIZE: u64 = 128 << 20;
 
 /// A source that takes a moment to copy.
 fn source(dir: &Path, rng: &mut Rng) -> PathBuf {
     let [source, tree] = ["source", "tree"].map(|name| dir.join(name));
     std::fs::create_dir(&tree).unwrap();
-    let mut bytes = vec![0; 20 << 20];
+    let mut bytes = vec![0; 8 << 20];
     for number in 0..8 {
         rng.fill(&mut bytes);
         std::fs::write(tree.join(number.to_string()), &bytes).unwrap();
@@ -38,7 +40,7 @@ fn duration<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Dur
 
 /// Starts the program and kills it after `delay`; whether it was killed before it ended.
 fn killed_after(mut command: Command, delay: Duration) -> bool {
-    let mut child = command.spawn().unwrap();
+    let mut child = spawn(&mut command);
     std::thread::sleep(delay);
     child.kill().unwrap();
     child.wait().unwrap().signal() == Some(9)
@@ -183,7 +185,7 @@ fn signals_end_a_run_that_cleans_up() {
         restore.args(["--json", "--rate", "4M"]);
         for mut command in [slow, restore] {
             println!("{name} {command:?}");
-            let mut child = command.spawn().unwrap();
+            let mut child = spawn(&mut command);
             let mut lines = BufReader::new(child.stdout.take().unwrap());
             wait_for(&mut lines, "progress");
             signal(&child, name);
@@ -203,10 +205,13 @@ fn signals_end_a_run_that_cleans_up() {
 /// A run that waits for the other end of a pipe, and for nothing else.
 fn waits(mut command: Command, name: &str, code: i32) {
     println!("{name} {command:?}");
-    let child = command.spawn().unwrap();
+    let mut child = spawn(&mut command);
+    // Open until the end.
+    let stdin = child.stdin.take();
     until_idle(&child);
     signal(&child, name);
     wait(&command, child).expect(code);
+    drop(stdin);
 }
 
 /// Waits until a process does nothing any more: it sleeps, and its time does not grow.
@@ -252,7 +257,7 @@ fn a_stalled_pipe_does_not_keep_a_run_from_ending() {
         // Nobody reads standard output, or the pipe.
         let mut to_stdout = command(backup_to(&source, Path::new("-")));
         println!("{name} {to_stdout:?}");
-        let mut child = to_stdout.spawn().unwrap();
+        let mut child = spawn(&mut to_stdout);
         let stdout = child.stdout.take().unwrap();
         until_idle(&child);
         signal(&child, name);
@@ -265,7 +270,7 @@ fn a_stalled_pipe_does_not_keep_a_run_from_ending() {
         // The image ends in the middle, and the pipe stays open.
         let mut half = command([Path::new("restore"), Path::new("-"), &target]);
         half.stdin(Stdio::piped());
-        let mut child = half.spawn().unwrap();
+        let mut child = spawn(&mut half);
         let mut stdin = child.stdin.take().unwrap();
         let bytes = std::fs::read(&image).unwrap();
         std::io::Write::write_all(&mut stdin, &bytes[..bytes.len() / 2]).unwrap();
@@ -283,7 +288,7 @@ fn a_reader_that_goes_away_ends_the_run() {
     let dir = temp_dir();
     let source = source(dir.path(), &mut rng);
     let mut backup = command(backup_to(&source, Path::new("-")));
-    let mut child = backup.spawn().unwrap();
+    let mut child = spawn(&mut backup);
     let mut stdout = child.stdout.take().unwrap();
     let mut some = vec![0; 100_000];
     stdout.read_exact(&mut some).unwrap();
@@ -298,7 +303,7 @@ fn a_reader_that_goes_away_ends_the_run() {
     let image = dir.path().join("image");
     let mut quiet = command(backup_to(&source, &image));
     quiet.arg("--json");
-    let mut child = quiet.spawn().unwrap();
+    let mut child = spawn(&mut quiet);
     drop(child.stdout.take());
     assert!(child.wait().unwrap().success());
     finish(command([Path::new("verify"), &image])).expect(0);

@@ -3,6 +3,7 @@
 mod backup;
 mod common;
 mod events;
+mod damage;
 mod ext4;
 mod failures;
 mod golden;
@@ -13,6 +14,7 @@ mod hostile_image;
 mod image;
 mod inspect;
 mod interrupt;
+mod memory;
 mod probe;
 mod refusals;
 mod restore;

@@ -5,12 +5,14 @@ use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use crate::common::holdstill::{command, finish, listing, run, run_from, same_bytes};
 use crate::common::scene::{SIZE, Scene, assert_no_signature, backup_to};
 use crate::common::volume::copy;
-use crate::common::{LoopDevice, Mount, Rng, needs_root, output, run as tool, seed};
+use crate::common::{
+    LoopDevice, Mount, Rng, command as tool_command, needs_root, output, run as tool, seed, spawn,
+};
 
 #[test]
 fn wrong_command_lines_are_usage_errors() {
@@ -183,12 +185,8 @@ fn privileged_devices_in_use_are_refused() {
     scene.refuses(3, shown, offline(&point, &image));
     drop(mount);
     let script = format!("mount {name} {shown}; echo; read");
-    let mut elsewhere = Command::new("unshare")
-        .args(["--mount", "bash", "-c", &script])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut elsewhere = tool_command("unshare", ["--mount", "bash", "-c", &script]);
+    let mut elsewhere = spawn(elsewhere.stdin(Stdio::piped()).stdout(Stdio::piped()));
     let mut line = String::new();
     let stdout = elsewhere.stdout.take().unwrap();
     BufReader::new(stdout).read_line(&mut line).unwrap();

@@ -12,7 +12,7 @@ use holdstill::units::{ByteLen, Offset};
 use crate::common::holdstill::{command, finish, run, run_from, same_bytes, wait};
 use crate::common::volume::{digests, digests_in_ext4, ext4, map, poison, poisoned_file, populate};
 use crate::common::{
-    LoopDevice, Mount, Rng, needs_root, output, run as tool, seed, sparse_file, temp_dir,
+    LoopDevice, Mount, Rng, needs_root, output, run as tool, seed, sparse_file, spawn, temp_dir,
 };
 
 /// Not a whole number of groups, nor of blocks.
@@ -176,7 +176,7 @@ fn streams_go_from_backup_to_restore_and_verify() {
         Path::new("-o"),
         Path::new("-"),
     ]);
-    let mut writing = writer.spawn().unwrap();
+    let mut writing = spawn(&mut writer);
     let pipe = writing.stdout.take().unwrap();
     let mut reader = command([Path::new("restore"), Path::new("-"), &target]);
     reader.stdin(Stdio::from(pipe));

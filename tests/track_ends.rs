@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::common::holdstill::{self, listing};
 use crate::common::live::{LiveWriter, judge};
 use crate::common::volume::populate;
-use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file};
+use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file, spawn};
 
 /// A busy volume.
 struct Busy {
@@ -70,11 +70,7 @@ impl Busy {
 
     /// Starts a backup and waits for its first line; also the run's id.
     fn begin(&self, image: &str) -> (Child, String) {
-        let mut child = self
-            .command(image)
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
+        let mut child = spawn(self.command(image).stderr(Stdio::inherit()));
         let mut lines = BufReader::new(child.stdout.take().unwrap())
             .lines()
             .map_while(Result::ok);

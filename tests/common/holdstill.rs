@@ -10,6 +10,8 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use serde_json::Value;
 
+use super::spawn;
+
 /// Exit codes that stand for an error.
 const ERRORS: [i32; 6] = [1, 2, 3, 4, 130, 143];
 
@@ -41,7 +43,7 @@ pub(crate) fn run_from<S: AsRef<OsStr>>(input: &Path, args: impl IntoIterator<It
 
 /// Starts what was prepared and waits for its end.
 pub(crate) fn finish(mut command: Command) -> Run {
-    let child = command.spawn().expect("the program starts");
+    let child = spawn(&mut command);
     wait(&command, child)
 }
 
