@@ -2,8 +2,8 @@
 
 mod backup;
 mod common;
-mod events;
 mod damage;
+mod events;
 mod ext4;
 mod failures;
 mod golden;
