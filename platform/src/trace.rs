@@ -76,15 +76,19 @@ impl Tracefs {
             Ok(root) if is_tracefs(&root) => (root, false),
             _ => (mount_privately().context("cannot mount", "tracefs")?, true),
         };
-        let instances = open_folder(&root, "instances").map_err(|error| match error.kind() {
-            // Lockdown leaves an empty folder.
-            io::ErrorKind::NotFound => {
-                let why = "it is empty: the kernel does not allow tracing (lockdown?)";
+        // Lockdown from the start leaves the folder empty; later, its files there but closed
+        // (`tracing_check_open_get_tr` of kernel/trace/trace.c), though folders can be made.
+        let not_allowed = |error: Error| match error.source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
+                let why =
+                    "the kernel does not allow tracing (no root, or lockdown=confidentiality)";
                 let source = io::Error::new(io::ErrorKind::PermissionDenied, why);
                 Error::new("cannot use", "tracefs", source)
             }
             _ => error,
-        })?;
+        };
+        let instances = open_folder(&root, "instances").map_err(not_allowed)?;
+        open(&root, "events/header_page", OFlag::O_RDONLY).map_err(not_allowed)?;
         Ok(Self {
             root,
             instances,
