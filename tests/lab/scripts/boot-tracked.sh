@@ -1,0 +1,16 @@
+# Runs on the copy that track-root.sh made, as the root; the same copy, never mounted, is /dev/vdb.
+# Both are what the root was at the instant.
+. ./common.sh
+right /var/live journal "$(cat pipe.instant)"
+echo more >/var/live/more
+sync
+
+type=$(findmnt --noheadings --output FSTYPE /)
+mkdir -p /run/copy
+[ "$type" = xfs ] || sound "$type" /dev/vdb
+options=rw
+[ "$type" = ext4 ] || options=nouuid
+mount -o $options /dev/vdb /run/copy
+right /run/copy/var/live journal "$(cat pipe.instant)"
+umount /run/copy
+sound "$type" /dev/vdb
