@@ -166,7 +166,15 @@ pub fn run(
     });
     let check = || match options.salvage {
         true => tolerant.finish(read),
-        false => check_whole(options, read?, content).map(|end| (Some(end), Damages::none())),
+        false => read
+            .map_err(|error| match error.kind() {
+                Kind::Damaged | Kind::Truncated => {
+                    error.hint("--salvage writes all that is whole, and zeros for the rest")
+                }
+                _ => error,
+            })
+            .and_then(|end| check_whole(options, end, content))
+            .map(|end| (Some(end), Damages::none())),
     };
     let (end, damages) = check().map_err(|error| error.on(input::name(&options.image)))?;
     progress.check()?;
@@ -254,10 +262,18 @@ fn choose(
             (number, _) => number as usize - 1,
         };
         let Some(volume) = manifest.volumes.get(index) else {
-            return Err(Error::new(
-                Kind::Usage,
-                format!("the image holds no volume {number}"),
-            ));
+            return Err(
+                match manifest.streams.iter().find(|stream| stream.n == *number) {
+                    Some(stream) => Error::new(
+                        Kind::NotApplicable,
+                        format!(
+                            "{number} is a stream ({} of {}), which this version checks but does not restore",
+                            stream.kind, stream.path
+                        ),
+                    ),
+                    None => Error::new(Kind::Usage, format!("the image holds no volume {number}")),
+                },
+            );
         };
         if chosen
             .iter()

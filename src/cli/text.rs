@@ -226,6 +226,15 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             let _ = write!(text, ", {} unreadable ranges", achieved.unreadable.len());
         }
     }
+    for stream in &report.manifest.streams {
+        let _ = write!(
+            text,
+            "\nstream {}: {} of {}",
+            stream.n,
+            Escaped(&stream.kind),
+            Escaped(&stream.path)
+        );
+    }
     for warning in &report.trailer.warnings {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
     }
