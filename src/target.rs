@@ -1,8 +1,8 @@
 //! Where a volume is written back: a block device or a raw file that must not look whole too early.
 //!
-//! Before the first write, the first MiB of the target (where every common filesystem and partition
-//! table has its signature) is zeroed; what belongs there is kept in memory, and written only after
-//! everything else has reached stable storage and all checks have passed. An interrupted restore
+//! Before the first write, the first and the last MiB (where filesystems, partition tables and
+//! containers have their signatures) are zeroed; what belongs there is kept in memory, and written
+//! only after everything else has reached stable storage and all checks have passed. An interrupted restore
 //! leaves nothing that a system would mount, neither the new volume nor the one that was there.
 
 use std::fs::OpenOptions;
@@ -20,14 +20,16 @@ use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
-use crate::read_at::ReadAt;
+use crate::image::format::BLOCK;
+use crate::read_at::{ReadAt, check_range};
 use crate::units::{ByteLen, Offset};
 
-/// What is held back until the end.
+/// What is held back of the start until the end.
 const HEAD: ByteLen = ByteLen::mib(1);
 
-/// What is cleared at the end of a target that is larger than its volume: signatures that live there
-/// (backup partition tables, md, ZFS) would speak of what was before.
+/// What is held back of the end: signatures that live there (md, ZFS) would speak too early. At the
+/// end of a target that is larger than its volume they would speak of what was before, and are
+/// cleared.
 const TAIL: ByteLen = ByteLen::mib(1);
 
 /// How long udev may keep a disk locked.
@@ -122,14 +124,19 @@ impl Candidate {
             _ => None,
         };
         let disk = Disk::open(&self.path, Access::ReadWrite)?;
-        let head = HEAD.min(self.size);
+        let end = Offset(self.size.0);
+        let head_end = Offset(HEAD.min(self.size).0);
+        let tail_start = Offset(end.0.saturating_sub(TAIL.0))
+            .align_down(BLOCK)
+            .max(head_end);
         let target = Target {
             disk,
             claimed,
             size: self.size,
             is_new: self.existing.is_none(),
             is_done: false,
-            head: Mutex::new(vec![0; head.as_usize()]),
+            tail: Held::new(Extent::between(tail_start, end)),
+            head: Held::new(Extent::between(Offset::ZERO, head_end)),
         };
         if discard {
             target.disk.discard_all()?;
@@ -192,7 +199,36 @@ pub struct Target {
     size: ByteLen,
     is_new: bool,
     is_done: bool,
-    head: Mutex<Vec<u8>>,
+    tail: Held,
+    head: Held,
+}
+
+/// A part of the volume that is written last: zeros, until something else is known.
+#[derive(Debug)]
+struct Held {
+    extent: Extent,
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl Held {
+    fn new(extent: Extent) -> Self {
+        Self {
+            extent,
+            bytes: Mutex::new(vec![0; extent.len.as_usize()]),
+        }
+    }
+
+    /// Changes what is held of `extent`: `change` gets that part and where it is in `extent`.
+    fn change(&self, extent: Extent, change: impl FnOnce(&mut [u8], usize)) {
+        if let Some(part) = extent.intersect(self.extent) {
+            let start = part.start.since(self.extent.start).as_usize();
+            let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            change(
+                &mut bytes[start..start + part.len.as_usize()],
+                part.start.since(extent.start).as_usize(),
+            );
+        }
+    }
 }
 
 impl Target {
@@ -202,8 +238,11 @@ impl Target {
     }
 
     fn clear_signatures(&self) -> Result<()> {
+        for held in [&self.head, &self.tail] {
+            let Extent { start, len } = held.extent;
+            self.disk.zero_range(start.0, len.0)?;
+        }
         let room = ReadAt::len(&self.disk);
-        self.disk.zero_range(0, HEAD.min(room).0)?;
         if room > self.size {
             let tail = TAIL.min(room - self.size);
             self.disk.zero_range((room - tail).0, tail.0)?;
@@ -211,26 +250,30 @@ impl Target {
         Ok(self.disk.sync()?)
     }
 
-    /// Writes bytes of the volume. Those of the head are kept back.
+    /// What is written at once.
+    fn middle(&self) -> Extent {
+        Extent::between(self.head.extent.end(), self.tail.extent.start)
+    }
+
+    /// Writes bytes of the volume. Those of its first and last MiB are kept back.
     ///
     /// # Errors
     /// If the range lies behind the volume's end, or the device refuses.
     pub fn write(&self, offset: Offset, bytes: &[u8]) -> Result<()> {
-        let mut rest = (offset, bytes);
-        if offset.0 < HEAD.0 {
-            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-            let start = ByteLen(offset.0).as_usize();
-            let len = bytes.len().min(head.len().saturating_sub(start));
-            head[start..start + len].copy_from_slice(&bytes[..len]);
-            rest = (offset + ByteLen(len as u64), &bytes[len..]);
+        check_range(self.size, offset, ByteLen(bytes.len() as u64))?;
+        let extent = Extent::new(offset.0, bytes.len() as u64);
+        for held in [&self.head, &self.tail] {
+            held.change(extent, |part, at| {
+                part.copy_from_slice(&bytes[at..at + part.len()]);
+            });
         }
-        let (offset, bytes) = rest;
-        if bytes.is_empty() {
+        let Some(rest) = extent.intersect(self.middle()) else {
             return Ok(());
-        }
+        };
+        let at = rest.start.since(offset).as_usize();
         self.disk
-            .write_all_at(bytes, offset.0)
-            .map_err(|error| Error::from(error).at(offset))
+            .write_all_at(&bytes[at..at + rest.len.as_usize()], rest.start.0)
+            .map_err(|error| Error::from(error).at(rest.start))
     }
 
     /// Writes zeros, really.
@@ -238,26 +281,28 @@ impl Target {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn zero(&self, extent: Extent) -> Result<()> {
-        let head_end = Offset(HEAD.min(self.size).0);
-        if let Some(part) = extent.intersect(Extent::between(Offset::ZERO, head_end)) {
-            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-            head[part.start.0 as usize..part.end().0 as usize].fill(0);
+        check_range(self.size, extent.start, extent.len)?;
+        for held in [&self.head, &self.tail] {
+            held.change(extent, |part, _| part.fill(0));
         }
-        let rest = Extent::between(extent.start.max(head_end), extent.end());
+        let Some(rest) = extent.intersect(self.middle()) else {
+            return Ok(());
+        };
         self.disk
             .zero_range(rest.start.0, rest.len.0)
             .map_err(|error| Error::from(error).at(rest.start))
     }
 
-    /// Makes the volume whole: everything written so far reaches stable storage, and then the head.
+    /// Makes the volume whole: everything written so far reaches stable storage, and then what was
+    /// held back, the head last.
     ///
     /// # Errors
-    /// If the device refuses; the target then holds no signature, or is damaged at its start.
+    /// If the device refuses; the target then holds no signature, or is damaged at its ends.
     pub fn finish(mut self) -> Result<()> {
         self.disk.sync()?;
-        {
-            let head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-            self.disk.write_all_at(&head, 0)?;
+        for held in [&self.tail, &self.head] {
+            let bytes = held.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            self.disk.write_all_at(&bytes, held.extent.start.0)?;
         }
         self.disk.sync()?;
         self.is_done = true;

@@ -3,12 +3,13 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::holdstill::{command, finish, listing, run, run_from, wait};
+use crate::common::holdstill::{command, finish, listing, run, run_from, same_bytes, wait};
 use crate::common::scene::{assert_no_signature, backup_to};
 use crate::common::volume::{ext4, map};
 use crate::common::{
@@ -145,6 +146,59 @@ fn privileged_a_killed_restore_leaves_no_filesystem_on_a_device() {
     crate::common::volume::copy(&source, &file);
     let target = LoopDevice::attach(&file);
     kill_restores(&mut rng, &source, &image, target.path());
+}
+
+/// Writes what makes a disk a member of an md array, at its end (version 1.0: `struct mdp_superblock_1`
+/// of the kernel's md_p.h, 8 KiB before the end).
+fn make_md_member(disk: &Path) {
+    let size = disk.metadata().unwrap().len();
+    let offset = (size - 8192) / 4096 * 4096;
+    let file = File::options().write(true).open(disk).unwrap();
+    let mut superblock = [0; 256];
+    superblock[..4].copy_from_slice(&0xa92b_4efc_u32.to_le_bytes());
+    superblock[4] = 1;
+    superblock[16..32].fill(7);
+    superblock[144..152].copy_from_slice(&(offset / 512).to_le_bytes());
+    file.write_all_at(&superblock, offset).unwrap();
+    let shown = tool("blkid", [Path::new("-p"), disk]);
+    assert!(shown.contains("linux_raid_member"), "{shown}");
+}
+
+/// Signatures at the end of the target neither survive from before nor come too early.
+#[test]
+fn the_end_of_a_target_holds_no_signature_either() {
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let [noise, image, target] = ["noise", "image", "target"].map(|name| dir.path().join(name));
+    let mut bytes = vec![0; 8 << 20];
+    rng.fill(&mut bytes);
+    std::fs::write(&noise, &bytes).unwrap();
+    // Ends as a member of an array, and so does the target before.
+    make_md_member(&noise);
+    run(backup_to(&noise, &image)).expect(0);
+    let args = [Path::new("restore"), Path::new("--yes"), &image, &target];
+    std::fs::copy(&noise, &target).unwrap();
+    let mut slow = command(args);
+    slow.args(["--json", "--rate", "4M"]);
+    let mut child = spawn(&mut slow);
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    wait_for(&mut lines, "progress");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_no_signature(&target);
+
+    run(args).expect(0);
+    let shown = tool("blkid", [Path::new("-p"), &target]);
+    assert!(shown.contains("linux_raid_member"), "{shown}");
+    assert!(same_bytes(&noise, &target));
+
+    // Used blocks alone would leave what was there before in the free ones.
+    let source = dir.path().join("source");
+    ext4(&source, 8 << 20, "", None);
+    run(backup_to(&source, &image)).expect(0);
+    run(args).expect(0);
+    let shown = tool("blkid", [Path::new("-p"), &target]);
+    assert!(shown.contains("ext4") && !shown.contains("raid"), "{shown}");
 }
 
 fn signal(child: &Child, name: &str) {
