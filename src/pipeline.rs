@@ -18,8 +18,13 @@ pub mod throttle;
 
 use std::num::NonZeroUsize;
 
+/// Most workers by default: what they hold in memory must fit a small machine, and more than so many
+/// cores no disk keeps busy.
+const MOST_WORKERS: usize = 8;
+
 /// Workers to run by default: one more than cores, so that one can wait for a disk while every core
 /// has work.
 pub fn default_workers() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZeroUsize::get) + 1
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (cores + 1).min(MOST_WORKERS)
 }

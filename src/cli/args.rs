@@ -203,7 +203,7 @@ pub(super) struct CopyArgs {
     /// Move at most so many bytes a second (K, M, G, T: powers of 1024)
     #[arg(long, value_name = "SIZE")]
     rate: Option<ByteLen>,
-    /// Threads that do the work (default: one more than processors)
+    /// Threads that do the work (default: one more than processors, 8 at most)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
 }

@@ -86,6 +86,9 @@ pub const DEFAULT_LEVEL: i32 = 1;
 /// Levels of zstd that can be chosen. Those above 19 need more memory than a rescue system may have.
 const LEVELS: RangeInclusive<i32> = -7..=19;
 
+/// Buffers beyond those that workers hold: for chunks that wait until their turn to be written comes.
+const SPARE_BUFFERS: usize = 4;
+
 /// Compressed payloads must save at least this share of the plain bytes: one in so many. Otherwise
 /// they are stored as they are, which costs nothing to restore.
 const WORTH_COMPRESSING: usize = 32;
@@ -122,8 +125,8 @@ pub fn store<S: Sink>(
     progress: &dyn Progress,
 ) -> Result<Moved> {
     let room = job.compression.chunk_len();
-    let plain = Pool::new(2 * job.workers + 2, room);
-    let packed = Pool::new(2 * job.workers + 2, room);
+    let plain = Pool::new(job.workers + SPARE_BUFFERS, room);
+    let packed = Pool::new(job.workers + SPARE_BUFFERS, room);
     let (to_workers, chunks) = bounded(job.workers);
     let (to_writer, finished) = bounded(job.workers);
     std::thread::scope(|scope| {

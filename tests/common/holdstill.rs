@@ -8,6 +8,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
+use std::sync::Once;
+
+use nix::sys::signal::{SigHandler, Signal, signal};
 use serde_json::Value;
 
 use super::spawn;
@@ -17,6 +20,7 @@ const ERRORS: [i32; 6] = [1, 2, 3, 4, 130, 143];
 
 /// The program, not started yet: with no input, and its output caught.
 pub(crate) fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    default_signals();
     let mut command = Command::new(env!("CARGO_BIN_EXE_holdstill"));
     command
         .args(args)
@@ -27,6 +31,18 @@ pub(crate) fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Com
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
+}
+
+/// Signals that a caller of the tests ignores (a background job, `nohup`) would be ignored by the
+/// program, too, as they should: so the tests begin with the default.
+fn default_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for number in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            // SAFETY: the default runs no code of ours.
+            unsafe { signal(number, SigHandler::SigDfl) }.expect("a default signal");
+        }
+    });
 }
 
 /// Runs the program to its end.
