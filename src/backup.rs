@@ -16,7 +16,8 @@ use crate::image::manifest::{
     Blocks, FreezeTimes, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer,
 };
 use crate::image::writer::ImageWriter;
-use crate::pipeline::read::OnReadError;
+use crate::pipeline::Bounds;
+use crate::pipeline::read::{OnReadError, Reading};
 use crate::pipeline::sink::OutputSink;
 use crate::pipeline::store::{Compression, Job, store};
 use crate::plan::Plan;
@@ -41,8 +42,8 @@ pub struct Options {
     pub on_read_error: OnReadError,
     /// Replace an existing image.
     pub force: bool,
-    /// Threads that read, hash and compress.
-    pub workers: usize,
+    /// What it may take of the machine.
+    pub bounds: Bounds,
     /// Commands around the freeze.
     pub hooks: Hooks,
     /// The run's id, for the image and for what is made on the way.
@@ -147,7 +148,9 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         run: &run,
         output: Some(output.as_fd()),
         all_blocks: options.all_blocks,
+        compare: false,
         on_read_error: options.on_read_error,
+        memory: options.bounds.memory,
         progress,
     };
     let mut warnings = Vec::new();
@@ -251,12 +254,14 @@ fn copy(
     let mut pass_number = 0;
     while let Some(pass) = still.next_pass(progress)? {
         let job = Job {
-            source: pass.source,
-            volume,
+            reading: Reading {
+                source: pass.source,
+                volume,
+                on_read_error: options.on_read_error,
+                bounds: options.bounds,
+            },
             pass: pass_number,
             compression: options.compression,
-            on_read_error: options.on_read_error,
-            workers: options.workers,
         };
         let stored = store(&job, pass.walk, image, progress)?;
         unreadable.extend(stored.unreadable);

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::{Context, Proof, Step};
+use crate::freeze::{Context, Pass, Proof, Purpose, Step, Still};
 use crate::image::manifest::{FreezeTimes, Grade};
-use crate::pipeline::copy::{Job, copy};
+use crate::pipeline::Bounds;
+use crate::pipeline::copy::copy;
 use crate::pipeline::load::Receive;
-use crate::pipeline::read::OnReadError;
+use crate::pipeline::read::{OnReadError, Reading};
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run};
@@ -33,10 +35,12 @@ pub struct Options {
     pub on_read_error: OnReadError,
     /// Discard the target first.
     pub discard: bool,
+    /// Read the target back and compare.
+    pub verify: bool,
     /// Commands around the freeze.
     pub hooks: Hooks,
-    /// Threads that read and write.
-    pub workers: usize,
+    /// What it may take of the machine.
+    pub bounds: Bounds,
     /// The run's id.
     pub run_id: String,
 }
@@ -62,6 +66,8 @@ pub struct Report {
     pub used_bytes: u64,
     /// What could not be read and is zeros: offset and length in bytes.
     pub unreadable: Vec<(u64, u64)>,
+    /// Whether the target was read back and compared.
+    pub verified: bool,
     /// Seconds from the start to the end.
     pub elapsed_s: f64,
     /// What the user was warned of.
@@ -115,7 +121,9 @@ pub fn run(
         run: &run,
         output: Some(target.as_fd()),
         all_blocks: options.all_blocks,
+        compare: options.verify,
         on_read_error: options.on_read_error,
+        memory: options.bounds.memory,
         progress,
     };
     let mut still = plan.hold_still(&context)?;
@@ -133,17 +141,9 @@ pub fn run(
     for warning in &warnings {
         progress.warn(warning);
     }
-    progress.total(still.survey().bytes);
-    let mut unreadable: Vec<Extent> = Vec::new();
-    while let Some(pass) = still.next_pass(progress)? {
-        let job = Job {
-            source: pass.source,
-            volume: 1,
-            on_read_error: options.on_read_error,
-            workers: options.workers,
-        };
-        unreadable.extend(copy(&job, pass.walk, &Whole(&target), progress)?.unreadable);
-    }
+    let bytes = still.survey().bytes;
+    progress.total(if options.verify { bytes + bytes } else { bytes });
+    let unreadable = copy_passes(&mut *still, &target, options, progress)?;
     let used = still.survey().bytes;
     let Proof {
         grade,
@@ -151,7 +151,7 @@ pub fn run(
         freezes,
     } = still.finish(progress)?;
     progress.check()?;
-    target.finish()?;
+    target.finish(options.verify)?;
     Ok(Report {
         source: plan.source.path.display().to_string(),
         target: options.target.display().to_string(),
@@ -167,21 +167,81 @@ pub fn run(
             .iter()
             .map(|extent| (extent.start.0, extent.len.0))
             .collect(),
+        verified: options.verify,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
 }
 
-/// A target that receives one volume.
+/// Copies all passes of a source, and compares what there is to compare. Returns what could not be
+/// read.
+fn copy_passes(
+    still: &mut dyn Still,
+    target: &Target,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Vec<Extent>> {
+    let mut unreadable = Vec::new();
+    // From the pass to compare on, what is written is read back at once.
+    let mut comparison = None;
+    loop {
+        let Some(pass) = still.next_pass(progress)? else {
+            break;
+        };
+        match pass.purpose {
+            Purpose::Copy => {
+                let whole = Whole(target, comparison.as_ref());
+                unreadable.extend(run_pass(pass, &whole, options, progress)?);
+            }
+            Purpose::Compare => {
+                target.sync()?;
+                let size = pass.source.len();
+                let begun = Comparison::new(VOLUME, size, target.path())?.within(target.middle());
+                let begun = comparison.insert(begun);
+                run_pass(pass, begun, options, progress)?;
+                let differing = begun.take_differing();
+                if !differing.is_empty() && !still.has_rewritten(&differing)? {
+                    return Err(begun.mismatch(&differing));
+                }
+            }
+        }
+    }
+    comparison.map_or(Ok(()), |comparison| comparison.finish())?;
+    Ok(unreadable)
+}
+
+fn run_pass(
+    pass: Pass<'_>,
+    receiver: &dyn Receive,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Vec<Extent>> {
+    let reading = Reading {
+        source: pass.source,
+        volume: VOLUME,
+        on_read_error: options.on_read_error,
+        bounds: options.bounds,
+    };
+    Ok(copy(&reading, pass.walk, receiver, progress)?.unreadable)
+}
+
+/// The only volume of a clone.
+const VOLUME: u32 = 1;
+
+/// A target that receives the volume, and what each write is compared with when it is done.
 #[derive(Debug)]
-struct Whole<'a>(&'a Target);
+struct Whole<'a>(&'a Target, Option<&'a Comparison>);
 
 impl Receive for Whole<'_> {
-    fn data(&self, _: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
-        self.0.write(offset, bytes)
+    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+        self.0.write(offset, bytes)?;
+        self.1
+            .map_or(Ok(()), |comparison| comparison.data(volume, offset, bytes))
     }
 
-    fn zeros(&self, _: u32, extent: Extent) -> Result<()> {
-        self.0.zero(extent)
+    fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.0.zero(extent)?;
+        self.1
+            .map_or(Ok(()), |comparison| comparison.zeros(volume, extent))
     }
 }

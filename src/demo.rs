@@ -11,7 +11,7 @@ pub use self::ledger::Verdict;
 use self::scene::Scene;
 use crate::error::Result;
 use crate::image::manifest::Grade;
-use crate::pipeline::default_workers;
+use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::{Compression, DEFAULT_LEVEL};
 use crate::progress::{Event, Progress};
@@ -68,7 +68,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         all_blocks: false,
         on_read_error: OnReadError::Fail,
         force: false,
-        workers: default_workers(),
+        bounds: Bounds::default(),
         hooks: Hooks::default(),
         run_id: run_id.to_owned(),
     };
@@ -82,7 +82,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         against: None,
         volume: 0,
         expect_id: None,
-        workers: options.workers,
+        bounds: options.bounds,
     };
     verify::run(&verify_options, progress)?;
     let restored = scene.path("restored.raw");
@@ -93,7 +93,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         verify: true,
         salvage: false,
         expect_id: None,
-        workers: options.workers,
+        bounds: options.bounds,
     };
     restore::run(&restore_options, &mut |_, _| Ok(()), progress)?;
     Ok(Report {

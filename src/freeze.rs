@@ -15,12 +15,14 @@ use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 
 use crate::error::{Error, Kind, Result};
+use crate::extent::ExtentSet;
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::survey::Survey;
+use crate::units::ByteLen;
 
 /// A way to make a source hold still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,8 +90,12 @@ pub struct Context<'a> {
     pub output: Option<BorrowedFd<'a>>,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
+    /// Give a pass to compare the copy with as well.
+    pub compare: bool,
     /// What unreadable blocks become.
     pub on_read_error: OnReadError,
+    /// Most memory to hold what is read in a freeze, if there is a bound beside the step's own.
+    pub memory: Option<ByteLen>,
     /// Who listens.
     pub progress: &'a dyn Progress,
 }
@@ -101,6 +107,43 @@ pub struct Pass<'a> {
     pub source: &'a dyn ReadAt,
     /// What to read, ascending.
     pub walk: Box<Walk<'a>>,
+    /// What for.
+    pub purpose: Purpose,
+}
+
+/// What a pass is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be copied.
+    Copy,
+    /// To be compared with what was copied before. What passes after this one give has to be compared
+    /// when it is written.
+    Compare,
+}
+
+/// The passes of a source that holds still from the first read to the last: one to copy it, and on
+/// request the same again, to compare.
+#[derive(Clone, Copy, Debug)]
+struct OnePass {
+    next: Option<Purpose>,
+    compare: bool,
+}
+
+impl OnePass {
+    fn new(compare: bool) -> Self {
+        Self {
+            next: Some(Purpose::Copy),
+            compare,
+        }
+    }
+
+    fn next(&mut self) -> Option<Purpose> {
+        let purpose = self.next.take();
+        if purpose == Some(Purpose::Copy) && self.compare {
+            self.next = Some(Purpose::Compare);
+        }
+        purpose
+    }
 }
 
 /// A source that holds still.
@@ -114,6 +157,15 @@ pub trait Still {
     /// # Errors
     /// If it moved after all, or reading fails.
     fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>>;
+
+    /// Whether nothing but a later write to the source can be why these blocks differed in a pass to
+    /// compare: then a pass that is still to come gives them again.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    fn has_rewritten(&self, _differing: &ExtentSet) -> Result<bool> {
+        Ok(false)
+    }
 
     /// Proves that it held still, and lets go.
     ///

@@ -11,6 +11,7 @@ pub mod backup;
 pub mod cleanup;
 pub mod cli;
 pub mod clone;
+pub mod compare;
 pub mod demo;
 pub mod dry_run;
 

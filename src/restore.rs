@@ -12,6 +12,7 @@ use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, VolumeManifest};
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
+use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::target::{Candidate, Target};
@@ -33,8 +34,8 @@ pub struct Options {
     pub salvage: bool,
     /// The id the image must have.
     pub expect_id: Option<ExpectedId>,
-    /// Threads that check, decompress and write.
-    pub workers: usize,
+    /// What it may take of the machine.
+    pub bounds: Bounds,
 }
 
 /// What a restore achieved.
@@ -161,7 +162,7 @@ pub fn run(
         true => &tolerant,
         false => &targets,
     };
-    let read = load(&mut image, receiver, options.workers, progress, |head| {
+    let read = load(&mut image, receiver, options.bounds, progress, |head| {
         head.add_to(&mut content)
     });
     let check = || match options.salvage {
@@ -179,10 +180,10 @@ pub fn run(
     let (end, damages) = check().map_err(|error| error.on(input::name(&options.image)))?;
     progress.check()?;
     for (_, target) in targets.0 {
-        target.finish()?;
+        target.finish(false)?;
     }
     if options.verify {
-        verify::compare(&options.image, &wanted, options.workers, progress)?;
+        verify::compare(&options.image, &wanted, options.bounds, progress)?;
     }
     damages
         .as_failure("all that is whole was written; lost blocks are zeros")

@@ -250,8 +250,8 @@ impl Target {
         Ok(self.disk.sync()?)
     }
 
-    /// What is written at once.
-    fn middle(&self) -> Extent {
+    /// What is written at once; the rest by [`finish`](Self::finish).
+    pub fn middle(&self) -> Extent {
         Extent::between(self.head.extent.end(), self.tail.extent.start)
     }
 
@@ -293,24 +293,52 @@ impl Target {
             .map_err(|error| Error::from(error).at(rest.start))
     }
 
+    /// Brings everything written so far to stable storage.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn sync(&self) -> Result<()> {
+        Ok(self.disk.sync()?)
+    }
+
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was
-    /// held back, the head last.
+    /// held back, the head last; with `compare`, that is read back.
     ///
     /// # Errors
     /// If the device refuses; the target then holds no signature, or is damaged at its ends.
-    pub fn finish(mut self) -> Result<()> {
+    /// [`Kind::Mismatch`] if it holds something else: it is without a signature again then.
+    pub fn finish(mut self, compare: bool) -> Result<()> {
         self.disk.sync()?;
         for held in [&self.tail, &self.head] {
             let bytes = held.bytes.lock().unwrap_or_else(PoisonError::into_inner);
             self.disk.write_all_at(&bytes, held.extent.start.0)?;
         }
         self.disk.sync()?;
+        if compare {
+            self.compare_held()?;
+        }
         self.is_done = true;
         if self.claimed.take().is_some() {
             // A whole disk may have a partition table now. A partition cannot be asked, and a disk
             // without one says no: neither matters.
             if let Err(error) = self.disk.reread_table() {
                 log::debug!("{error}");
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_held(&self) -> Result<()> {
+        for held in [&self.tail, &self.head] {
+            let start = held.extent.start;
+            let found = self.disk.read_vec_at(start, held.extent.len)?;
+            let bytes = held.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            if *bytes != found {
+                self.clear_signatures()?;
+                let what = "what was written reads back as something else, within 1 MiB";
+                return Err(Error::new(Kind::Mismatch, what)
+                    .on(self.disk.path())
+                    .at(start));
             }
         }
         Ok(())

@@ -1,23 +1,19 @@
 //! `verify`: every byte of an image is checked, and on request compared with a device.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
-use holdstill_platform::buffer::Buffer;
-use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
+use crate::compare::Comparison;
 use crate::damage::Tolerant;
 use crate::error::{Error, Kind, Result};
-use crate::extent::{Extent, ExtentSet};
-use crate::image::content::{RunningContent, is_zero, to_hex};
-use crate::image::format::BLOCK;
+use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Trailer, VolumeManifest};
 use crate::input::{self, ExpectedId};
+use crate::pipeline::Bounds;
 use crate::pipeline::load::{Discard, Receive, load};
 use crate::progress::Progress;
-use crate::read_at::ReadAt;
-use crate::units::{ByteLen, Offset};
+use crate::units::ByteLen;
 
 /// What to verify.
 #[derive(Clone, Debug)]
@@ -30,8 +26,8 @@ pub struct Options {
     pub volume: u32,
     /// The id it must have.
     pub expect_id: Option<ExpectedId>,
-    /// Threads that check and decompress.
-    pub workers: usize,
+    /// What it may take of the machine.
+    pub bounds: Bounds,
 }
 
 /// What was found.
@@ -77,10 +73,10 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     progress.total(image.manifest().used_bytes());
     let comparison = match &options.against {
-        Some(path) => Some(Comparison::new(
-            &volume_of(&image.manifest().volumes, options.volume)?,
-            path,
-        )?),
+        Some(path) => {
+            let volume = volume_of(&image.manifest().volumes, options.volume)?;
+            Some(Comparison::new(volume.n, ByteLen(volume.size), path)?)
+        }
         None => None,
     };
     let receiver: &dyn Receive = match &comparison {
@@ -88,7 +84,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         None => &Discard,
     };
     let receiver = Tolerant::new(receiver, false, progress);
-    let read = load(&mut image, &receiver, options.workers, progress, |head| {
+    let read = load(&mut image, &receiver, options.bounds, progress, |head| {
         head.add_to(&mut content)
     });
     let check = || {
@@ -132,7 +128,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
 pub fn compare(
     image: &Path,
     targets: &[(VolumeManifest, PathBuf)],
-    workers: usize,
+    bounds: Bounds,
     progress: &dyn Progress,
 ) -> Result<()> {
     for (volume, path) in targets {
@@ -141,7 +137,7 @@ pub fn compare(
             against: Some(path.clone()),
             volume: volume.n,
             expect_id: None,
-            workers,
+            bounds,
         };
         run(&options, progress)?;
     }
@@ -190,129 +186,4 @@ fn volume_of(volumes: &[VolumeManifest], number: u32) -> Result<VolumeManifest> 
         .get(index)
         .cloned()
         .ok_or_else(|| Error::new(Kind::Usage, format!("the image holds no volume {number}")))
-}
-
-/// Compares what an image holds with a device. Blocks that differ are remembered, not reported at
-/// once: a later pass of the image may hold what the device has.
-#[derive(Debug)]
-struct Comparison {
-    disk: Disk,
-    volume: u32,
-    differing: Mutex<ExtentSet>,
-}
-
-/// So many separate differences are enough to stop looking.
-const ENOUGH: usize = 100_000;
-
-impl Comparison {
-    fn new(volume: &VolumeManifest, path: &Path) -> Result<Self> {
-        let disk = Disk::open(path, Access::Read)?;
-        if ReadAt::len(&disk) < ByteLen(volume.size) {
-            return Err(Error::new(
-                Kind::Mismatch,
-                format!(
-                    "it is smaller ({}) than the volume ({})",
-                    ReadAt::len(&disk),
-                    ByteLen(volume.size)
-                ),
-            )
-            .on(path));
-        }
-        Ok(Self {
-            disk,
-            volume: volume.n,
-            differing: Mutex::default(),
-        })
-    }
-
-    /// Compares block by block what the device has at `offset` with what `expected` says.
-    fn compare(&self, extent: Extent, expected: impl Fn(usize, &[u8]) -> bool) -> Result<()> {
-        let mut found = Buffer::new(extent.len.0.min(COMPARED_AT_ONCE) as usize);
-        let mut at = extent.start;
-        while at < extent.end() {
-            let piece = extent.end().since(at).0.min(found.len() as u64) as usize;
-            self.disk
-                .read_exact_at(&mut found[..piece], at.0)
-                .map_err(|error| Error::from(error).at(at))?;
-            for (number, block) in found[..piece].chunks(BLOCK as usize).enumerate() {
-                let start = at + ByteLen(number as u64 * BLOCK);
-                let block_extent = Extent::new(start.0, block.len() as u64);
-                let differs = !expected(start.since(extent.start).as_usize(), block);
-                self.note(block_extent, differs)?;
-            }
-            at = at + ByteLen(piece as u64);
-        }
-        Ok(())
-    }
-
-    fn note(&self, block: Extent, differs: bool) -> Result<()> {
-        let mut set = self
-            .differing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if differs {
-            set.insert(block);
-            if set.runs().len() > ENOUGH {
-                return Err(self.mismatch(&set));
-            }
-        } else if !set.is_empty() {
-            set.remove(block);
-        }
-        Ok(())
-    }
-
-    fn mismatch(&self, differing: &ExtentSet) -> Error {
-        let bytes = differing.bytes();
-        let first = differing
-            .runs()
-            .first()
-            .map_or(Offset::ZERO, |run| run.start);
-        Error::new(
-            Kind::Mismatch,
-            format!("{} ({} bytes) differ from the image, first", bytes, bytes.0),
-        )
-        .on(self.disk.path())
-        .at(first)
-    }
-
-    fn finish(&self) -> Result<()> {
-        let set = self
-            .differing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if set.is_empty() {
-            Ok(())
-        } else {
-            Err(self.mismatch(&set))
-        }
-    }
-}
-
-/// Bytes read from the device at once.
-const COMPARED_AT_ONCE: u64 = 1 << 20;
-
-impl Receive for Comparison {
-    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
-        if volume != self.volume {
-            return Ok(());
-        }
-        let extent = Extent::new(offset.0, bytes.len() as u64);
-        self.compare(extent, |at, block| bytes[at..at + block.len()] == *block)
-    }
-
-    fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
-        if volume != self.volume {
-            return Ok(());
-        }
-        self.compare(extent, |_, block| is_zero(block))
-    }
-
-    fn trim(&self, volume: u32, extent: Extent) {
-        if volume == self.volume {
-            self.differing
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(extent);
-        }
-    }
 }

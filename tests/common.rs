@@ -18,11 +18,20 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ::holdstill::error::{Error, IoContext, Result};
+use ::holdstill::pipeline::Bounds;
 use ::holdstill::read_at::{ReadAt, check_range};
 use ::holdstill::units::{ByteLen, Offset};
 
 /// Where Debian keeps the tools, also those of the administrator.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// So many threads, and no other bound.
+pub(crate) fn threads(threads: usize) -> Bounds {
+    Bounds {
+        threads,
+        memory: None,
+    }
+}
 
 /// A folder that is removed at the end: in memory where there is enough of it, else in the
 /// system's temporary folder.

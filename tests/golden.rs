@@ -24,7 +24,7 @@ use ::holdstill::units::{ByteLen, Offset};
 
 use crate::common::holdstill;
 use crate::common::reseal::{records, reseal};
-use crate::common::{output, temp_dir};
+use crate::common::{output, temp_dir, threads};
 
 const TIME: &str = "2026-11-22T14:02:07.12Z";
 const CELL_LEN: usize = CELL as usize;
@@ -408,7 +408,7 @@ fn images_are_written_as_they_always_were() {
 /// Both ways of reading, in order and by the index.
 fn read(image: &Vec<u8>) -> Result<Vec<Vec<u8>>> {
     let mut reader = ImageReader::open(image.as_slice())?;
-    let end = load(&mut reader, &Discard, 2, &Silent, |_| ())?;
+    let end = load(&mut reader, &Discard, threads(2), &Silent, |_| ())?;
     let (indexed, summary) = IndexedImage::open(image)?;
     assert_eq!(
         summary.trailer.content_id,

@@ -15,7 +15,7 @@ use holdstill::units::{ByteLen, Offset};
 
 use crate::common::holdstill::run;
 use crate::common::reseal::{records, reseal};
-use crate::common::{Rng, count, output, seed, temp_dir};
+use crate::common::{Rng, count, output, seed, temp_dir, threads};
 
 const FRAME: usize = 4096;
 
@@ -75,7 +75,7 @@ fn read_all_ways(image: &Vec<u8>, rng: &mut Rng) -> bool {
             manifest,
             is_tolerant: false,
         };
-        load(&mut reader, &watcher, 1, &Silent, |_| ())
+        load(&mut reader, &watcher, threads(1), &Silent, |_| ())
     });
     let behind_damage = ImageReader::open(image.as_slice()).or_else(|error| {
         let front = Front::from_end(image)?;
@@ -89,7 +89,7 @@ fn read_all_ways(image: &Vec<u8>, rng: &mut Rng) -> bool {
             manifest,
             is_tolerant: true,
         };
-        if let Err(error) = load(&mut reader, &watcher, 1, &Silent, |_| ()) {
+        if let Err(error) = load(&mut reader, &watcher, threads(1), &Silent, |_| ()) {
             assert_eq!(error.kind().exit_code(), 4, "{error}");
         }
     }

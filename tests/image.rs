@@ -12,13 +12,13 @@ use holdstill::image::reader::ImageReader;
 use holdstill::image::tables::{Content, Run};
 use holdstill::image::writer::ImageWriter;
 use holdstill::pipeline::load::{Discard, Receive, load};
-use holdstill::pipeline::read::OnReadError;
+use holdstill::pipeline::read::{OnReadError, Reading};
 use holdstill::pipeline::store::{Compression, Job, store};
 use holdstill::progress::Silent;
 use holdstill::units::{ByteLen, Offset};
 use proptest::prelude::*;
 
-use crate::common;
+use crate::common::{self, threads};
 
 /// Poison for whatever an image should not touch.
 const UNTOUCHED: u8 = 0xA5;
@@ -75,12 +75,14 @@ fn image_of_runs(passes: &[(Vec<u8>, Vec<Run>)], compression: Compression) -> Ve
     let mut image = ImageWriter::begin(Vec::new(), [7; 16], max_plain, &manifest(size)).unwrap();
     for (pass, (source, runs)) in passes.iter().enumerate() {
         let job = Job {
-            source,
-            volume: 1,
+            reading: Reading {
+                source,
+                volume: 1,
+                on_read_error: OnReadError::Fail,
+                bounds: threads(2),
+            },
             pass: pass as u32,
             compression,
-            on_read_error: OnReadError::Fail,
-            workers: 2,
         };
         let walk = Box::new(move |sink: &mut dyn FnMut(Run) -> Result<()>| {
             runs.iter().try_for_each(|run| sink(*run))
@@ -125,7 +127,7 @@ impl Receive for Memory {
 fn restored(image: &[u8], size: usize) -> Result<Vec<u8>> {
     let target = Memory(Mutex::new(vec![UNTOUCHED; size]));
     let mut reader = ImageReader::open(image)?;
-    load(&mut reader, &target, 2, &Silent, |_| ())?;
+    load(&mut reader, &target, threads(2), &Silent, |_| ())?;
     Ok(target.0.into_inner().unwrap())
 }
 
@@ -212,7 +214,7 @@ proptest! {
         }
         prop_assert!(got == expected);
         let mut reader = ImageReader::open(image.as_slice()).unwrap();
-        let end = load(&mut reader, &Discard, 2, &Silent, |_| ()).unwrap();
+        let end = load(&mut reader, &Discard, threads(2), &Silent, |_| ()).unwrap();
         prop_assert_eq!(end.trailer.content_id, Some(content_id_of(&reads_as)));
         prop_assert_eq!(end.len.0, image.len() as u64);
     }

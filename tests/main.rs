@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: one module per concept.
 
 mod backup;
+mod clone;
 mod common;
 mod damage;
 mod events;

@@ -20,7 +20,7 @@ use holdstill_platform::device::{Access, Disk};
 
 use crate::common::live::{LiveWriter, judge};
 use crate::common::volume::{poisoned_file, populate};
-use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file};
+use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file, threads};
 
 /// Length of the volumes.
 const SIZE: u64 = 1 << 30;
@@ -100,7 +100,7 @@ fn options(source: &Path, image: &Path) -> Options {
         all_blocks: false,
         on_read_error: OnReadError::Fail,
         force: false,
-        workers: 3,
+        bounds: threads(3),
         hooks: Hooks::default(),
         run_id: uuid::Uuid::new_v4().simple().to_string(),
     }

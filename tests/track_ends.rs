@@ -213,10 +213,12 @@ fn privileged_a_clone_of_a_busy_volume_is_one_instant() {
             Path::new("clone"),
             busy.mount.dir(),
             &copy,
+            Path::new("--verify"),
             Path::new("--json"),
         ])
         .expect(0)
         .last();
+        assert_eq!(json["verified"], true);
         assert_eq!(
             (json["freeze"].as_str(), json["grade"].as_str()),
             (Some("track"), Some("frozen"))

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Step;
 use crate::input::ExpectedId;
-use crate::pipeline::default_workers;
+use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
 use crate::run::Hooks;
@@ -190,7 +190,7 @@ impl BackupArgs {
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             force: self.force,
-            workers: workers(self.copying.threads),
+            bounds: self.copying.bounds.get(),
             hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
         })
@@ -203,13 +203,38 @@ pub(super) struct CopyArgs {
     /// Move at most so many bytes a second (K, M, G, T: powers of 1024)
     #[arg(long, value_name = "SIZE")]
     rate: Option<ByteLen>,
+    #[command(flatten)]
+    bounds: BoundArgs,
+}
+
+/// Bounds on what work may take of the machine.
+#[derive(Debug, Args)]
+struct BoundArgs {
     /// Threads that do the work (default: one more than processors, 8 at most)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
+    /// Hold at most so much in buffers, if need be with fewer threads (at least 16M); `track` holds
+    /// as much again for what changes last
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    memory: Option<ByteLen>,
 }
 
-fn workers(threads: Option<u16>) -> usize {
-    threads.map_or_else(default_workers, usize::from)
+fn memory(text: &str) -> std::result::Result<ByteLen, String> {
+    let memory: ByteLen = text.parse().map_err(|error: Error| error.to_string())?;
+    if memory < Bounds::LEAST_MEMORY {
+        return Err(format!("{} is the least", Bounds::LEAST_MEMORY));
+    }
+    Ok(memory)
+}
+
+impl BoundArgs {
+    fn get(&self) -> Bounds {
+        let default = Bounds::default();
+        Bounds {
+            threads: self.threads.map_or(default.threads, usize::from),
+            memory: self.memory,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -279,7 +304,7 @@ impl RestoreArgs {
             verify: self.verify,
             salvage: self.salvage,
             expect_id: expected_id(self.expect_id.as_ref())?,
-            workers: workers(self.copying.threads),
+            bounds: self.copying.bounds.get(),
         })
     }
 }
@@ -298,6 +323,9 @@ pub(super) struct CloneArgs {
     /// Discard the target first
     #[arg(long)]
     discard: bool,
+    /// Read the target back and compare
+    #[arg(long)]
+    verify: bool,
     #[command(flatten)]
     copying: CopyArgs,
     /// Print what would be done, and change nothing
@@ -314,8 +342,9 @@ impl CloneArgs {
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,
+            verify: self.verify,
             hooks: self.freeze.hooks(),
-            workers: workers(self.copying.threads),
+            bounds: self.copying.bounds.get(),
             run_id: run_id.to_owned(),
         })
     }
@@ -334,9 +363,8 @@ pub(super) struct VerifyArgs {
     /// Refuse an image whose image id, content id or root hash is another
     #[arg(long, value_name = "HASH")]
     expect_id: Option<String>,
-    /// Threads that check and decompress
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    bounds: BoundArgs,
 }
 
 impl VerifyArgs {
@@ -346,7 +374,7 @@ impl VerifyArgs {
             against: self.against.clone(),
             volume: self.volume.unwrap_or(0),
             expect_id: expected_id(self.expect_id.as_ref())?,
-            workers: workers(self.threads),
+            bounds: self.bounds.get(),
         })
     }
 }

@@ -71,9 +71,14 @@ pub(super) fn restore(report: &restore::Report) -> String {
 
 pub(super) fn clone(report: &clone::Report) -> String {
     let mut text = format!(
-        "{} is cloned to {}: {}, {}",
+        "{} is cloned to {}{}: {}, {}",
         Escaped(&report.source),
         Escaped(&report.target),
+        if report.verified {
+            " and read back"
+        } else {
+            ""
+        },
         ByteLen(report.used_bytes),
         grade(report.grade)
     );

@@ -10,7 +10,7 @@ use holdstill_platform::guard::Frozen;
 
 use super::mounted;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, Pass, Proof, Still};
+use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::progress::{Event, Progress};
 use crate::run::Run;
 use crate::source::Source;
@@ -28,7 +28,7 @@ pub struct Hold {
     // Dropped first of what matters: fields are dropped in order, and the thaw must not wait.
     frozen: Option<Frozen>,
     instant: jiff::Timestamp,
-    is_read: bool,
+    passes: OnePass,
     run: Run,
 }
 
@@ -97,7 +97,7 @@ impl Hold {
             survey,
             frozen: Some(frozen),
             instant,
-            is_read: false,
+            passes: OnePass::new(context.compare),
             run: run.clone(),
         })
     }
@@ -121,9 +121,9 @@ impl Still for Hold {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        if std::mem::replace(&mut self.is_read, true) {
+        let Some(purpose) = self.passes.next() else {
             return Ok(None);
-        }
+        };
         let this = &*self;
         Ok(Some(Pass {
             source: &this.disk,
@@ -140,6 +140,7 @@ impl Still for Hold {
                     sink(run)
                 })
             }),
+            purpose,
         }))
     }
 

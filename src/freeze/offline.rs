@@ -12,7 +12,7 @@ use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::freeze::{Context, Pass, Proof, Still};
+use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
@@ -27,7 +27,7 @@ pub struct Offline {
     survey: Survey,
     instant: jiff::Timestamp,
     watch: Watch,
-    is_read: bool,
+    passes: OnePass,
     run: Run,
 }
 
@@ -93,7 +93,7 @@ impl Offline {
             survey,
             instant: jiff::Timestamp::now(),
             watch,
-            is_read: false,
+            passes: OnePass::new(context.compare),
             run: context.run.clone(),
         })
     }
@@ -188,13 +188,14 @@ impl Still for Offline {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        if std::mem::replace(&mut self.is_read, true) {
+        let Some(purpose) = self.passes.next() else {
             return Ok(None);
-        }
+        };
         let (disk, survey) = (&self.disk, &self.survey);
         Ok(Some(Pass {
             source: disk,
             walk: Box::new(move |sink| survey.walk(disk, sink)),
+            purpose,
         }))
     }
 

@@ -5,7 +5,7 @@ use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::fsmap::UsedRange;
 
 use crate::error::Result;
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::image::format::BLOCK;
 use crate::image::tables::{Content, Run};
 use crate::units::{ByteLen, Offset, SECTOR};
@@ -116,6 +116,40 @@ pub(super) fn collect(
     joined.is_none_or(push_or_mark)
 }
 
+/// Hands everything that was copied and is in use to `sink`, but for what is stale. Takes no marks.
+pub(super) fn settled(
+    stale: &DirtyMap,
+    copied: &DirtyMap,
+    used: &[UsedRange],
+    sink: &mut dyn FnMut(Run) -> Result<()>,
+) -> Result<()> {
+    for range in used {
+        for (first, len) in runs(copied, blocks(range)) {
+            let mut at = first;
+            while at < first + len {
+                let end = stale.find(at).unwrap_or(u64::MAX).min(first + len);
+                if at < end {
+                    sink(Run {
+                        extent: Extent::new(at * BLOCK, (end - at) * BLOCK),
+                        content: Content::Data,
+                    })?;
+                }
+                at = end + 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether all blocks of a set are stale.
+pub(super) fn all_marked(stale: &DirtyMap, set: &ExtentSet) -> bool {
+    let mut blocks = set
+        .runs()
+        .iter()
+        .flat_map(|run| run.start.0 / BLOCK..run.end().0.div_ceil(BLOCK));
+    blocks.all(|block| stale.is_dirty(block))
+}
+
 /// Marks a run as stale again.
 pub(super) fn mark(stale: &DirtyMap, extent: Extent) {
     stale.mark(extent.start.0 / SECTOR, extent.len.0.div_ceil(SECTOR));
@@ -209,6 +243,27 @@ mod tests {
                 prop_assert_eq!(copied.is_dirty(block), both.contains(&block));
                 prop_assert_eq!(stale.is_dirty(block), marked.contains(&block) && !both.contains(&block));
             }
+        }
+
+        /// What is compared was copied, is in use, and is not stale; no mark is taken.
+        #[test]
+        fn what_is_settled_is_compared(
+            marked in any_blocks(), in_use in any_blocks(), before in any_blocks(),
+        ) {
+            let (stale, copied) = (map_of(&marked), map_of(&before));
+            let mut compared = Vec::new();
+            settled(&stale, &copied, &ranges_of(&in_use), &mut |run| {
+                compared.push(run.extent);
+                Ok(())
+            }).unwrap();
+            let expected: BTreeSet<u64> = before.intersection(&in_use)
+                .filter(|block| !marked.contains(block)).copied().collect();
+            prop_assert_eq!(blocks_of(compared.clone()), expected);
+            prop_assert_eq!(stale.count(), marked.len() as u64);
+            let compared: ExtentSet = compared.into_iter().collect();
+            prop_assert!(compared.is_empty() || !all_marked(&stale, &compared));
+            let marked: ExtentSet = marked.iter().map(|block| Extent::new(block * BLOCK, BLOCK)).collect();
+            prop_assert!(all_marked(&stale, &marked));
         }
 
         /// Without room no mark is lost: what was not read is still marked.

@@ -30,7 +30,8 @@ use super::live_map::LiveMap;
 use super::mounted::{self, milliseconds};
 use super::stale::{self, BLOCK_SHIFT};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, Pass, Proof, Still};
+use crate::extent::ExtentSet;
+use crate::freeze::{Context, Pass, Proof, Purpose, Still};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::image::tables::Run as BlockRun;
 use crate::progress::{Event, Progress};
@@ -69,6 +70,9 @@ const LEAST_MEMORY: ByteLen = ByteLen::mib(64);
 /// How long the reader of the trace may take to catch up.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
+/// How long to wait before looking again whether a write is complete.
+const NAP: Duration = Duration::from_millis(10);
+
 /// How long the disk may take to pause, outside and inside a freeze, so that its counters can be
 /// compared with the trace.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -93,6 +97,10 @@ pub struct Track {
     /// Blocks that any pass has copied.
     copied: DirtyMap,
     map: LiveMap,
+    /// Whether what was copied is still to be compared.
+    compare: bool,
+    /// Bytes of memory for what is read in the final freeze, at most.
+    most_memory: u64,
     /// What the trace has to agree with at the end; known since the first freeze.
     balance: Option<Balance>,
     phase: Phase,
@@ -106,6 +114,8 @@ pub struct Track {
 enum Phase {
     /// Nothing was copied.
     First,
+    /// Comparing what was copied and has not changed since.
+    Compared,
     /// Copying what has become stale. `left`: how much the last round began with.
     Rounds { done: u32, slow: u32, left: u64 },
     /// Everything was written out; what that made stale was copied.
@@ -166,6 +176,8 @@ impl Track {
             run,
             output,
             all_blocks,
+            compare,
+            memory,
             progress,
             ..
         } = *context;
@@ -227,6 +239,8 @@ impl Track {
             stale,
             copied,
             map,
+            compare,
+            most_memory: memory.map_or(MOST_MEMORY, |memory| memory.0.min(MOST_MEMORY)),
             phase: Phase::First,
             last_pass: None,
             freezes: Vec::new(),
@@ -301,7 +315,10 @@ impl Track {
         let is_slow = now as f64 >= CONVERGING * left as f64;
         let slow = if is_slow { slow + 1 } else { 0 };
         if now <= SMALL.0 || slow >= PATIENT_ROUNDS || done >= MOST_ROUNDS {
-            return Ok(Phase::Ready);
+            return Ok(match std::mem::take(&mut self.compare) {
+                true => Phase::Compared,
+                false => Phase::Ready,
+            });
         }
         Ok(Phase::Rounds {
             done: done + 1,
@@ -338,6 +355,18 @@ impl Track {
             walk: Box::new(move |sink| {
                 stale::take(&self.stale, &self.copied, self.map.used(), sink)
             }),
+            purpose: Purpose::Copy,
+        }
+    }
+
+    /// What was copied, is in use, and was not written to since. Everything else is copied after this.
+    fn settled_pass(&self) -> Pass<'_> {
+        Pass {
+            source: &*self.disk,
+            walk: Box::new(move |sink| {
+                stale::settled(&self.stale, &self.copied, self.map.used(), sink)
+            }),
+            purpose: Purpose::Compare,
         }
     }
 
@@ -347,7 +376,7 @@ impl Track {
         self.map.look(&self.source.path)?;
         self.map.make_room();
         let ready = stale::count(&self.stale, self.map.used());
-        let most = ByteLen(MOST_MEMORY.min(memory::available()? / 4));
+        let most = ByteLen(self.most_memory.min(memory::available()? / 4));
         if ready > most.0 / 2 {
             return Err(self.too_much(ready, most));
         }
@@ -502,6 +531,18 @@ impl Still for Track {
                         self.run.before_freeze()?;
                         self.sync_within_budget()?;
                     }
+                    return Ok(Some(match self.phase {
+                        Phase::Compared => self.settled_pass(),
+                        _ => self.stale_pass(),
+                    }));
+                }
+                Phase::Compared => {
+                    // Comparing took as long as copying: much may be stale again.
+                    self.phase = Phase::Rounds {
+                        done: 1,
+                        slow: 0,
+                        left: u64::MAX,
+                    };
                     return Ok(Some(self.stale_pass()));
                 }
                 Phase::Ready => {
@@ -514,7 +555,7 @@ impl Still for Track {
                     if self.tries == MOST_FREEZES {
                         return Err(self.too_much(
                             stale::count(&self.stale, self.map.used()),
-                            ByteLen(MOST_MEMORY),
+                            ByteLen(self.most_memory),
                         ));
                     }
                     self.phase = Phase::Rounds {
@@ -525,6 +566,24 @@ impl Still for Track {
                 }
                 Phase::Over => return Ok(None),
             }
+        }
+    }
+
+    /// A block may differ because it was written to before it was read for comparison: then the trace
+    /// tells of it, at the latest when that write is complete.
+    fn has_rewritten(&self, differing: &ExtentSet) -> Result<bool> {
+        let begin = Instant::now();
+        loop {
+            self.tracker()?
+                .drain(CATCH_UP)
+                .map_err(|error| self.untrusted(&error))?;
+            if stale::all_marked(&self.stale, differing) {
+                return Ok(true);
+            }
+            if begin.elapsed() > CATCH_UP {
+                return Ok(false);
+            }
+            std::thread::sleep(NAP);
         }
     }
 
@@ -557,6 +616,7 @@ impl LastPass {
         Pass {
             source: &self.read,
             walk: Box::new(move |sink| self.runs.iter().try_for_each(|run| sink(*run))),
+            purpose: Purpose::Copy,
         }
     }
 }

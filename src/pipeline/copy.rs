@@ -11,48 +11,32 @@ use crate::image::content::is_zero;
 use crate::image::tables::Content;
 use crate::pipeline::batch::Chunk;
 use crate::pipeline::load::Receive;
-use crate::pipeline::read::{Moved, Numbered, OnReadError, Walk, read_chunk, send_chunks};
+use crate::pipeline::read::{Moved, Numbered, Reading, Walk, read_chunk, send_chunks};
 use crate::progress::Progress;
-use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
 /// Bytes copied at once by each worker.
 const CHUNK: usize = 1 << 20;
-
-/// What and how to copy.
-#[derive(Clone, Copy)]
-#[allow(
-    missing_debug_implementations,
-    reason = "a source need not be printable"
-)]
-pub struct Job<'a> {
-    /// Where blocks are read.
-    pub source: &'a dyn ReadAt,
-    /// Number of the volume, for the receiver.
-    pub volume: u32,
-    /// What unreadable blocks become.
-    pub on_read_error: OnReadError,
-    /// Threads that read and write.
-    pub workers: usize,
-}
 
 /// Copies all runs that `walk` gives to `receiver`.
 ///
 /// # Errors
 /// The first failure of the walk, the source or the receiver, or the request to stop.
 pub fn copy(
-    job: &Job<'_>,
+    reading: &Reading<'_>,
     walk: Box<Walk<'_>>,
     receiver: &dyn Receive,
     progress: &dyn Progress,
 ) -> Result<Moved> {
-    let (to_workers, chunks) = bounded(job.workers);
+    // One buffer to read into, and one in case the receiver compares.
+    let workers = reading.bounds.workers(2 * CHUNK, 0);
+    let (to_workers, chunks) = bounded(workers);
     let outcome = Mutex::new(Ok(Moved::default()));
     let planned = std::thread::scope(|scope| {
-        for _ in 0..job.workers {
+        for _ in 0..workers {
             let (chunks, outcome) = (chunks.clone(), &outcome);
             scope.spawn(move || {
-                if let Err(error) = work(job, &chunks, receiver, progress, outcome) {
+                if let Err(error) = work(reading, &chunks, receiver, progress, outcome) {
                     let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
                     if outcome.is_ok() {
                         *outcome = Err(error);
@@ -62,7 +46,7 @@ pub fn copy(
         }
         // Only the workers' own ends must stay: when the last of them fails, the planner notices.
         drop(chunks);
-        let planned = send_chunks(walk, CHUNK, job.source.len(), &to_workers);
+        let planned = send_chunks(walk, CHUNK, reading.source.len(), &to_workers);
         // And the planner's own end must go, or the workers wait for more for ever.
         drop(to_workers);
         planned
@@ -76,7 +60,7 @@ pub fn copy(
 }
 
 fn work(
-    job: &Job<'_>,
+    reading: &Reading<'_>,
     chunks: &Receiver<Numbered<Chunk>>,
     receiver: &dyn Receive,
     progress: &dyn Progress,
@@ -86,8 +70,8 @@ fn work(
     for (_, chunk) in chunks {
         progress.check()?;
         let len = chunk.data_len().as_usize();
-        let unreadable = read_chunk(job.source, &chunk, job.on_read_error, &mut buffer[..len])?;
-        hand_out(job.volume, &chunk, &buffer[..len], receiver)?;
+        let unreadable = read_chunk(reading, &chunk, &mut buffer[..len])?;
+        hand_out(reading.volume, &chunk, &buffer[..len], receiver)?;
         progress.advance(chunk.len());
         let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *outcome {
@@ -127,6 +111,8 @@ mod tests {
     use super::*;
     use crate::extent::Extent;
     use crate::image::tables::Run;
+    use crate::pipeline::Bounds;
+    use crate::pipeline::read::OnReadError;
     use crate::progress::Silent;
     use crate::units::Offset;
 
@@ -151,18 +137,18 @@ mod tests {
     fn all_runs_arrive_and_nothing_else() {
         let source: Vec<u8> = (0..5 << 20).map(|byte: u32| (byte % 251) as u8).collect();
         let target = Target(Mutex::new(vec![0xa5; source.len()]));
-        let job = Job {
+        let reading = Reading {
             source: &source,
             volume: 1,
             on_read_error: OnReadError::Fail,
-            workers: 3,
+            bounds: Bounds::default(),
         };
         let (begin, end) = (4096, 4 << 20);
         let run = Run {
             extent: Extent::between(Offset(begin), Offset(end)),
             content: Content::Data,
         };
-        let moved = copy(&job, Box::new(move |give| give(run)), &target, &Silent).unwrap();
+        let moved = copy(&reading, Box::new(move |give| give(run)), &target, &Silent).unwrap();
         assert_eq!(moved.bytes, ByteLen(end - begin));
         let target = target.0.into_inner().unwrap();
         let (begin, end) = (begin as usize, end as usize);

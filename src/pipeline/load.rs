@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::image::reader::{DataHead, End, ImageReader, Item, Lost};
 use crate::image::tables::{Content, Tables};
+use crate::pipeline::Bounds;
 use crate::progress::Progress;
 use crate::units::{ByteLen, Offset};
 
@@ -62,12 +63,14 @@ impl Receive for Discard {
 pub fn load<R: Read>(
     image: &mut ImageReader<R>,
     receiver: &dyn Receive,
-    workers: usize,
+    bounds: Bounds,
     progress: &dyn Progress,
     mut heads: impl FnMut(&DataHead),
 ) -> Result<Box<End>> {
-    let stored = Pool::new(2 * workers + 1, image.max_plain());
     let max_plain = image.max_plain();
+    // Each worker decodes one record into a buffer of its own, while the next one waits for it.
+    let workers = bounds.workers(3 * max_plain, max_plain);
+    let stored = Pool::new(2 * workers + 1, max_plain);
     let in_flight = InFlight::default();
     let (to_workers, records) = bounded::<Loaded>(workers);
     let failure = Failure::default();

@@ -6,6 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::format::BLOCK;
 use crate::image::tables::Run;
+use crate::pipeline::Bounds;
 use crate::pipeline::batch::{Batcher, Chunk};
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
@@ -35,6 +36,23 @@ pub struct Moved {
     pub unreadable: Vec<Extent>,
 }
 
+/// What is read, and how.
+#[derive(Clone, Copy)]
+#[allow(
+    missing_debug_implementations,
+    reason = "a source need not be printable"
+)]
+pub struct Reading<'a> {
+    /// Where blocks are read.
+    pub source: &'a dyn ReadAt,
+    /// Number of the volume, from 1.
+    pub volume: u32,
+    /// What unreadable blocks become.
+    pub on_read_error: OnReadError,
+    /// What it may take of the machine.
+    pub bounds: Bounds,
+}
+
 /// A chunk and its place in the order.
 pub(super) type Numbered<T> = (u64, T);
 
@@ -62,11 +80,11 @@ pub(super) fn send_chunks(
 /// Reads the data runs of a chunk one behind the other into `bytes`, which is just as long. Returns
 /// what could not be read.
 pub(super) fn read_chunk(
-    source: &dyn ReadAt,
+    reading: &Reading<'_>,
     chunk: &Chunk,
-    on_error: OnReadError,
     bytes: &mut [u8],
 ) -> Result<Vec<Extent>> {
+    let source = reading.source;
     let mut unreadable = Vec::new();
     let mut rest = bytes;
     for extent in chunk.data() {
@@ -74,7 +92,7 @@ pub(super) fn read_chunk(
         rest = behind;
         match source.read_exact_at(bytes, extent.start) {
             Ok(()) => {}
-            Err(error) if on_error == OnReadError::Fail => {
+            Err(error) if reading.on_read_error == OnReadError::Fail => {
                 return Err(error.hint(READ_ERROR_HINT));
             }
             Err(_) => read_block_by_block(source, extent.start, bytes, &mut unreadable),

@@ -15,9 +15,8 @@ use crate::image::format::codec;
 use crate::image::tables::{Elide, Tables};
 use crate::image::writer::{DataRecord, ImageWriter, Sink};
 use crate::pipeline::batch::Chunk;
-use crate::pipeline::read::{Moved, Numbered, OnReadError, Walk, read_chunk, send_chunks};
+use crate::pipeline::read::{Moved, Numbered, Reading, Walk, read_chunk, send_chunks};
 use crate::progress::Progress;
-use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
 /// How payloads are stored.
@@ -86,9 +85,6 @@ pub const DEFAULT_LEVEL: i32 = 1;
 /// Levels of zstd that can be chosen. Those above 19 need more memory than a rescue system may have.
 const LEVELS: RangeInclusive<i32> = -7..=19;
 
-/// Buffers beyond those that workers hold: for chunks that wait until their turn to be written comes.
-const SPARE_BUFFERS: usize = 4;
-
 /// Compressed payloads must save at least this share of the plain bytes: one in so many. Otherwise
 /// they are stored as they are, which costs nothing to restore.
 const WORTH_COMPRESSING: usize = 32;
@@ -100,18 +96,12 @@ const WORTH_COMPRESSING: usize = 32;
     reason = "a source need not be printable"
 )]
 pub struct Job<'a> {
-    /// Where blocks are read.
-    pub source: &'a dyn ReadAt,
-    /// Number of the volume in the image, from 1.
-    pub volume: u32,
+    /// What is read, and how.
+    pub reading: Reading<'a>,
     /// Pass, from 0.
     pub pass: u32,
     /// How payloads are stored.
     pub compression: Compression,
-    /// What unreadable blocks become.
-    pub on_read_error: OnReadError,
-    /// Threads that read, hash and compress.
-    pub workers: usize,
 }
 
 /// Stores all runs that `walk` gives as records of one pass, in ascending order.
@@ -125,13 +115,17 @@ pub fn store<S: Sink>(
     progress: &dyn Progress,
 ) -> Result<Moved> {
     let room = job.compression.chunk_len();
-    let plain = Pool::new(job.workers + SPARE_BUFFERS, room);
-    let packed = Pool::new(job.workers + SPARE_BUFFERS, room);
-    let (to_workers, chunks) = bounded(job.workers);
-    let (to_writer, finished) = bounded(job.workers);
+    let bounds = job.reading.bounds;
+    let spare = bounds.spare(2 * room);
+    let workers = bounds.workers(2 * room, spare * 2 * room);
+    let plain = Pool::new(workers + spare, room);
+    let packed = Pool::new(workers + spare, room);
+    let (to_workers, chunks) = bounded(workers);
+    let (to_writer, finished) = bounded(workers);
+    let size = job.reading.source.len();
     std::thread::scope(|scope| {
-        let planner = scope.spawn(move || send_chunks(walk, room, job.source.len(), &to_workers));
-        for _ in 0..job.workers {
+        let planner = scope.spawn(move || send_chunks(walk, room, size, &to_workers));
+        for _ in 0..workers {
             let (chunks, to_writer) = (chunks.clone(), to_writer.clone());
             let (plain, packed) = (&plain, &packed);
             scope.spawn(move || work(job, plain, packed, &chunks, &to_writer));
@@ -198,7 +192,7 @@ fn process(
     compressor: &mut Compressor,
 ) -> Result<Finished> {
     let len = chunk.data_len().as_usize();
-    let unreadable = read_chunk(job.source, chunk, job.on_read_error, &mut plain[..len])?;
+    let unreadable = read_chunk(&job.reading, chunk, &mut plain[..len])?;
     let elide = match job.compression {
         Compression::None => Elide::EveryBlock,
         Compression::Zstd(_) => Elide::Ends,
@@ -207,7 +201,7 @@ fn process(
     let data_len = tables.data_len().as_usize();
     let mut finished = Finished {
         record: DataRecord {
-            volume: job.volume,
+            volume: job.reading.volume,
             pass: job.pass,
             tables,
             codec: codec::NONE,
