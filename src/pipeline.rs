@@ -27,45 +27,62 @@ const MOST_WORKERS: usize = 8;
 /// Most buffers beyond those that workers hold.
 const MOST_SPARE: usize = 4;
 
+/// What all buffers of a pipeline take at most by default: with everything else a run stays below
+/// 128 MiB.
+const DEFAULT_MEMORY: ByteLen = ByteLen::mib(96);
+
 /// What a pipeline may take of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Threads that do the work.
     pub threads: usize,
-    /// Bytes to hold in buffers, if there is a bound beside that by the number of threads.
+    /// Bytes to hold in buffers, where the default is not right: for them all 96 MiB, and what a step of
+    /// the ladder has for itself.
     pub memory: Option<ByteLen>,
 }
 
 /// One thread more than cores, so that one can wait for a disk while every core has work.
 impl Default for Bounds {
     fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self {
-            threads: (cores + 1).min(MOST_WORKERS),
-            memory: None,
-        }
+        Self::of_threads(cores() + 1)
     }
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
 impl Bounds {
+    fn of_threads(threads: usize) -> Self {
+        Self {
+            threads: threads.min(MOST_WORKERS),
+            memory: None,
+        }
+    }
+
+    /// What work takes by default that writes to a target: most of its threads wait for that, which
+    /// keeps so many requests under way. An io_uring was tried instead, and was no faster.
+    pub fn for_target() -> Self {
+        Self::of_threads(4 * cores())
+    }
+
     /// The least that memory can be bounded to: the longest chunks need some of it each way.
     pub const LEAST_MEMORY: ByteLen = ByteLen::mib(16);
 
     /// Buffers beyond those that workers hold, of `each` bytes: for chunks that wait until their turn
     /// comes. They take no more than a quarter of the memory.
     fn spare(self, each: usize) -> usize {
-        self.memory.map_or(MOST_SPARE, |memory| {
-            (memory.as_usize() / 4 / each).clamp(1, MOST_SPARE)
-        })
+        (self.buffers() / 4 / each).clamp(1, MOST_SPARE)
+    }
+
+    fn buffers(self) -> usize {
+        self.memory.unwrap_or(DEFAULT_MEMORY).as_usize()
     }
 
     /// Workers that may run if each of them needs `each` bytes of buffers, and all together `shared`
     /// bytes: one at least.
     fn workers(self, each: usize, shared: usize) -> usize {
-        let threads = self.threads.max(1);
-        self.memory.map_or(threads, |memory| {
-            let left = memory.as_usize().saturating_sub(shared);
-            (left / each).clamp(1, threads)
-        })
+        let left = self.buffers().saturating_sub(shared);
+        (left / each).clamp(1, self.threads.max(1))
     }
 }

@@ -173,6 +173,13 @@ fn gibibytes_fit() {
             "16M",
             limit,
         );
+        let target = dir.path().join("target");
+        let restore = ["restore".into(), image.clone(), target.clone()];
+        let what = format!("GiBs: restore with {compress}");
+        bounded(&format!("{what} in 16 MiB"), &restore, "16M", limit);
+        std::fs::remove_file(&target).unwrap();
+        frugal(&what, &restore);
+        std::fs::remove_file(&target).unwrap();
         let verify = ["verify".into(), image.clone()];
         bounded(
             &format!("GiBs: verify with {compress} in 16 MiB"),

@@ -190,7 +190,7 @@ impl BackupArgs {
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             force: self.force,
-            bounds: self.copying.bounds.get(),
+            bounds: self.copying.bounds.or(Bounds::default()),
             hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
         })
@@ -210,11 +210,12 @@ pub(super) struct CopyArgs {
 /// Bounds on what work may take of the machine.
 #[derive(Debug, Args)]
 struct BoundArgs {
-    /// Threads that do the work (default: one more than processors, 8 at most)
+    /// Threads that do the work (default: one more than processors, or four times as many to write a
+    /// target; 8 at most)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
-    /// Hold at most so much in buffers, if need be with fewer threads (at least 16M); `track` holds
-    /// as much again for what changes last
+    /// Hold at most so much in buffers, if need be with fewer threads (default 96M, at least 16M);
+    /// `track` holds as much again for what changes last (default: 256M)
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     memory: Option<ByteLen>,
 }
@@ -228,8 +229,7 @@ fn memory(text: &str) -> std::result::Result<ByteLen, String> {
 }
 
 impl BoundArgs {
-    fn get(&self) -> Bounds {
-        let default = Bounds::default();
+    fn or(&self, default: Bounds) -> Bounds {
         Bounds {
             threads: self.threads.map_or(default.threads, usize::from),
             memory: self.memory,
@@ -304,7 +304,7 @@ impl RestoreArgs {
             verify: self.verify,
             salvage: self.salvage,
             expect_id: expected_id(self.expect_id.as_ref())?,
-            bounds: self.copying.bounds.get(),
+            bounds: self.copying.bounds.or(Bounds::for_target()),
         })
     }
 }
@@ -344,7 +344,7 @@ impl CloneArgs {
             discard: self.discard,
             verify: self.verify,
             hooks: self.freeze.hooks(),
-            bounds: self.copying.bounds.get(),
+            bounds: self.copying.bounds.or(Bounds::for_target()),
             run_id: run_id.to_owned(),
         })
     }
@@ -374,7 +374,7 @@ impl VerifyArgs {
             against: self.against.clone(),
             volume: self.volume.unwrap_or(0),
             expect_id: expected_id(self.expect_id.as_ref())?,
-            bounds: self.bounds.get(),
+            bounds: self.bounds.or(Bounds::default()),
         })
     }
 }
