@@ -11,7 +11,9 @@
 //! that images stored inside the image are not taken for parts of it. Where the lost records belonged
 //! is told by the index segments behind them.
 
-use std::collections::VecDeque;
+mod ends;
+mod losses;
+
 use std::io::Read;
 use std::ops::Range;
 
@@ -21,20 +23,21 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::content::Hash;
 use crate::image::format::{
-    FOOTER_MAGIC, FRAME, FileHeader, Footer, IndexEntry, IndexRootEntry, MAGIC, MAX_SEGMENT,
-    MAX_SEGMENTS, RECORD_ALIGN, RECORD_HEADER, RECORD_MAGIC, RecordHeader, feature,
-    frame_is_blank_from, frame_is_whole, record_kind,
+    FRAME, FileHeader, IndexEntry, IndexRootEntry, MAGIC, MAX_SEGMENT, MAX_SEGMENTS, RECORD_ALIGN,
+    RECORD_HEADER, RECORD_MAGIC, RecordHeader, feature, record_kind,
 };
 use crate::image::manifest::{Manifest, Trailer};
 pub use crate::image::record::DataHead;
 use crate::image::record::{
-    Input, Record, check_first_frame, check_header, check_record, damaged, read_tables, truncated,
+    Input, Record, check_first_frame, check_record, damaged, read_tables, truncated,
 };
-use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
+pub(super) use ends::Cursor;
+pub use ends::{Front, Summary, summarize};
+pub use losses::Lost;
 
-/// More separate places of damage than this are not worth going on for.
-const ENOUGH_DAMAGE: usize = 10_000;
+use ends::check_footer;
+use losses::{ENOUGH_DAMAGE, Losses};
 
 /// An image being read in order.
 #[derive(Debug)]
@@ -64,19 +67,6 @@ struct Progress {
     next_cell: u64,
 }
 
-/// What was lost so far.
-#[derive(Debug, Default)]
-struct Losses {
-    /// Whether anything was: what is counted over the whole image does not add up then.
-    any: bool,
-    /// To be handed out.
-    queue: VecDeque<Item>,
-    /// Records that were lost, as long as nothing told where they belong.
-    unplaced: Vec<(Range<u64>, Error)>,
-    /// Why reading cannot go on, once the queue is empty.
-    end: Option<Error>,
-}
-
 /// What comes next in an image.
 #[derive(Debug)]
 pub enum Item {
@@ -86,18 +76,6 @@ pub enum Item {
     Lost(Lost),
     /// The end, and, unless something was lost, that it was whole.
     End(Box<End>),
-}
-
-/// Something that is damaged.
-#[derive(Debug)]
-pub struct Lost {
-    /// What is wrong, and where in the image.
-    pub error: Error,
-    /// The volume and where in it; `None` if no block is lost, or nobody can tell which.
-    pub place: Option<(u32, Vec<Extent>)>,
-    /// Only some of those blocks are lost, nobody can tell which, and an earlier pass has older
-    /// content for them.
-    pub is_outdated: bool,
 }
 
 /// What an image says at its end.
@@ -571,71 +549,6 @@ impl<R: Read> ImageReader<R> {
     }
 }
 
-impl Losses {
-    fn tell(&mut self, lost: Lost) {
-        self.any = true;
-        self.queue.push_back(Item::Lost(lost));
-    }
-
-    /// Tells where a record belonged if it was lost.
-    fn place(&mut self, entry: &IndexEntry, manifest: &Manifest) {
-        let sequence = entry.sequence.get();
-        let lost = self
-            .unplaced
-            .iter()
-            .find(|(range, _)| range.contains(&sequence));
-        let Some((range, error)) = lost else {
-            return;
-        };
-        let error = Error::new(error.kind(), error.message()).at(Offset(entry.position.get()));
-        let range = range.clone();
-        let volume = (entry.volume.get() as usize)
-            .checked_sub(1)
-            .and_then(|n| manifest.volumes.get(n));
-        let size = volume.map_or(u64::MAX, |volume| volume.size);
-        let extent = Extent::between(Offset(entry.start.get()), Offset(entry.end.get().min(size)));
-        self.tell(Lost {
-            error,
-            place: Some((entry.volume.get(), vec![extent])),
-            is_outdated: entry.pass.get() > 0,
-        });
-        // What is left of the range is still to be placed.
-        let at = self.unplaced.iter().position(|(other, _)| *other == range);
-        if let Some(at) = at {
-            let (_, error) = self.unplaced.swap_remove(at);
-            if self.unplaced.len() >= ENOUGH_DAMAGE {
-                return;
-            }
-            for rest in [range.start..sequence, sequence + 1..range.end] {
-                if !rest.is_empty() {
-                    let same = Error::new(error.kind(), error.message());
-                    let same = error.offset().into_iter().fold(same, Error::at);
-                    self.unplaced.push((rest, same));
-                }
-            }
-        }
-    }
-
-    /// Hands out what nothing told the place of.
-    fn tell_unplaced(&mut self) {
-        let mut unplaced = std::mem::take(&mut self.unplaced);
-        unplaced.sort_by_key(|(range, _)| range.start);
-        for (_, error) in unplaced {
-            self.tell(Lost::nowhere(error));
-        }
-    }
-}
-
-impl Lost {
-    fn nowhere(error: Error) -> Self {
-        Self {
-            error,
-            place: None,
-            is_outdated: false,
-        }
-    }
-}
-
 /// The index root's entry for a segment of `entries`, whose record is at `position`.
 pub(super) fn root_entry(
     entries: &[IndexEntry],
@@ -664,143 +577,4 @@ fn decode_manifest(json: &[u8], header: &FileHeader) -> Result<Manifest> {
         return Err(damaged("the list of volumes does not fit the file header"));
     }
     Ok(manifest)
-}
-
-fn check_footer(frame: &[u8; FRAME], header: &FileHeader) -> Result<Footer> {
-    let footer = parse_footer(frame).ok_or_else(|| damaged("the footer fails its checksum"))?;
-    if footer.image_id != header.image_id || footer.header.as_bytes() != header.as_bytes() {
-        return Err(damaged("the footer does not fit the image"));
-    }
-    Ok(footer)
-}
-
-fn parse_footer(frame: &[u8; FRAME]) -> Option<Footer> {
-    let (footer, _) = Footer::read_from_prefix(frame).ok()?;
-    let is_footer = frame_is_whole(frame)
-        && frame_is_blank_from(frame, size_of::<Footer>())
-        && footer.magic == FOOTER_MAGIC;
-    is_footer.then_some(footer)
-}
-
-/// What an image says at its front, as its end repeats it.
-#[derive(Clone, Debug)]
-pub struct Front {
-    pub(super) header: FileHeader,
-    /// What the image is of.
-    pub manifest: Manifest,
-}
-
-impl Front {
-    /// Reads it from the end of an image.
-    ///
-    /// # Errors
-    /// [`Kind::Damaged`] or [`Kind::Truncated`] if the end is no better than the front;
-    /// [`Kind::Incompatible`].
-    pub fn from_end(image: &dyn ReadAt) -> Result<Self> {
-        let footer = read_footer(image)?;
-        check_header(&footer.header)?;
-        let mut reader = ImageReader::new(
-            Cursor::input(image, footer.manifest.get()),
-            footer.header,
-            Manifest::default(),
-        );
-        reader.go_on_behind_damage();
-        let record = reader.record()?;
-        let json = reader.whole_payload(&record)?;
-        if record.header.kind != record_kind::MANIFEST {
-            return Err(damaged("the footer points astray"));
-        }
-        Ok(Self {
-            header: footer.header,
-            manifest: decode_manifest(&json, &footer.header)?,
-        })
-    }
-}
-
-/// Reads the footer of an image in a file, whatever it is worth.
-pub(super) fn read_footer(image: &dyn ReadAt) -> Result<Footer> {
-    let size = image.len();
-    let mut frame = [0; FRAME];
-    let footer_at = size.0.checked_sub(FRAME as u64).ok_or_else(truncated)?;
-    image.read_exact_at(&mut frame, Offset(footer_at))?;
-    match parse_footer(&frame) {
-        Some(footer) if footer.total_len.get() == size.0 => Ok(footer),
-        _ => Err(truncated().hint("its footer is missing: verify tells more")),
-    }
-}
-
-/// What an image in a file says at its front and at its end, without reading what lies between.
-#[derive(Debug)]
-pub struct Summary {
-    /// The random id in the file header.
-    pub image_id: [u8; 16],
-    /// What the image is of.
-    pub manifest: Manifest,
-    /// What was achieved.
-    pub trailer: Trailer,
-    /// Length of the image in bytes.
-    pub len: ByteLen,
-    /// BLAKE3 over header, record headers and tables, as the footer says it.
-    pub root_hash: Hash,
-    pub(super) header: FileHeader,
-    pub(super) footer: Footer,
-}
-
-/// Reads a [`Summary`]. That the image is whole is not proven by this.
-///
-/// # Errors
-/// As [`ImageReader::open`]; [`Kind::Truncated`] if the footer is missing.
-pub fn summarize(image: &dyn ReadAt) -> Result<Summary> {
-    let reader = ImageReader::open(Cursor { image, at: 0 })?;
-    let (header, manifest) = (reader.header, reader.manifest);
-    let footer = read_footer(image)?;
-    if footer.header.as_bytes() != header.as_bytes() {
-        return Err(damaged("the footer does not fit the image"));
-    }
-    let mut end = ImageReader::new(
-        Cursor::input(image, footer.trailer.get()),
-        header,
-        Manifest::default(),
-    );
-    end.sequence = footer.records.get().saturating_sub(1);
-    let record = end.record()?;
-    let json = end.whole_payload(&record)?;
-    if record.header.kind != record_kind::TRAILER {
-        return Err(damaged("the footer points astray"));
-    }
-    Ok(Summary {
-        image_id: header.image_id,
-        trailer: Trailer::decode(&json, &manifest)?,
-        manifest,
-        len: image.len(),
-        root_hash: footer.root_hash,
-        header,
-        footer,
-    })
-}
-
-/// Positioned reading as a stream.
-pub(super) struct Cursor<'a> {
-    image: &'a dyn ReadAt,
-    at: u64,
-}
-
-impl<'a> Cursor<'a> {
-    /// Input that begins at `position` of the image.
-    pub(super) fn input(image: &'a dyn ReadAt, position: u64) -> Input<Self> {
-        let at = position;
-        Input::new(Self { image, at }, position)
-    }
-}
-
-impl Read for Cursor<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
-        let left = self.image.len().0.saturating_sub(self.at);
-        let len = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        self.image
-            .read_exact_at(&mut buf[..len], Offset(self.at))
-            .map_err(std::io::Error::other)?;
-        self.at += len as u64;
-        Ok(len)
-    }
 }
