@@ -6,6 +6,7 @@ mod final_read;
 pub mod hold;
 mod live_map;
 mod mounted;
+pub mod none;
 pub mod offline;
 mod stale;
 pub mod track;
@@ -33,6 +34,8 @@ pub enum Step {
     Track,
     /// Its filesystem is frozen for the whole copy.
     Hold,
+    /// It is read as it is, while it may change.
+    None,
 }
 
 impl Step {
@@ -40,11 +43,11 @@ impl Step {
     pub const LADDER: [Self; 2] = [Self::Offline, Self::Track];
 
     /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 3] = [Self::Offline, Self::Track, Self::Hold];
+    pub const ALL: [Self; 4] = [Self::Offline, Self::Track, Self::Hold, Self::None];
 
     /// Whether the step freezes or creates something that a guard has to watch over.
     pub fn needs_guard(self) -> bool {
-        self != Self::Offline
+        matches!(self, Self::Track | Self::Hold)
     }
 
     /// The name on the command line.
@@ -53,6 +56,7 @@ impl Step {
             Self::Offline => "offline",
             Self::Track => "track",
             Self::Hold => "hold",
+            Self::None => "none",
         }
     }
 }

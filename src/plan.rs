@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::hold::{self, Hold};
+use crate::freeze::none::Moving;
 use crate::freeze::offline::{self, Offline};
 use crate::freeze::track::{self, Track};
 use crate::freeze::{Context, Step, Still};
@@ -62,6 +63,7 @@ impl Plan {
             Step::Offline => Box::new(Offline::hold(&self.source, context)?),
             Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
+            Step::None => Box::new(Moving::open(&self.source, context)?),
         })
     }
 
@@ -113,6 +115,7 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
         Step::Offline => offline::objection(source),
         Step::Track => track::objection(source),
         Step::Hold => hold::objection(source),
+        Step::None => Ok(None),
     }
 }
 

@@ -69,6 +69,24 @@ impl Survey {
         })
     }
 
+    /// Looks at a volume that may change while it is copied: all its blocks are, for no map of it could
+    /// be trusted.
+    ///
+    /// # Errors
+    /// If reading fails.
+    pub fn of_moving(disk: &Disk) -> Result<Self> {
+        Ok(Self {
+            info: fs::probe(disk)?,
+            filesystem: None,
+            blocks: Blocks::All,
+            grade: Grade::Torn,
+            bytes: data_bytes(disk)?,
+            warnings: vec![
+                "nothing holds it still: what is written meanwhile is torn in the copy".to_owned(),
+            ],
+        })
+    }
+
     /// Gives up on understanding a volume that could not be examined because of `error`: all its
     /// blocks are copied, as far as they can be read.
     ///

@@ -26,6 +26,8 @@ fn wrong_command_lines_are_usage_errors() {
         &["backup", source, "-o"],
         &["backup", source, "-o", "x", "--frobnicate"],
         &["backup", source, "-o", "x", "--freeze", "nonsense"],
+        &["backup", source, "-o", "x", "--allow-inconsistent"],
+        &["backup", source, "-o", "x", "--memory", "15M"],
         &["backup", source, "-o", "x", "--compress", "nonsense"],
         &["backup", source, "-o", "x", "--on-read-error", "nonsense"],
         &["backup", source, "-o", "x", "--threads", "-1"],
@@ -370,4 +372,37 @@ fn what_is_no_whole_image_is_told_apart() {
         "image/x",
         [Path::new("verify"), &scene.dir.path().join("image/x")],
     );
+}
+
+/// What nobody may be asked to hold still is copied only on the user's word, and called torn for ever.
+#[test]
+fn a_source_that_moves_is_copied_only_when_that_is_allowed() {
+    let scene = Scene::new();
+    let _writer = OpenOptions::new().write(true).open(&scene.source).unwrap();
+    let out = scene.path("out");
+    let backup = backup_to(&scene.source, &out);
+    scene.refuses(3, "open for writing", &backup);
+    let with = |more: &[&str]| {
+        let more = more.iter().map(PathBuf::from);
+        backup.iter().cloned().chain(more).collect::<Vec<_>>()
+    };
+    scene.refuses(3, "--allow-inconsistent", with(&["--freeze", "none"]));
+    let torn = ["--freeze", "none", "--allow-inconsistent"];
+    run(with(&torn)).expect(0).says("torn");
+    let report = run(with(&[&torn[..], &["--json"]].concat())).expect(0);
+    assert_eq!(report.last()["grade"], "torn");
+    let report = run([Path::new("inspect"), &out, Path::new("--json")]).expect(0);
+    assert_eq!(report.last()["trailer"]["grade"], "torn");
+    run([Path::new("verify"), &out]).expect(0).says("is torn");
+    let target = scene.path("target");
+    run([Path::new("restore"), &out, &target]).expect(0);
+    assert!(same_bytes(&scene.source, &target));
+    std::fs::remove_file(&target).unwrap();
+    let clone = [Path::new("clone"), &scene.source, &target].into_iter();
+    let clone = clone.chain(torn.map(Path::new));
+    run(clone.clone()).expect(0).says("torn");
+    std::fs::remove_file(&target).unwrap();
+    let compared = clone.chain([Path::new("--verify")]);
+    run(compared).expect(3).says("cannot be compared");
+    assert_eq!(listing(scene.dir.path()), ["image", "out", "source"]);
 }

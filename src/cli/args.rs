@@ -131,10 +131,13 @@ pub(super) struct BackupArgs {
 #[derive(Debug, Args)]
 struct FreezeArgs {
     /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
-    /// it), track (writes are tracked, frozen for milliseconds), or hold (frozen for the whole copy,
-    /// 60 s at most; never chosen by auto)
+    /// it), track (writes are tracked, frozen for milliseconds), hold (frozen for the whole copy, 60 s
+    /// at most; never chosen by auto), or none (see --allow-inconsistent)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
+    /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so
+    #[arg(long)]
+    allow_inconsistent: bool,
     /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
     #[arg(long, value_name = "CMD")]
     pre_freeze: Option<String>,
@@ -151,9 +154,21 @@ struct FreezeArgs {
 
 impl FreezeArgs {
     fn step(&self) -> Result<Option<Step>> {
-        match self.freeze.as_str() {
-            "auto" => Ok(None),
-            name => name.parse().map(Some),
+        let step = match self.freeze.as_str() {
+            "auto" => None,
+            name => Some(name.parse()?),
+        };
+        match (step == Some(Step::None), self.allow_inconsistent) {
+            (true, false) => Err(Error::new(
+                Kind::Inconsistent,
+                "with `--freeze none` a copy of a source in use is torn",
+            )
+            .hint("--allow-inconsistent makes it all the same")),
+            (false, true) => Err(Error::new(
+                Kind::Usage,
+                "--allow-inconsistent is for --freeze none only",
+            )),
+            _ => Ok(step),
         }
     }
 

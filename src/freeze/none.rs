@@ -1,0 +1,70 @@
+//! `none`: nothing makes the source hold still. Only with the user's word that an inconsistent copy
+//! will do, where every other step refuses: to save what can be saved. The copy is torn for ever.
+
+use holdstill_platform::device::{Access, Disk};
+
+use crate::error::{Error, Kind, Result};
+use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::image::manifest::Grade;
+use crate::progress::Progress;
+use crate::run::Run;
+use crate::source::Source;
+use crate::survey::Survey;
+
+/// A source that may change while it is read.
+#[derive(Debug)]
+pub struct Moving {
+    disk: Disk,
+    survey: Survey,
+    instant: jiff::Timestamp,
+    passes: OnePass,
+    run: Run,
+}
+
+impl Moving {
+    /// Opens a source, whoever uses it.
+    ///
+    /// # Errors
+    /// If it cannot be read; [`Kind::NotApplicable`] if the copy is to be compared with it.
+    pub fn open(source: &Source, context: &Context<'_>) -> Result<Self> {
+        if context.compare {
+            let why = "a source that moves cannot be compared with its copy";
+            return Err(Error::new(Kind::NotApplicable, why)
+                .on(&source.path)
+                .hint("leave out --verify"));
+        }
+        context.run.before_freeze()?;
+        let disk = Disk::open(&source.path, Access::Read)?;
+        Ok(Self {
+            survey: Survey::of_moving(&disk)?,
+            disk,
+            instant: jiff::Timestamp::now(),
+            passes: OnePass::new(false),
+            run: context.run.clone(),
+        })
+    }
+}
+
+impl Still for Moving {
+    fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        let (disk, survey) = (&self.disk, &self.survey);
+        Ok(self.passes.next().map(|purpose| Pass {
+            source: disk,
+            walk: Box::new(move |sink| survey.walk(disk, sink)),
+            purpose,
+        }))
+    }
+
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        self.run.after_thaw(progress);
+        Ok(Proof {
+            grade: Grade::Torn,
+            instant: self.instant,
+            freezes: Vec::new(),
+        })
+    }
+}
