@@ -194,10 +194,7 @@ fn copy_passes(
                 unreadable.extend(run_pass(pass, &whole, options, progress)?);
             }
             Purpose::Compare => {
-                target.sync()?;
-                let size = pass.source.len();
-                let begun = Comparison::new(VOLUME, size, target.path())?.within(target.middle());
-                let begun = comparison.insert(begun);
+                let begun = comparison.insert(target.comparison(VOLUME)?);
                 run_pass(pass, begun, options, progress)?;
                 let differing = begun.take_differing();
                 if !differing.is_empty() && !still.has_rewritten(&differing)? {

@@ -132,6 +132,24 @@ impl Comparison {
     }
 }
 
+/// Each takes what is of its volume.
+impl Receive for &[Comparison] {
+    fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
+        self.iter()
+            .try_for_each(|comparison| comparison.data(volume, offset, bytes))
+    }
+
+    fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.iter()
+            .try_for_each(|comparison| comparison.zeros(volume, extent))
+    }
+
+    fn trim(&self, volume: u32, extent: Extent) {
+        self.iter()
+            .for_each(|comparison| comparison.trim(volume, extent));
+    }
+}
+
 /// Bytes read from the device at once.
 const COMPARED_AT_ONCE: u64 = 1 << 20;
 

@@ -145,7 +145,8 @@ pub fn run(
         let what = format!("volume {} to {}", volume.n, path.display());
         progress.event(&Event::Plan(&what));
     }
-    progress.total(manifest.used_bytes());
+    let bytes = manifest.used_bytes();
+    progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
     for (candidate, (volume, _)) in candidates.into_iter().zip(&wanted) {
         let has_content = candidate.exists();
@@ -179,11 +180,14 @@ pub fn run(
     };
     let (end, damages) = check().map_err(|error| error.on(input::name(&options.image)))?;
     progress.check()?;
-    for (_, target) in targets.0 {
-        target.finish(false)?;
-    }
     if options.verify {
-        verify::compare(&options.image, &wanted, options.bounds, progress)?;
+        let written = targets.0.iter();
+        let comparisons = written.map(|(volume, target)| target.comparison(*volume));
+        let comparisons = comparisons.collect::<Result<Vec<_>>>()?;
+        verify::compare(&options.image, &comparisons, options.bounds, progress)?;
+    }
+    for (_, target) in targets.0 {
+        target.finish(options.verify)?;
     }
     damages
         .as_failure("all that is whole was written; lost blocks are zeros")

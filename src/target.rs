@@ -18,6 +18,7 @@ use holdstill_platform::exclusive::{Claim, DiskLock};
 use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 
+use crate::compare::Comparison;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
 use crate::image::format::BLOCK;
@@ -250,8 +251,8 @@ impl Target {
         Ok(self.disk.sync()?)
     }
 
-    /// What is written at once; the rest by [`finish`](Self::finish).
-    pub fn middle(&self) -> Extent {
+    /// What is written at once.
+    fn middle(&self) -> Extent {
         Extent::between(self.head.extent.end(), self.tail.extent.start)
     }
 
@@ -293,12 +294,14 @@ impl Target {
             .map_err(|error| Error::from(error).at(rest.start))
     }
 
-    /// Brings everything written so far to stable storage.
+    /// Brings everything written so far to stable storage, to be compared with what volume `volume`
+    /// should be: all but what [`finish`](Self::finish) writes.
     ///
     /// # Errors
     /// What the device says.
-    pub fn sync(&self) -> Result<()> {
-        Ok(self.disk.sync()?)
+    pub fn comparison(&self, volume: u32) -> Result<Comparison> {
+        self.disk.sync()?;
+        Ok(Comparison::new(volume, self.size, self.path())?.within(self.middle()))
     }
 
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was

@@ -121,27 +121,19 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     })
 }
 
-/// Reads restored targets back and compares them with their image.
+/// Reads targets back and compares them with the image they were restored from.
 ///
 /// # Errors
-/// As [`run`].
+/// [`Kind::Mismatch`] if one differs, [`Kind::Damaged`] and its kin if the image has changed since.
 pub fn compare(
     image: &Path,
-    targets: &[(VolumeManifest, PathBuf)],
+    targets: &[Comparison],
     bounds: Bounds,
     progress: &dyn Progress,
 ) -> Result<()> {
-    for (volume, path) in targets {
-        let options = Options {
-            image: image.to_owned(),
-            against: Some(path.clone()),
-            volume: volume.n,
-            expect_id: None,
-            bounds,
-        };
-        run(&options, progress)?;
-    }
-    Ok(())
+    let mut image = input::open(image, progress)?;
+    load(&mut image, &targets, bounds, progress, |_| ())?;
+    targets.iter().try_for_each(Comparison::finish)
 }
 
 /// What must be said aloud of an image: a grade below `clean`, and what its source could not give.

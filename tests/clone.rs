@@ -1,52 +1,17 @@
 //! `clone --verify`: what was written is read back, and what reads back as something else is found.
 
-use std::fs::{File, OpenOptions};
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use crate::common::holdstill::{command, listing, run, same_bytes, wait};
-use crate::common::scene::assert_no_signature;
-use crate::common::volume::{ext4, poisoned_file, populate};
-use crate::common::{LoopDevice, Mount, Rng, needs_root, run as tool, seed, spawn, temp_dir};
+use crate::common::holdstill::{listing, run, same_bytes};
+use crate::common::scene::onto_a_liar;
+use crate::common::volume::{ext4, populate};
+use crate::common::{LoopDevice, Mount, Rng, needs_root, run as tool, seed, temp_dir};
 
 const SIZE: u64 = 24 << 20;
 
-/// Where a test damages its target: not in what is written last.
-const MIDDLE: Range<usize> = 2 << 20..20 << 20;
-
-/// A target that does not hold what was written to it: while the rest is still being copied, a block
-/// that has arrived is changed. The clone must end with 4.
 fn clone_onto_a_liar(source: &Path, target: &Path) {
-    poisoned_file(target, SIZE);
-    let args = [Path::new("clone"), source, target].into_iter();
-    let options = ["--verify", "--yes", "--rate", "12M", "--threads", "1"].map(Path::new);
-    let mut program = command(args.chain(options));
-    let child = spawn(&mut program);
-    // Not for writing yet: a target that somebody writes to is refused.
-    let file = File::open(target).unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    let mut bytes = vec![0; MIDDLE.len()];
-    let damaged = loop {
-        assert!(Instant::now() < end, "nothing was ever copied");
-        file.read_exact_at(&mut bytes, MIDDLE.start as u64).unwrap();
-        let mut blocks = bytes.chunks(4096);
-        let is_copied = |block: &[u8]| block.iter().any(|byte| *byte != 0xa5);
-        if let Some(number) = blocks.position(is_copied) {
-            break number * 4096;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    };
-    let file = OpenOptions::new().write(true).open(target).unwrap();
-    let damaged_at = (MIDDLE.start + damaged) as u64;
-    file.write_all_at(&[bytes[damaged] ^ 1], damaged_at)
-        .unwrap();
-    wait(&program, child)
-        .expect(4)
-        .says("4.0 KiB (4096 bytes) differ")
-        .says(&damaged_at.to_string());
-    assert_no_signature(target);
+    let clone = [Path::new("clone"), source, target].into_iter();
+    onto_a_liar(clone.chain([Path::new("--verify")]), target, SIZE);
 }
 
 /// A raw file that is in use from end to end.

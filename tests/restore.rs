@@ -10,6 +10,7 @@ use holdstill::image::format::BLOCK;
 use holdstill::units::{ByteLen, Offset};
 
 use crate::common::holdstill::{command, finish, run, run_from, same_bytes, wait};
+use crate::common::scene::onto_a_liar;
 use crate::common::volume::{digests, digests_in_ext4, ext4, map, poison, poisoned_file, populate};
 use crate::common::{
     LoopDevice, Mount, Rng, needs_root, output, run as tool, seed, sparse_file, spawn, temp_dir,
@@ -165,6 +166,21 @@ fn privileged_filesystems_come_back_from_device_to_device() {
         assert_eq!(before, digests(mount.dir()), "{options}");
         std::fs::remove_file(image).unwrap();
     }
+}
+
+#[test]
+fn a_target_that_reads_back_as_something_else_is_found() {
+    let dir = temp_dir();
+    let [source, image, target] = ["source", "image", "target"].map(|part| dir.path().join(part));
+    let mut rng = Rng(seed() | 1);
+    let mut bytes = vec![0; 24 << 20];
+    rng.fill(&mut bytes);
+    std::fs::write(&source, &bytes).unwrap();
+    run([Path::new("backup"), &source, Path::new("-o"), &image]).expect(0);
+    let args = ["restore", "--verify"].map(Path::new).into_iter();
+    onto_a_liar(args.chain([&*image, &*target]), &target, bytes.len() as u64);
+    run([Path::new("restore"), &image, &target, Path::new("--yes")]).expect(0);
+    assert!(same_bytes(&source, &target));
 }
 
 /// From program to program through pipes, without a file between.

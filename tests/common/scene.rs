@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use super::holdstill::{Run, listing, run};
+use super::holdstill::{Run, command, listing, run, wait};
 use super::volume::{ext4, poisoned_file};
-use super::{output, temp_dir};
+use super::{output, spawn, temp_dir};
 
 /// Size of the source in bytes.
 pub(crate) const SIZE: u64 = 24 << 20;
@@ -88,4 +91,44 @@ pub(crate) fn assert_no_signature(path: &Path) {
     let shown = String::from_utf8_lossy(&found.stdout).into_owned();
     assert_eq!(found.status.code(), Some(2), "{}: {shown}", path.display());
     assert_eq!(shown, "", "{}", path.display());
+}
+
+/// Where [`onto_a_liar`] damages a target: not in what is written last.
+const MIDDLE: Range<usize> = 2 << 20..20 << 20;
+
+/// A target that does not hold what was written to it: while the rest is still being written, a block
+/// that has arrived is changed. The run, which reads its target back, must end with 4, and the target
+/// must not look whole.
+pub(crate) fn onto_a_liar<S: AsRef<OsStr>>(
+    args: impl IntoIterator<Item = S>,
+    target: &Path,
+    size: u64,
+) {
+    poisoned_file(target, size);
+    let mut program = command(args);
+    program.args(["--yes", "--rate", "12M", "--threads", "1"]);
+    let child = spawn(&mut program);
+    // Not for writing yet: a target that somebody writes to is refused.
+    let file = File::open(target).unwrap();
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut bytes = vec![0; MIDDLE.len()];
+    let damaged = loop {
+        assert!(Instant::now() < end, "nothing was ever written");
+        file.read_exact_at(&mut bytes, MIDDLE.start as u64).unwrap();
+        let mut blocks = bytes.chunks(4096);
+        let is_written = |block: &[u8]| block.iter().any(|byte| *byte != 0xa5);
+        if let Some(number) = blocks.position(is_written) {
+            break number * 4096;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let file = OpenOptions::new().write(true).open(target).unwrap();
+    let damaged_at = (MIDDLE.start + damaged) as u64;
+    file.write_all_at(&[bytes[damaged] ^ 1], damaged_at)
+        .unwrap();
+    wait(&program, child)
+        .expect(4)
+        .says("4.0 KiB (4096 bytes) differ")
+        .says(&damaged_at.to_string());
+    assert_no_signature(target);
 }
