@@ -1,8 +1,10 @@
 //! `track` under heavy writers: the copy is compared, block by block, with the whole device as it was
 //! inside the freeze, and its files with what their writers had written by then.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,10 +22,13 @@ use holdstill_platform::device::{Access, Disk};
 
 use crate::common::live::{LiveWriter, judge};
 use crate::common::volume::{poisoned_file, populate};
-use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file};
+use crate::common::{self, LoopDevice, Mount, Partition, Rng, needs_root, run, sparse_file};
 
 /// Length of the volumes.
 const SIZE: u64 = 1 << 30;
+
+/// Length of the partitions beside them.
+const NEIGHBOUR: u64 = 16 << 20;
 
 /// Reads the whole device while it is frozen.
 struct Oracle {
@@ -106,12 +111,17 @@ fn options(source: &Path, image: &Path) -> Options {
     }
 }
 
-/// One run under heavy writers; the milliseconds of the final freeze and of all, without the oracle's.
+/// One run on a disk of its own; see [`track_on`].
 fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
     let dir = common::temp_dir();
     let file = dir.path().join("volume");
     sparse_file(&file, SIZE);
     let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+    track_on(device.path(), dir.path(), fs_type, seed, orphans)
+}
+
+/// One run under heavy writers; the milliseconds of the final freeze and of all, without the oracle's.
+fn track_on(device: &Path, dir: &Path, fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
     let quiet = if fs_type == "xfs" {
         ["-q", "-f"]
     } else {
@@ -122,15 +132,15 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         quiet
             .iter()
             .map(|arg| (*arg).to_owned())
-            .chain([device.path().display().to_string()]),
+            .chain([device.display().to_string()]),
     );
-    let mount = Mount::new(device.path(), &dir.path().join("live"), fs_type, "");
+    let mount = Mount::new(device, &dir.join("live"), fs_type, "");
     populate(&mount.dir().join("ballast"), &mut Rng(seed | 1), 500 << 20);
     let writer_options: &[&str] = if orphans { &["--orphans"] } else { &[] };
-    let journal = dir.path().join("journal");
+    let journal = dir.join("journal");
     let writer = LiveWriter::start(&mount.dir().join("busy"), &journal, seed, writer_options);
-    let oracle = Oracle::new(device.path());
-    let image = dir.path().join("image.still");
+    let oracle = Oracle::new(device);
+    let image = dir.join("image.still");
     let report: Report = backup::run(&options(mount.dir(), &image), &oracle).unwrap();
     writer.stop();
     assert_eq!(
@@ -138,7 +148,7 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         ("track", "frozen")
     );
 
-    let copy = dir.path().join("copy");
+    let copy = dir.join("copy");
     poisoned_file(&copy, SIZE);
     common::holdstill::run([
         "restore",
@@ -152,7 +162,7 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
     compare_used_blocks(&content, &copy);
-    let reopened = dir.path().join("reopened");
+    let reopened = dir.join("reopened");
     judge_files(
         fs_type,
         &copy,
@@ -266,6 +276,51 @@ fn privileged_a_busy_ext4_is_copied_as_it_was_at_the_freeze() {
 fn privileged_a_busy_xfs_is_copied_as_it_was_at_the_freeze() {
     needs_root!();
     track_many("xfs");
+}
+
+/// Writes to a device, block by block, until told to stop.
+fn write_without_pause(device: &Path, stop: &AtomicBool) {
+    let file = OpenOptions::new()
+        .write(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(device)
+        .unwrap();
+    let block = Buffer::new(4096);
+    let blocks = NEIGHBOUR / 4096;
+    for at in (0..blocks).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        file.write_all_at(&block, at * 4096).unwrap();
+    }
+}
+
+#[test]
+fn privileged_a_busy_partition_between_neighbours_that_never_pause() {
+    needs_root!();
+    let seed = common::seed();
+    for fs_type in ["ext4", "xfs"] {
+        let dir = common::temp_dir();
+        let file = dir.path().join("disk");
+        sparse_file(&file, SIZE + 2 * NEIGHBOUR);
+        let disk = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+        let [len, short] = [SIZE, NEIGHBOUR].map(|bytes| bytes / 512);
+        let below = Partition::add(disk.path(), 1, 0, short);
+        let ours = Partition::add(disk.path(), 2, short, len);
+        let above = Partition::add(disk.path(), 3, short + len, short);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for neighbour in [&below, &above] {
+                let stop = &stop;
+                scope.spawn(move || write_without_pause(neighbour.node(), stop));
+            }
+            let tracked = std::panic::catch_unwind(|| {
+                track_on(ours.node(), dir.path(), fs_type, seed, false);
+            });
+            stop.store(true, Ordering::Relaxed);
+            tracked.unwrap();
+        });
+    }
 }
 
 #[test]

@@ -10,8 +10,10 @@
 //! Why the copy is exact: a block's mark is cleared before the block is read, and set again after any
 //! write that the reading may have missed, since the trace tells of a write when it is complete. When
 //! the freeze has returned, all writes of the filesystem are complete and in the trace. That nothing
-//! was lost from the trace is proven: the disk's own counters must have grown by exactly the sectors
-//! that were traced.
+//! was lost from the trace is proven: between the two freezes the counters of the partition (or disk)
+//! must have grown by exactly the sectors that were traced on it, however busy its neighbours were.
+//! The argument, and why the borders of a partition are read in the last freeze whatever the trace
+//! says of them, is in [`holdstill_platform::trace`].
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -69,8 +71,8 @@ const LEAST_MEMORY: ByteLen = ByteLen::mib(64);
 /// How long the reader of the trace may take to catch up.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
-/// How long the disk may take to pause, outside and inside a freeze, so that its counters can be
-/// compared with the trace.
+/// How long the source may take to pause, outside and inside a freeze, so that its counters can be
+/// compared with the trace. Frozen, it pauses at once, but for what is not its filesystem's.
 const PAUSE: Duration = Duration::from_secs(10);
 const PAUSE_FROZEN: Duration = Duration::from_millis(20);
 
@@ -95,6 +97,8 @@ pub struct Track {
     map: LiveMap,
     /// What the trace has to agree with at the end; known since the first freeze.
     balance: Option<Balance>,
+    /// So many sectors at either end are copied in the last freeze, traced or not.
+    border: u64,
     phase: Phase,
     /// Final freezes that found more than fits into memory.
     tries: u32,
@@ -221,6 +225,7 @@ impl Track {
             run: run.clone(),
             survey,
             balance: None,
+            border: border(&device)?,
             tries: 0,
             tracker: Some(tracker),
             leftover,
@@ -244,8 +249,6 @@ impl Track {
 
     /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
-        // Before, while the disk may be quiet all by itself: then the freeze need not wait for it.
-        let early = self.tracker()?.balance(Duration::from_millis(200)).ok();
         self.map.make_room();
         self.point.sync()?;
         let frozen = self.freeze()?;
@@ -263,10 +266,8 @@ impl Track {
         self.freezes.push(times);
         drained.map_err(|error| self.untrusted(&error))?;
         map?;
-        self.balance = balance.ok().or(early);
-        if self.balance.is_none() {
-            return Err(self.untrusted(&TraceError::NoQuiet));
-        }
+        // Nothing was copied yet, so the sums may as well begin now.
+        self.balance = Some(self.or_later(balance)?);
         if let Some(why) = confirmed? {
             self.survey.grade = Grade::Crash;
             self.map.distrust();
@@ -344,6 +345,7 @@ impl Track {
     /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
     /// and another round is needed.
     fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
+        self.mark_borders()?;
         self.map.look(&self.source.path)?;
         self.map.make_room();
         let ready = stale::count(&self.stale, self.map.used());
@@ -417,14 +419,19 @@ impl Track {
         Ok(true)
     }
 
+    /// Where the trace proves nothing, everything is stale.
+    fn mark_borders(&mut self) -> Result<()> {
+        let device = mounted::device(&self.source).map_err(|why| Error::new(Kind::Failed, why))?;
+        self.border = self.border.max(border(device)?);
+        let border = self.border.min(device.sectors);
+        self.stale.mark(0, border);
+        self.stale.mark(device.sectors - border, border);
+        Ok(())
+    }
+
     /// Proves that no write was missed.
     fn prove(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<()> {
-        let tracker = self.tracker()?;
-        let balance = match in_freeze {
-            Err(TraceError::NoQuiet) => tracker.balance(PAUSE),
-            other => other,
-        };
-        let balance = balance.map_err(|error| self.untrusted(&error))?;
+        let balance = self.or_later(in_freeze)?;
         let before = self
             .balance
             .ok_or_else(|| self.untrusted(&TraceError::NoQuiet))?;
@@ -437,7 +444,17 @@ impl Track {
             .on(&self.source.path)
             .hint("the copy was discarded; try again, or image it offline"));
         }
-        tracker.check().map_err(|error| self.untrusted(&error))
+        let whole = self.tracker()?.check();
+        whole.map_err(|error| self.untrusted(&error))
+    }
+
+    /// A balance that was taken in a freeze; without a pause in there, one of now.
+    fn or_later(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<Balance> {
+        let balance = match in_freeze {
+            Err(TraceError::NoQuiet) => self.tracker()?.balance(PAUSE),
+            other => other,
+        };
+        balance.map_err(|error| self.untrusted(&error))
     }
 
     fn untrusted(&self, error: &TraceError) -> Error {
@@ -457,25 +474,28 @@ impl Track {
     }
 }
 
-/// Starts to trace the disk the source is on, and to mark what is written to the source.
+/// How far from its ends a write to a partition may be merged with one to its neighbour, in sectors.
+fn border(device: &BlockDevice) -> Result<u64> {
+    if device.is_whole_disk() {
+        return Ok(0);
+    }
+    Ok(device.longest_request()?)
+}
+
+/// Starts to trace the source's disk, and to mark what is written to the source.
 fn start(
     tracefs: Tracefs,
     run: &Run,
     device: &BlockDevice,
     stale: &Arc<DirtyMap>,
 ) -> Result<Tracker> {
-    let (start, len) = device
-        .partition
-        .map_or((0, device.sectors), |place| (place.start, place.sectors));
     let marks = Arc::clone(stale);
-    let mut options = Options::new(vec![device.disk]);
+    let mut options = Options::new(vec![device.number]);
     let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
     options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
     Ok(Tracker::start(tracefs, run.id(), &options, move |write| {
-        if let Some((first, sectors)) = write.within(start, len) {
-            marks.mark(first, sectors);
-        }
+        marks.mark(write.sector, write.sectors);
     })?)
 }
 
