@@ -1,19 +1,28 @@
-# Images the busy root through a pipe to another disk, and restores it to a third.
+# Images the busy root and restores it to another disk.
+#   OUTPUT: `pipe` or `file`, on the second disk
 . ./common.sh
 mount -t tracefs tracefs /sys/kernel/tracing
 mkdir -p /run/second
 mkfs.ext4 -q -F /dev/vdb
 mount /dev/vdb /run/second
+image=/run/second/image.still report=/dev/shm/report.json
 
 busy /var/live /dev/shm/journal
-timeout $limit holdstill backup / -o - --freeze track --json 2>/dev/shm/pipe.json |
-    cat >/run/second/pipe.still || { tail -n 1 /dev/shm/pipe.json; exit 1; }
+case $1 in
+    pipe)
+        timeout $limit holdstill backup / -o - --freeze track --json 2>$report |
+            cat >$image || { tail -n 1 $report; exit 1; } ;;
+    file) backup $report / -o $image --freeze track ;;
+esac
 sleep 1
 calm
-freezes /dev/shm/pipe.json
-instant /dev/shm/pipe.json >pipe.instant
+freezes $report
+instant $report >instant
 cp /dev/shm/journal .
 nothing_left
 touch /written
 
-timeout $limit holdstill restore - /dev/vdc --yes --quiet </run/second/pipe.still
+case $1 in
+    pipe) timeout $limit holdstill restore - /dev/vdc --yes --quiet <$image ;;
+    file) timeout $limit holdstill restore $image /dev/vdc --yes --quiet ;;
+esac
