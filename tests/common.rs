@@ -194,6 +194,8 @@ impl Partition {
     /// Adds partition `number` to a disk: where it begins and how long it is, in sectors.
     pub(crate) fn add(disk: &Path, number: u32, start: u64, sectors: u64) -> Self {
         let numbers = [u64::from(number), start, sectors].map(|number| number.to_string());
+        // Such as a killed test left behind.
+        output("delpart", [disk.as_os_str(), OsStr::new(&numbers[0])]);
         let mut args = vec![disk.as_os_str()];
         args.extend(numbers.iter().map(OsStr::new));
         run("addpart", args);
@@ -220,7 +222,8 @@ impl Partition {
 
 impl Drop for Partition {
     fn drop(&mut self) {
-        output("delpart", [self.disk.as_os_str(), OsStr::new(&self.number)]);
+        let disk = self.disk.display().to_string();
+        take_down("delpart", &[&disk], Path::new(&self.number));
     }
 }
 

@@ -27,6 +27,9 @@ use crate::common::{self, LoopDevice, Mount, Partition, Rng, needs_root, run, sp
 /// Length of the volumes.
 const SIZE: u64 = 1 << 30;
 
+/// Length of those with a swap file: so large that mke2fs chooses blocks of 4 KiB.
+const SWAP_VOLUME: u64 = 600 << 20;
+
 /// Length of the partitions beside them.
 const NEIGHBOUR: u64 = 16 << 20;
 
@@ -320,6 +323,131 @@ fn privileged_a_busy_partition_between_neighbours_that_never_pause() {
             stop.store(true, Ordering::Relaxed);
             tracked.unwrap();
         });
+    }
+}
+
+/// Does something as soon as the first freeze is over.
+struct AfterMap<F>(Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send> Progress for AfterMap<F> {
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::Warning(text) => panic!("an unexpected warning: {text}"),
+            Event::Thawed(times) if times.purpose == "map" => {
+                let act = self.0.lock().unwrap().take();
+                act.expect("the first freeze comes once")();
+            }
+            _ => {}
+        }
+    }
+
+    fn total(&self, _: ByteLen) {}
+    fn advance(&self, _: ByteLen) {}
+
+    fn stop(&self) -> Option<Stop> {
+        None
+    }
+}
+
+/// Images a volume with a swap file that has something in all its pages. After the first freeze, `act`
+/// is done with the file; in the end `judge` gets the copy's, and what the header was.
+fn track_swap(fs_type: &str, act: impl FnOnce(&Path) + Send, judge: impl FnOnce(&Path, &[u8])) {
+    let dir = common::temp_dir();
+    let file = dir.path().join("volume");
+    sparse_file(&file, SWAP_VOLUME);
+    let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+    let force = if fs_type == "xfs" { "-f" } else { "-F" };
+    let node = device.path().to_str().unwrap();
+    run(&format!("mkfs.{fs_type}"), ["-q", force, node]);
+    let mount = Mount::new(device.path(), &dir.path().join("live"), fs_type, "");
+    let mut bytes = vec![0; 64 << 20];
+    let mut random = Rng(common::seed());
+    random.fill(&mut bytes);
+    std::fs::write(mount.dir().join("data"), &bytes[..8 << 20]).unwrap();
+    let swap = mount.dir().join("swap");
+    std::fs::write(&swap, &bytes).unwrap();
+    run("chmod", ["600", swap.to_str().unwrap()]);
+    run("mkswap", [&swap]);
+    let header = std::fs::read(&swap).unwrap()[..4096].to_vec();
+    run("swapon", [&swap]);
+    let image = dir.path().join("image.still");
+    let hook = AfterMap(Mutex::new(Some(|| act(&swap))));
+    let report = backup::run(&options(mount.dir(), &image), &hook);
+    // Swapped to or not by now.
+    common::output("swapoff", [&swap]);
+    assert_eq!(report.unwrap().freeze, "track");
+
+    let copy = dir.path().join("copy");
+    poisoned_file(&copy, SWAP_VOLUME);
+    let [from, to] = [&image, &copy].map(|path| path.to_str().unwrap());
+    common::holdstill::run(["restore", "--yes", from, to]).expect(0);
+    if fs_type == "ext4" {
+        run("e2fsck", ["-f", "-n", to]);
+    }
+    let device = LoopDevice::attach(&copy);
+    let how = if fs_type == "xfs" { "nouuid" } else { "" };
+    let copied = Mount::new(device.path(), &dir.path().join("copied"), fs_type, how);
+    assert!(std::fs::read(copied.dir().join("data")).unwrap() == bytes[..8 << 20]);
+    judge(&copied.dir().join("swap"), &header);
+}
+
+#[test]
+fn privileged_of_a_swap_file_the_header_is_copied() {
+    needs_root!();
+    for fs_type in ["ext4", "xfs"] {
+        track_swap(
+            fs_type,
+            |_| (),
+            |copy, header| {
+                let content = std::fs::read(copy).unwrap();
+                assert_eq!(content.len(), 64 << 20);
+                assert!(&content[..4096] == header);
+                assert!(content[4096..].iter().all(|byte| *byte == 0), "{fs_type}");
+                run("swapon", [copy]);
+                run("swapoff", [copy]);
+            },
+        );
+    }
+}
+
+/// What a file holds on the disk: the page cache knows nothing of what was swapped to it.
+fn read_past_the_cache(path: &Path) -> Vec<u8> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(path)
+        .unwrap();
+    let mut bytes = Buffer::new(file.metadata().unwrap().len() as usize);
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes.to_vec()
+}
+
+/// Blocks that were swap space at first and are not in the end are copied like all others.
+#[test]
+fn privileged_a_swap_file_that_is_given_up_meanwhile_is_copied() {
+    needs_root!();
+    let mut bytes = vec![0; 64 << 20];
+    Rng(common::seed()).fill(&mut bytes);
+    for fs_type in ["ext4", "xfs"] {
+        // Not written to any more: no trace tells of it.
+        let before = Mutex::new(Vec::new());
+        track_swap(
+            fs_type,
+            |swap| {
+                run("swapoff", [swap]);
+                *before.lock().unwrap() = read_past_the_cache(swap);
+            },
+            |copy, _| assert!(std::fs::read(copy).unwrap() == *before.lock().unwrap()),
+        );
+        // Written over.
+        track_swap(
+            fs_type,
+            |swap| {
+                run("swapoff", [swap]);
+                std::fs::write(swap, &bytes).unwrap();
+            },
+            |copy, _| assert!(std::fs::read(copy).unwrap() == bytes),
+        );
     }
 }
 

@@ -14,6 +14,11 @@
 //! must have grown by exactly the sectors that were traced on it, however busy its neighbours were.
 //! The argument, and why the borders of a partition are read in the last freeze whatever the trace
 //! says of them, is in [`holdstill_platform::trace`].
+//!
+//! Swap files are the exception: the kernel goes on writing to them while the filesystem is frozen,
+//! and nothing it writes there is worth copying. Their blocks are not read but become zeros, all but
+//! the header. Which blocks these are is decided in the last freeze, and nothing has to have stayed
+//! as it was before: what no longer is swap space then is stale, for no round has taken its marks.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,7 +28,7 @@ use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::{Frozen, Leftover, LeftoverKind};
-use holdstill_platform::memory;
+use holdstill_platform::memory::{self, LockedProcess};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
 
@@ -151,8 +156,8 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
             "the kernel does not count what is written to it (queue/iostats is off)".to_owned(),
         ));
     }
-    if mounted::has_swap(device)? {
-        return Ok(Some("swap space lies on it".to_owned()));
+    if let Err(why) = mounted::swap_files(device)? {
+        return Ok(Some(why));
     }
     if let Err(error) = Tracefs::open() {
         return Ok(Some(format!("writes cannot be traced: {error}")));
@@ -217,7 +222,14 @@ impl Track {
         // to be told of an external log before anything is frozen.
         let survey = Survey::of_mounted(&disk)?;
         let size = ReadAt::len(&*disk);
-        let map = LiveMap::new(Arc::clone(&point), device.number, size, all_blocks);
+        let swap_files = mounted::swap_files(&device)?.map_err(|why| no(&why))?;
+        let map = LiveMap::new(
+            Arc::clone(&point),
+            device.number,
+            size,
+            all_blocks,
+            swap_files,
+        );
         let mut track = Self {
             source: source.clone(),
             disk,
@@ -276,7 +288,7 @@ impl Track {
                 .push(format!("all blocks are copied: even frozen, {why}"));
             self.map.look(&self.source.path)?;
         }
-        self.survey.bytes = stale::bytes(self.map.used());
+        self.survey.bytes = stale::bytes(self.map.mapped());
         Ok(())
     }
 
@@ -364,6 +376,8 @@ impl Track {
         let disk = Arc::clone(&self.disk);
         let mut instant = jiff::Timestamp::now();
         let done = read.with_readers(&disk, |readers| {
+            // What of us was swapped out would be fetched while others wait.
+            let _locked = LockedProcess::new()?;
             self.sync_within_budget()?;
             let frozen = self.freeze()?;
             instant = jiff::Timestamp::now();
@@ -404,11 +418,12 @@ impl Track {
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
         });
-        self.survey.bytes = stale::bytes(self.map.used());
+        self.survey.bytes = stale::bytes(self.map.mapped());
         let runs = stale::last_runs(
             read.extents(),
+            self.map.swap(),
             &self.copied,
-            self.map.used(),
+            self.map.mapped(),
             ReadAt::len(&*self.disk),
         );
         self.last_pass = Some(LastPass {
