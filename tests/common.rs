@@ -191,6 +191,51 @@ impl Drop for LoopDevice {
     }
 }
 
+/// A partition device without a table, deleted when dropped.
+#[derive(Debug)]
+pub(crate) struct Partition {
+    disk: PathBuf,
+    number: String,
+    node: PathBuf,
+}
+
+impl Partition {
+    /// Adds partition `number` to a disk: where it begins and how long it is, in sectors.
+    pub(crate) fn add(disk: &Path, number: u32, start: u64, sectors: u64) -> Self {
+        let numbers = [u64::from(number), start, sectors].map(|number| number.to_string());
+        // Such as a killed test left behind.
+        output("delpart", [disk.as_os_str(), OsStr::new(&numbers[0])]);
+        let mut args = vec![disk.as_os_str()];
+        args.extend(numbers.iter().map(OsStr::new));
+        run("addpart", args);
+        let node = PathBuf::from(format!("{}p{number}", disk.display()));
+        let partition = Self {
+            disk: disk.to_owned(),
+            number: number.to_string(),
+            node,
+        };
+        for _ in 0..500 {
+            if partition.node.exists() {
+                return partition;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("{} never appeared", partition.node.display());
+    }
+
+    /// The device node.
+    pub(crate) fn node(&self) -> &Path {
+        &self.node
+    }
+}
+
+impl Drop for Partition {
+    fn drop(&mut self) {
+        let disk = self.disk.display().to_string();
+        take_down("delpart", &[&disk], Path::new(&self.number));
+    }
+}
+
 /// A mounted filesystem, unmounted when dropped.
 #[derive(Debug)]
 pub(crate) struct Mount {

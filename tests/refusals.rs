@@ -1,7 +1,6 @@
 //! What must not be done is refused, and what cannot be done fails: with the right exit code, in two
 //! lines, and with nothing changed or left behind.
 
-use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -11,7 +10,8 @@ use crate::common::holdstill::{command, finish, listing, run, run_from, same_byt
 use crate::common::scene::{SIZE, Scene, assert_no_signature, backup_to};
 use crate::common::volume::copy;
 use crate::common::{
-    LoopDevice, Mount, Rng, command as tool_command, needs_root, output, run as tool, seed, spawn,
+    LoopDevice, Mount, Partition, Rng, command as tool_command, needs_root, run as tool, seed,
+    spawn,
 };
 
 #[test]
@@ -258,54 +258,19 @@ fn privileged_a_disk_with_a_mounted_partition_is_in_use() {
     let partition = Partition::add(disk.path(), 1, 2048, 60_000);
     tool(
         "mke2fs",
-        [Path::new("-q"), Path::new("-F"), &partition.node],
+        [Path::new("-q"), Path::new("-F"), partition.node()],
     );
-    let mount = Mount::new(&partition.node, &scene.path("point"), "ext4", "");
-    for path in [disk.path(), &partition.node] {
+    let mount = Mount::new(partition.node(), &scene.path("point"), "ext4", "");
+    for path in [disk.path(), partition.node()] {
         scene.refuses(3, "point", scene.restore_to(path));
         scene.refuses(3, "point", offline(path, &scene.path("out")));
     }
     drop(mount);
     let other = Partition::add(disk.path(), 2, 70_000, 60_000);
     let writer = OpenOptions::new().write(true).open(disk.path()).unwrap();
-    scene.refuses(3, "process", scene.restore_to(&other.node));
+    scene.refuses(3, "process", scene.restore_to(other.node()));
     drop(writer);
-    run(scene.restore_to(&other.node)).expect(0);
-}
-
-/// A partition device without a table, deleted when dropped.
-struct Partition {
-    disk: PathBuf,
-    number: String,
-    node: PathBuf,
-}
-
-impl Partition {
-    fn add(disk: &Path, number: u32, start: u64, sectors: u64) -> Self {
-        let numbers = [u64::from(number), start, sectors].map(|number| number.to_string());
-        let mut args = vec![disk.as_os_str()];
-        args.extend(numbers.iter().map(OsStr::new));
-        tool("addpart", args);
-        let node = PathBuf::from(format!("{}p{number}", disk.display()));
-        let partition = Self {
-            disk: disk.to_owned(),
-            number: number.to_string(),
-            node,
-        };
-        for _ in 0..500 {
-            if partition.node.exists() {
-                return partition;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        panic!("{} never appeared", partition.node.display());
-    }
-}
-
-impl Drop for Partition {
-    fn drop(&mut self) {
-        output("delpart", [self.disk.as_os_str(), OsStr::new(&self.number)]);
-    }
+    run(scene.restore_to(other.node())).expect(0);
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! `track` under heavy writers: the copy is compared, block by block, with the whole device as it was
 //! inside the freeze, and its files with what their writers had written by then.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,10 +22,18 @@ use holdstill_platform::device::{Access, Disk};
 
 use crate::common::live::{LiveWriter, judge};
 use crate::common::volume::{poisoned_file, populate};
-use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file, threads};
+use crate::common::{
+    self, LoopDevice, Mount, Partition, Rng, needs_root, run, sparse_file, threads,
+};
 
 /// Length of the volumes.
 const SIZE: u64 = 1 << 30;
+
+/// Length of those with a swap file: so large that mke2fs chooses blocks of 4 KiB.
+const SWAP_VOLUME: u64 = 600 << 20;
+
+/// Length of the partitions beside them.
+const NEIGHBOUR: u64 = 16 << 20;
 
 /// Reads the whole device while it is frozen.
 struct Oracle {
@@ -106,12 +116,17 @@ fn options(source: &Path, image: &Path) -> Options {
     }
 }
 
-/// One run under heavy writers; the milliseconds of the final freeze and of all, without the oracle's.
+/// One run on a disk of its own; see [`track_on`].
 fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
     let dir = common::temp_dir();
     let file = dir.path().join("volume");
     sparse_file(&file, SIZE);
     let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+    track_on(device.path(), dir.path(), fs_type, seed, orphans)
+}
+
+/// One run under heavy writers; the milliseconds of the final freeze and of all, without the oracle's.
+fn track_on(device: &Path, dir: &Path, fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
     let quiet = if fs_type == "xfs" {
         ["-q", "-f"]
     } else {
@@ -122,15 +137,15 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         quiet
             .iter()
             .map(|arg| (*arg).to_owned())
-            .chain([device.path().display().to_string()]),
+            .chain([device.display().to_string()]),
     );
-    let mount = Mount::new(device.path(), &dir.path().join("live"), fs_type, "");
+    let mount = Mount::new(device, &dir.join("live"), fs_type, "");
     populate(&mount.dir().join("ballast"), &mut Rng(seed | 1), 500 << 20);
     let writer_options: &[&str] = if orphans { &["--orphans"] } else { &[] };
-    let journal = dir.path().join("journal");
+    let journal = dir.join("journal");
     let writer = LiveWriter::start(&mount.dir().join("busy"), &journal, seed, writer_options);
-    let oracle = Oracle::new(device.path());
-    let image = dir.path().join("image.still");
+    let oracle = Oracle::new(device);
+    let image = dir.join("image.still");
     let report: Report = backup::run(&options(mount.dir(), &image), &oracle).unwrap();
     writer.stop();
     assert_eq!(
@@ -138,7 +153,7 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         ("track", "frozen")
     );
 
-    let copy = dir.path().join("copy");
+    let copy = dir.join("copy");
     poisoned_file(&copy, SIZE);
     common::holdstill::run([
         "restore",
@@ -152,7 +167,7 @@ fn track_once(fs_type: &str, seed: u64, orphans: bool) -> (f64, f64) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
     compare_used_blocks(&content, &copy);
-    let reopened = dir.path().join("reopened");
+    let reopened = dir.join("reopened");
     judge_files(
         fs_type,
         &copy,
@@ -266,6 +281,176 @@ fn privileged_a_busy_ext4_is_copied_as_it_was_at_the_freeze() {
 fn privileged_a_busy_xfs_is_copied_as_it_was_at_the_freeze() {
     needs_root!();
     track_many("xfs");
+}
+
+/// Writes to a device, block by block, until told to stop.
+fn write_without_pause(device: &Path, stop: &AtomicBool) {
+    let file = OpenOptions::new()
+        .write(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(device)
+        .unwrap();
+    let block = Buffer::new(4096);
+    let blocks = NEIGHBOUR / 4096;
+    for at in (0..blocks).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        file.write_all_at(&block, at * 4096).unwrap();
+    }
+}
+
+#[test]
+fn privileged_a_busy_partition_between_neighbours_that_never_pause() {
+    needs_root!();
+    let seed = common::seed();
+    for fs_type in ["ext4", "xfs"] {
+        let dir = common::temp_dir();
+        let file = dir.path().join("disk");
+        sparse_file(&file, SIZE + 2 * NEIGHBOUR);
+        let disk = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+        let [len, short] = [SIZE, NEIGHBOUR].map(|bytes| bytes / 512);
+        let below = Partition::add(disk.path(), 1, 0, short);
+        let ours = Partition::add(disk.path(), 2, short, len);
+        let above = Partition::add(disk.path(), 3, short + len, short);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for neighbour in [&below, &above] {
+                let stop = &stop;
+                scope.spawn(move || write_without_pause(neighbour.node(), stop));
+            }
+            let tracked = std::panic::catch_unwind(|| {
+                track_on(ours.node(), dir.path(), fs_type, seed, false);
+            });
+            stop.store(true, Ordering::Relaxed);
+            tracked.unwrap();
+        });
+    }
+}
+
+/// Does something as soon as the first freeze is over.
+struct AfterMap<F>(Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send> Progress for AfterMap<F> {
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::Warning(text) => panic!("an unexpected warning: {text}"),
+            Event::Thawed(times) if times.purpose == "map" => {
+                let act = self.0.lock().unwrap().take();
+                act.expect("the first freeze comes once")();
+            }
+            _ => {}
+        }
+    }
+
+    fn total(&self, _: ByteLen) {}
+    fn advance(&self, _: ByteLen) {}
+
+    fn stop(&self) -> Option<Stop> {
+        None
+    }
+}
+
+/// Images a volume with a swap file that has something in all its pages. After the first freeze, `act`
+/// is done with the file; in the end `judge` gets the copy's, and what the header was.
+fn track_swap(fs_type: &str, act: impl FnOnce(&Path) + Send, judge: impl FnOnce(&Path, &[u8])) {
+    let dir = common::temp_dir();
+    let file = dir.path().join("volume");
+    sparse_file(&file, SWAP_VOLUME);
+    let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);
+    let force = if fs_type == "xfs" { "-f" } else { "-F" };
+    let node = device.path().to_str().unwrap();
+    run(&format!("mkfs.{fs_type}"), ["-q", force, node]);
+    let mount = Mount::new(device.path(), &dir.path().join("live"), fs_type, "");
+    let mut bytes = vec![0; 64 << 20];
+    let mut random = Rng(common::seed());
+    random.fill(&mut bytes);
+    std::fs::write(mount.dir().join("data"), &bytes[..8 << 20]).unwrap();
+    let swap = mount.dir().join("swap");
+    std::fs::write(&swap, &bytes).unwrap();
+    run("chmod", ["600", swap.to_str().unwrap()]);
+    run("mkswap", [&swap]);
+    let header = std::fs::read(&swap).unwrap()[..4096].to_vec();
+    run("swapon", [&swap]);
+    let image = dir.path().join("image.still");
+    let hook = AfterMap(Mutex::new(Some(|| act(&swap))));
+    let report = backup::run(&options(mount.dir(), &image), &hook);
+    // Swapped to or not by now.
+    common::output("swapoff", [&swap]);
+    assert_eq!(report.unwrap().freeze, "track");
+
+    let copy = dir.path().join("copy");
+    poisoned_file(&copy, SWAP_VOLUME);
+    let [from, to] = [&image, &copy].map(|path| path.to_str().unwrap());
+    common::holdstill::run(["restore", "--yes", from, to]).expect(0);
+    if fs_type == "ext4" {
+        run("e2fsck", ["-f", "-n", to]);
+    }
+    let device = LoopDevice::attach(&copy);
+    let how = if fs_type == "xfs" { "nouuid" } else { "" };
+    let copied = Mount::new(device.path(), &dir.path().join("copied"), fs_type, how);
+    assert!(std::fs::read(copied.dir().join("data")).unwrap() == bytes[..8 << 20]);
+    judge(&copied.dir().join("swap"), &header);
+}
+
+#[test]
+fn privileged_of_a_swap_file_the_header_is_copied() {
+    needs_root!();
+    for fs_type in ["ext4", "xfs"] {
+        track_swap(
+            fs_type,
+            |_| (),
+            |copy, header| {
+                let content = std::fs::read(copy).unwrap();
+                assert_eq!(content.len(), 64 << 20);
+                assert!(&content[..4096] == header);
+                assert!(content[4096..].iter().all(|byte| *byte == 0), "{fs_type}");
+                run("swapon", [copy]);
+                run("swapoff", [copy]);
+            },
+        );
+    }
+}
+
+/// What a file holds on the disk: the page cache knows nothing of what was swapped to it.
+fn read_past_the_cache(path: &Path) -> Vec<u8> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(path)
+        .unwrap();
+    let mut bytes = Buffer::new(file.metadata().unwrap().len() as usize);
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes.to_vec()
+}
+
+/// Blocks that were swap space at first and are not in the end are copied like all others.
+#[test]
+fn privileged_a_swap_file_that_is_given_up_meanwhile_is_copied() {
+    needs_root!();
+    let mut bytes = vec![0; 64 << 20];
+    Rng(common::seed()).fill(&mut bytes);
+    for fs_type in ["ext4", "xfs"] {
+        // Not written to any more: no trace tells of it.
+        let before = Mutex::new(Vec::new());
+        track_swap(
+            fs_type,
+            |swap| {
+                run("swapoff", [swap]);
+                *before.lock().unwrap() = read_past_the_cache(swap);
+            },
+            |copy, _| assert!(std::fs::read(copy).unwrap() == *before.lock().unwrap()),
+        );
+        // Written over.
+        track_swap(
+            fs_type,
+            |swap| {
+                run("swapoff", [swap]);
+                std::fs::write(swap, &bytes).unwrap();
+            },
+            |copy, _| assert!(std::fs::read(copy).unwrap() == bytes),
+        );
+    }
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub mod output;
 pub mod records;
 pub mod signals;
 pub mod stream;
+pub mod swap_file;
 pub mod trace;
 
 #[cfg(test)]

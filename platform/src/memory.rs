@@ -109,7 +109,7 @@ impl LockedProcess {
 
 impl Drop for LockedProcess {
     fn drop(&mut self) {
-        // It unlocks arenas too: hold one only as long as the other.
+        // It unlocks arenas too: hold one no longer than they have to be locked.
         if let Err(errno) = munlockall() {
             log::debug!("cannot unlock the process: {errno}");
         }

@@ -339,6 +339,16 @@ impl BlockDevice {
         self.disk_sysfs().join("mq").is_dir()
     }
 
+    /// The longest request that writes to its disk can be merged to, in units of 512 bytes, as the
+    /// disk is set just now.
+    ///
+    /// # Errors
+    /// If sysfs does not say.
+    pub fn longest_request(&self) -> Result<u64> {
+        let kib: u64 = read_number(&self.disk_sysfs().join("queue/max_sectors_kb"))?;
+        Ok(kib.saturating_mul(2))
+    }
+
     /// What a loop device, or a partition on one, lies on; `None` if it is no loop device, or none
     /// that is attached.
     ///

@@ -9,7 +9,30 @@
 //! The whole disk is traced, for requests of neighbouring partitions are merged across their
 //! border. Reads are left out by a filter of the kernel's. Nothing lost goes unnoticed: overruns and
 //! drops are counted by the ring buffer, and the sectors traced between two quiet moments must be
-//! those that the disk's own counters counted ([`Tracker::balance`]).
+//! those that the device's own counters counted ([`Tracker::balance`]).
+//!
+//! # Why equal sums prove that nothing was lost
+//! A partition is compared with its own counters, so its neighbours may be as busy as they like: it
+//! is quiet when its own filesystem is frozen. The kernel counts a request of bios whole for the
+//! partition that the first of them was for, after it has traced the request and before it tells
+//! whoever sent it (`blk_update_request` of block/blk-core.c). We add up the traced requests that lie
+//! within the partition. Between two balances therefore
+//!
+//! counted = added up + lost + merged,
+//!
+//! where *lost* are the sectors of requests of the partition that are missing in the trace, and
+//! *merged* those of requests that reach across its border and were counted for it. Neither is ever
+//! negative, so equality proves both to be none. A request that reaches across the border and was
+//! counted for the neighbour is in neither sum: had it been lost, nobody would know. It is no longer
+//! than the longest request of the disk, so it lies within that distance of the border:
+//! [`BlockDevice::longest_request`] at either end of a partition is beyond proof, and whoever copies
+//! the partition must not rely on the trace there. A whole disk has no such border.
+//!
+//! Two things could make equal what is not, each only together with a loss of exactly the same size.
+//! A write to the partition through the disk's own node is added up and not counted: see to it that
+//! there is no such writer. A request that was traced and not yet counted when the last balance is
+//! taken: of a frozen filesystem there is none, as it knows of the completion of all it wrote; for
+//! others (swap space) a balance is taken only where it stays the same for a while.
 
 mod format;
 mod page;
@@ -18,6 +41,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,7 +74,7 @@ pub const PREFIX: &str = "holdstill-";
 /// The event, below an instance.
 const EVENT: &str = "events/block/block_rq_complete";
 
-/// Disks traced at a time.
+/// Devices traced at a time.
 const MAX_DEVICES: usize = 16;
 
 /// Real-time priority of the reader, just below the guard's.
@@ -151,12 +175,12 @@ pub enum WriteKind {
     Other,
 }
 
-/// A completed request that changed the disk.
+/// A completed request that changed a device; what of it lies on that device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Write {
-    /// The whole disk.
+    /// The disk or partition.
     pub device: DeviceNumber,
-    /// First sector on the disk, in units of 512 bytes.
+    /// First sector on it, in units of 512 bytes.
     pub sector: u64,
     /// How many, never 0.
     pub sectors: u64,
@@ -164,21 +188,10 @@ pub struct Write {
     pub kind: WriteKind,
 }
 
-impl Write {
-    /// The part that lies within `len` sectors from `start`: its first sector counted from `start`,
-    /// and its length. A request may begin in one partition and end in the next.
-    pub fn within(&self, start: u64, len: u64) -> Option<(u64, u64)> {
-        let first = self.sector.max(start);
-        let end = self.sector.saturating_add(self.sectors);
-        let end = end.min(start.saturating_add(len));
-        (first < end).then(|| (first - start, end - first))
-    }
-}
-
 /// What to trace.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The whole disks.
+    /// Whole disks and partitions.
     pub devices: Vec<DeviceNumber>,
     /// Room for events, in KiB for each processor.
     pub buffer_kib: u32,
@@ -187,7 +200,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// For these disks: 8 MiB for each processor, looked at every millisecond.
+    /// For these devices: 8 MiB for each processor, looked at every millisecond.
     pub fn new(devices: Vec<DeviceNumber>) -> Self {
         Self {
             devices,
@@ -197,16 +210,16 @@ impl Options {
     }
 }
 
-/// What was traced so far, of all disks together.
+/// What was traced so far, of all devices together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Completed requests that changed a disk.
+    /// Completed requests that changed a device.
     pub requests: u64,
-    /// Sectors of all but discards.
+    /// Sectors of all but discards, of requests that lie within one device.
     pub written: u64,
-    /// Sectors of discards.
+    /// The same of discards.
     pub discarded: u64,
-    /// Requests without data: cache flushes. The disk's own counter is lower: a flush may be traced
+    /// Requests without data, of the whole disk: cache flushes. The disk's own counter is lower: a flush may be traced
     /// for itself and for the request that asked for it.
     pub flushes: u64,
     /// Commands sent past the block layer (SG_IO: SMART queries, but perhaps writes). They have no
@@ -269,14 +282,14 @@ impl From<io::Error> for TraceError {
     }
 }
 
-/// Counted minus traced sectors of each disk at a quiet moment. It depends on when the trace began
+/// Counted minus traced sectors of each device at a quiet moment. It depends on when the trace began
 /// and means nothing by itself: between two moments it must not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Balance([u64; MAX_DEVICES]);
 
 impl Balance {
-    /// Sectors that were counted but not traced since `earlier`, of all disks; negative if more were
-    /// traced than counted. Anything but 0 on any disk shows in [`PartialEq`].
+    /// Sectors that were counted but not traced since `earlier`, of all devices; negative if more were
+    /// traced than counted. Anything but 0 on any device shows in [`PartialEq`].
     pub fn missed_since(&self, earlier: &Self) -> i64 {
         let pairs = self.0.iter().zip(&earlier.0);
         let missed = pairs.map(|(now, then)| now.wrapping_sub(*then).cast_signed());
@@ -317,6 +330,9 @@ const BAD_PAGE: u32 = u32::MAX - 1;
 #[derive(Debug)]
 struct DeviceTally {
     device: DeviceNumber,
+    disk: DeviceNumber,
+    /// Where it lies on the disk.
+    sectors: Range<u64>,
     requests: AtomicU64,
     written: AtomicU64,
     discarded: AtomicU64,
@@ -325,13 +341,13 @@ struct DeviceTally {
 
 impl Tracker {
     /// Makes the instance of run `run_id` and begins to trace. From its return on, every request
-    /// that completes is handed to `each`, in the reader thread, which allocates nothing itself; nor
+    /// that completes is handed to `each`, cut at the borders of the device, in the reader thread, which allocates nothing itself; nor
     /// may `each`, should a filesystem be frozen meanwhile. `each` sees a request at the latest when
     /// a [`drain`](Self::drain) begun after its completion returns.
     ///
     /// # Errors
-    /// If a device is no whole disk or not request-based, its counters are switched off, the
-    /// kernel's format is not understood, or tracefs refuses.
+    /// If a device is not request-based, its counters are switched off, the kernel's format is not
+    /// understood, or tracefs refuses.
     pub fn start(
         tracefs: Tracefs,
         run_id: &str,
@@ -342,7 +358,7 @@ impl Tracker {
             let why = "only little-endian machines are understood";
             return Err(Error::other("cannot read", "the trace", why));
         }
-        let counters = check_devices(&options.devices)?;
+        let (devices, counters) = look_up(&options.devices)?;
         let page_format = read_page_format(&tracefs.root)?;
         let name = instance_name(run_id);
         mkdirat(
@@ -364,7 +380,7 @@ impl Tracker {
             name,
             filter: String::new(),
             counters,
-            shared: Arc::new(Shared::new(&options.devices)),
+            shared: Arc::new(Shared::new(&devices)),
             reader: None,
             cpus: Vec::new(),
         };
@@ -408,8 +424,8 @@ impl Tracker {
         write(instance, "tracing_on", "0")?;
         write(instance, "buffer_size_kb", &options.buffer_kib.to_string())?;
         let filter_file = format!("{EVENT}/filter");
-        let of_disk = |device: &DeviceNumber| format!("dev == {}", device.to_kernel());
-        let disks: Vec<_> = options.devices.iter().map(of_disk).collect();
+        let of_disk = |tally: &DeviceTally| format!("dev == {}", tally.disk.to_kernel());
+        let disks: Vec<_> = self.shared.devices.iter().map(of_disk).collect();
         let filter = format!("({}) && !(rwbs ~ \"R*\")", disks.join(" || "));
         write(instance, &filter_file, &filter)?;
         self.filter = read(instance, &filter_file)?;
@@ -483,15 +499,18 @@ impl Tracker {
         }
     }
 
-    /// Waits for a moment in which nothing completes, and compares what the disks counted with what
-    /// was traced. Two balances that differ prove that the trace is not whole. Allocates nothing.
+    /// Waits for a moment in which nothing on the devices completes, and compares what they counted
+    /// with what was traced. Two balances that differ prove that the trace is not whole. Allocates
+    /// nothing.
     ///
     /// # Errors
-    /// As [`drain`](Self::drain); `NoQuiet` if the disks never pause within `patience`.
+    /// As [`drain`](Self::drain); `NoQuiet` if the devices never pause within `patience`.
     pub fn balance(&self, patience: Duration) -> std::result::Result<Balance, TraceError> {
         let begin = Instant::now();
         let mut last = None;
         while begin.elapsed() < patience {
+            // Counters only grow: equal before and after, they were so all the time between, and
+            // everything they counted has been handed on.
             let before = self.counted()?;
             self.drain(patience)?;
             let traced = self.traced();
@@ -627,13 +646,22 @@ impl Drop for Tracker {
 }
 
 impl Shared {
-    fn new(devices: &[DeviceNumber]) -> Self {
-        let tally = |device: &DeviceNumber| DeviceTally {
-            device: *device,
-            requests: AtomicU64::new(0),
-            written: AtomicU64::new(0),
-            discarded: AtomicU64::new(0),
-            flushes: AtomicU64::new(0),
+    fn new(devices: &[BlockDevice]) -> Self {
+        let tally = |device: &BlockDevice| {
+            DeviceTally {
+                device: device.number,
+                disk: device.disk,
+                // Of a discard of many places the kernel traces the first, with the length of all:
+                // on a whole disk that is no reason not to add it up.
+                sectors: match device.partition {
+                    Some(place) => place.start..place.start + place.sectors,
+                    None => 0..u64::MAX,
+                },
+                requests: AtomicU64::new(0),
+                written: AtomicU64::new(0),
+                discarded: AtomicU64::new(0),
+                flushes: AtomicU64::new(0),
+            }
         };
         Self {
             devices: devices.iter().map(tally).collect(),
@@ -652,22 +680,42 @@ impl Shared {
             .compare_exchange(FINE, trouble, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Counts an event; the write it tells of, if it is one.
-    fn count(&self, event: Completed) -> Option<Write> {
-        let device = DeviceNumber {
+    /// Counts an event and hands on the write it tells of, if it is one.
+    fn count(&self, event: Completed, each: &mut impl FnMut(Write)) {
+        let disk = DeviceNumber {
             major: event.dev >> 20,
             minor: event.dev & 0xf_ffff,
         };
-        let tally = self.devices.iter().find(|tally| tally.device == device)?;
-        if event.sectors == 0 {
-            tally.flushes.fetch_add(1, Ordering::Relaxed);
-            return None;
-        }
         // Requests past the block layer have no place: (sector_t)-1.
-        if event.sector == u64::MAX {
+        if event.sectors > 0 && event.sector == u64::MAX {
             self.passthrough.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        for tally in self.devices.iter().filter(|tally| tally.disk == disk) {
+            if let Some(write) = tally.count(&event) {
+                each(write);
+            }
+        }
+    }
+}
+
+impl DeviceTally {
+    /// Counts an event of its disk; what was written to this device, if anything.
+    fn count(&self, event: &Completed) -> Option<Write> {
+        if event.sectors == 0 {
+            self.flushes.fetch_add(1, Ordering::Relaxed);
             return None;
         }
+        let sectors = u64::from(event.sectors);
+        let end = event.sector.saturating_add(sectors);
+        let (first, last) = (
+            event.sector.max(self.sectors.start),
+            end.min(self.sectors.end),
+        );
+        if first >= last {
+            return None;
+        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
         // `F` says that a flush went before.
         let letter = if event.letter == b'F' {
             event.detail
@@ -680,17 +728,18 @@ impl Shared {
             (b'D', _) => WriteKind::Discard,
             _ => WriteKind::Other,
         };
-        let sectors = u64::from(event.sectors);
-        let sum = match kind {
-            WriteKind::Discard => &tally.discarded,
-            _ => &tally.written,
-        };
-        tally.requests.fetch_add(1, Ordering::Relaxed);
-        sum.fetch_add(sectors, Ordering::Release);
+        // Which side a request across the border was counted for cannot be known.
+        if last - first == sectors {
+            let sum = match kind {
+                WriteKind::Discard => &self.discarded,
+                _ => &self.written,
+            };
+            sum.fetch_add(sectors, Ordering::Release);
+        }
         Some(Write {
-            device,
-            sector: event.sector,
-            sectors,
+            device: self.device,
+            sector: first - self.sectors.start,
+            sectors: last - first,
             kind,
         })
     }
@@ -742,9 +791,7 @@ impl<F: FnMut(Write)> Reader<F> {
             };
             let (shared, each) = (&self.shared, &mut self.each);
             let events = page::read(page, &self.page_format, &self.event_format, |event| {
-                if let Some(write) = shared.count(event) {
-                    each(write);
-                }
+                shared.count(event, each);
             });
             match events {
                 Ok(false) => {}
@@ -773,19 +820,17 @@ fn become_urgent() {
     }
 }
 
-/// Opens the counters of disks that can be traced.
-fn check_devices(devices: &[DeviceNumber]) -> Result<Vec<CounterFile>> {
-    if devices.is_empty() || devices.len() > MAX_DEVICES {
-        let why = format!("1 to {MAX_DEVICES} disks can be, not {}", devices.len());
+/// Looks up devices that are to be traced, and opens their counters.
+fn look_up(numbers: &[DeviceNumber]) -> Result<(Vec<BlockDevice>, Vec<CounterFile>)> {
+    if numbers.is_empty() || numbers.len() > MAX_DEVICES {
+        let why = format!("1 to {MAX_DEVICES} devices can be, not {}", numbers.len());
         return Err(Error::other("cannot trace", "the disks", why));
     }
+    let mut devices = Vec::new();
     let mut files = Vec::new();
-    for &number in devices {
+    for &number in numbers {
         let device = BlockDevice::of(number)?;
         let refuse = |why: &str| Err(Error::other("cannot trace", device.path(), why));
-        if !device.is_whole_disk() {
-            return refuse("a partition: requests are traced for the whole disk");
-        }
         if !device.is_request_based() {
             return refuse(
                 "its requests do not pass the block layer's queues under its own number",
@@ -795,8 +840,9 @@ fn check_devices(devices: &[DeviceNumber]) -> Result<Vec<CounterFile>> {
             return refuse("its counters are switched off (queue/iostats)");
         }
         files.push(CounterFile::open(number)?);
+        devices.push(device);
     }
-    Ok(files)
+    Ok((devices, files))
 }
 
 fn read_page_format(root: &File) -> Result<PageFormat> {

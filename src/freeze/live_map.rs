@@ -1,4 +1,5 @@
-//! Which blocks a mounted filesystem uses right now, by the kernel's own map.
+//! Which blocks a mounted filesystem uses right now, by the kernel's own map, and which of those are
+//! worth copying: all but swap space.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,8 +7,10 @@ use std::sync::Arc;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::fsmap::{FsMap, FsMapError, UsedRange};
 use holdstill_platform::node::DeviceNumber;
+use holdstill_platform::swap_file::SwapFile;
 
 use crate::error::{Error, Kind, Result};
+use crate::image::format::BLOCK;
 use crate::units::ByteLen;
 
 /// Room for ranges at first.
@@ -15,6 +18,9 @@ const ROOM: usize = 64 << 10;
 
 /// And always for so many more than at the last look, beside half as many again.
 const MORE_ROOM: usize = 4096;
+
+/// Room for ranges of swap space. What finds no room is copied like anything else.
+const SWAP_ROOM: usize = 16 << 10;
 
 /// The map of a mounted filesystem, as of the last look.
 #[derive(Debug)]
@@ -25,17 +31,24 @@ pub(super) struct LiveMap {
     size: ByteLen,
     /// Everything counts as in use.
     all_blocks: bool,
+    /// What the filesystem calls used.
+    mapped: Vec<UsedRange>,
+    swap_files: Vec<SwapFile>,
+    /// What of that is swap space: whole blocks.
+    swap: Vec<UsedRange>,
+    /// The rest.
     used: Vec<UsedRange>,
 }
 
 impl LiveMap {
     /// For the filesystem at `point` on `device`, of `size` bytes. With `all_blocks` it says that
-    /// everything is in use.
+    /// everything is in use. What lies in `swap_files` is in use, but not worth copying.
     pub(super) fn new(
         point: Arc<MountPoint>,
         device: DeviceNumber,
         size: ByteLen,
         all_blocks: bool,
+        swap_files: Vec<SwapFile>,
     ) -> Self {
         Self {
             fsmap: FsMap::new(),
@@ -43,6 +56,9 @@ impl LiveMap {
             device,
             size,
             all_blocks,
+            mapped: Vec::with_capacity(ROOM),
+            swap: Vec::with_capacity(if swap_files.is_empty() { 0 } else { SWAP_ROOM }),
+            swap_files,
             used: Vec::with_capacity(ROOM),
         }
     }
@@ -52,9 +68,19 @@ impl LiveMap {
         self.all_blocks = true;
     }
 
-    /// What was in use at the last look: ascending.
+    /// What was in use and worth copying at the last look: ascending.
     pub(super) fn used(&self) -> &[UsedRange] {
         &self.used
+    }
+
+    /// What was in use, swap space included: ascending.
+    pub(super) fn mapped(&self) -> &[UsedRange] {
+        &self.mapped
+    }
+
+    /// What was swap space, in whole blocks: ascending.
+    pub(super) fn swap(&self) -> &[UsedRange] {
+        &self.swap
     }
 
     /// A look that may take its time and its memory.
@@ -65,8 +91,10 @@ impl LiveMap {
         loop {
             match self.try_look() {
                 Err(FsMapError::TooManyRanges { needed }) => {
-                    self.used.clear();
-                    self.used.reserve_exact(needed + needed / 2);
+                    for ranges in [&mut self.mapped, &mut self.used] {
+                        ranges.clear();
+                        ranges.reserve_exact(needed + needed / 2);
+                    }
                 }
                 other => return other.map_err(|error| explain(&error, name)),
             }
@@ -84,24 +112,82 @@ impl LiveMap {
 
     /// Makes room for half as many ranges again as at the last look.
     pub(super) fn make_room(&mut self) {
-        let wanted = self.used.len() + self.used.len() / 2 + MORE_ROOM;
-        if self.used.capacity() < wanted {
-            self.used.reserve_exact(wanted - self.used.len());
+        let len = self.mapped.len().max(self.used.len());
+        let wanted = len + len / 2 + MORE_ROOM;
+        for ranges in [&mut self.mapped, &mut self.used] {
+            if ranges.capacity() < wanted {
+                ranges.reserve_exact(wanted - ranges.len());
+            }
         }
     }
 
     fn try_look(&mut self) -> std::result::Result<(), FsMapError> {
+        self.swap.clear();
         if self.all_blocks {
-            self.used.clear();
-            self.used.push(UsedRange {
+            self.mapped.clear();
+            self.mapped.push(UsedRange {
                 start: 0,
                 len: self.size.0,
             });
-            return Ok(());
+        } else {
+            self.fsmap
+                .used(&self.point, self.device, self.size.0, &mut self.mapped)?;
+            for file in &mut self.swap_files {
+                file.add_ranges(&mut self.swap);
+            }
+            whole_blocks(&mut self.swap);
         }
-        self.fsmap
-            .used(&self.point, self.device, self.size.0, &mut self.used)
+        without(&self.mapped, &self.swap, &mut self.used)
     }
+}
+
+/// Cuts ranges to the whole blocks in them, and puts them in order.
+fn whole_blocks(ranges: &mut Vec<UsedRange>) {
+    ranges.retain_mut(|range| {
+        let end = (range.start + range.len) / BLOCK * BLOCK;
+        range.start = range.start.next_multiple_of(BLOCK);
+        range.len = end.saturating_sub(range.start);
+        range.len > 0
+    });
+    ranges.sort_unstable_by_key(|range| range.start);
+}
+
+/// Puts what is in `ranges` and not in `others` into `rest`, which never grows beyond its capacity.
+fn without(
+    ranges: &[UsedRange],
+    others: &[UsedRange],
+    rest: &mut Vec<UsedRange>,
+) -> std::result::Result<(), FsMapError> {
+    rest.clear();
+    let mut needed = 0;
+    let mut add = |start: u64, end: u64| {
+        if start >= end {
+            return;
+        }
+        needed += 1;
+        if rest.len() < rest.capacity() {
+            let len = end - start;
+            rest.push(UsedRange { start, len });
+        }
+    };
+    let mut others = others.iter().peekable();
+    for range in ranges {
+        let (mut at, end) = (range.start, range.start + range.len);
+        while let Some(other) = others.peek().filter(|other| other.start < end) {
+            add(at, other.start);
+            at = at.max(other.start + other.len);
+            if at > end {
+                // It may reach into the next range as well.
+                break;
+            }
+            others.next();
+        }
+        add(at, end);
+    }
+    if needed > rest.len() {
+        return Err(FsMapError::TooManyRanges { needed });
+    }
+    Ok(())
 }
 
 fn explain(error: &FsMapError, name: &Path) -> Error {
@@ -112,4 +198,63 @@ fn explain(error: &FsMapError, name: &Path) -> Error {
     Error::new(kind, "the filesystem's map cannot be had")
         .on(name)
         .because(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ranges_of(set: &[bool]) -> Vec<UsedRange> {
+        let mut ranges: Vec<UsedRange> = Vec::new();
+        for (at, _) in set.iter().enumerate().filter(|(_, is_in)| **is_in) {
+            let start = at as u64;
+            match ranges.last_mut() {
+                Some(last) if last.start + last.len == start => last.len += 1,
+                _ => ranges.push(UsedRange { start, len: 1 }),
+            }
+        }
+        ranges
+    }
+
+    proptest! {
+        /// Every byte is copied that is in use and no swap space, and no other; without room for
+        /// that it says so.
+        #[test]
+        fn without_is_the_difference(
+            sets in prop::collection::vec(any::<(bool, bool)>(), 0..200), room in 0usize..50,
+        ) {
+            let (used, swap): (Vec<bool>, Vec<bool>) = sets.iter().copied().unzip();
+            let both: Vec<bool> = sets.iter().map(|(used, swap)| *used && !*swap).collect();
+            let expected = ranges_of(&both);
+            let mut rest = Vec::with_capacity(room);
+            let capacity = rest.capacity();
+            let result = without(&ranges_of(&used), &ranges_of(&swap), &mut rest);
+            prop_assert_eq!(rest.capacity(), capacity);
+            if expected.len() > capacity {
+                let needed = expected.len();
+                prop_assert_eq!(result, Err(FsMapError::TooManyRanges { needed }));
+            } else {
+                prop_assert_eq!(result, Ok(()));
+                prop_assert_eq!(rest, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn only_whole_blocks_are_swap_space() {
+        let range = |start, len| UsedRange { start, len };
+        let mut ranges = vec![
+            range(5 * BLOCK, 3 * BLOCK + 1),
+            range(100, BLOCK),
+            range(BLOCK, 2 * BLOCK),
+            range(10 * BLOCK - 1, BLOCK + 1),
+        ];
+        whole_blocks(&mut ranges);
+        let expected = [(1, 2), (5, 3), (10, 1)];
+        assert_eq!(
+            ranges,
+            expected.map(|(start, len)| range(start * BLOCK, len * BLOCK))
+        );
+    }
 }

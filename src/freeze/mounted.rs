@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use holdstill_platform::beneath;
 use holdstill_platform::freeze::FreezeError;
 use holdstill_platform::guard::Thawed;
-use holdstill_platform::in_use::{self, User};
+use holdstill_platform::in_use::{self, Swap, User};
 use holdstill_platform::node::BlockDevice;
+use holdstill_platform::swap_file::SwapFile;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::FreezeTimes;
@@ -55,17 +56,47 @@ pub(super) fn would_wait_for_itself(
     Ok(None)
 }
 
-/// Whether swap space lies on the source: memory could not be written out while it is frozen.
+/// Whether swap space lies on the source: what it holds changes though the filesystem is frozen.
 pub(super) fn has_swap(device: &BlockDevice) -> Result<bool> {
     for swap in in_use::swaps()? {
-        let Ok(file) = std::fs::File::open(&swap.path) else {
-            continue;
-        };
-        if beneath::file_rests_on(&file, device)? {
+        if swap_rests_on(&swap, device)? {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// The swap files of the source's own filesystem; or why its swap space is in the way: through a
+/// loop device memory could not be written out while the source is frozen.
+pub(super) fn swap_files(
+    device: &BlockDevice,
+) -> Result<std::result::Result<Vec<SwapFile>, String>> {
+    let mut files = Vec::new();
+    for swap in in_use::swaps()? {
+        if swap
+            .file
+            .is_some_and(|file| file.filesystem == device.number)
+        {
+            match SwapFile::open(&swap.path) {
+                Ok(file) => files.push(file),
+                Err(error) => return Ok(Err(format!("swap space lies on it: {error}"))),
+            }
+        } else if swap_rests_on(&swap, device)? {
+            let name = swap.path.display();
+            return Ok(Err(format!(
+                "swap space lies on it by way of another device ({name})"
+            )));
+        }
+    }
+    Ok(Ok(files))
+}
+
+fn swap_rests_on(swap: &Swap, device: &BlockDevice) -> Result<bool> {
+    // One that cannot be opened is a deleted file: ordinary blocks, which it keeps to the end.
+    let Ok(file) = std::fs::File::open(&swap.path) else {
+        return Ok(false);
+    };
+    Ok(beneath::file_rests_on(&file, device)?)
 }
 
 /// Who could change the device behind the back of its filesystem: a freeze does not stop them.

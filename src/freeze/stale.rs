@@ -155,10 +155,11 @@ pub(super) fn mark(stale: &DirtyMap, extent: Extent) {
     stale.mark(extent.start.0 / SECTOR, extent.len.0.div_ceil(SECTOR));
 }
 
-/// What the last pass is about: the blocks that were read in the freeze, and those that were copied
-/// before and are no longer in use.
+/// What the last pass is about: the blocks that were read in the freeze, zeros for what is in use but
+/// not worth copying, and what was copied before and is no longer in use.
 pub(super) fn last_runs(
     read: &[Extent],
+    zeros: &[UsedRange],
     copied: &DirtyMap,
     used: &[UsedRange],
     size: ByteLen,
@@ -168,6 +169,10 @@ pub(super) fn last_runs(
         content: Content::Data,
     });
     let mut runs_of_pass: Vec<Run> = data.collect();
+    runs_of_pass.extend(zeros.iter().map(|range| Run {
+        extent: Extent::new(range.start, range.len),
+        content: Content::Zero,
+    }));
     let mut free_from = 0;
     let end = UsedRange {
         start: size.0,
@@ -301,7 +306,7 @@ mod tests {
             prop_assert!(read.windows(2).all(|pair| pair[1].start.since(pair[0].end()).0 > WORTH_READING));
             let covered = blocks_of(read.clone());
             prop_assert!(marked.intersection(&in_use).all(|block| covered.contains(block)));
-            let runs = last_runs(&read, &copied, &used, ByteLen(BLOCKS * BLOCK));
+            let runs = last_runs(&read, &[], &copied, &used, ByteLen(BLOCKS * BLOCK));
             prop_assert!(runs.windows(2).all(|pair| pair[0].extent.start <= pair[1].extent.start));
             let trimmed = runs.iter().filter(|run| run.content == Content::Trim).map(|run| run.extent);
             let expected: BTreeSet<u64> = before.difference(&in_use).copied().collect();

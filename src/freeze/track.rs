@@ -10,8 +10,15 @@
 //! Why the copy is exact: a block's mark is cleared before the block is read, and set again after any
 //! write that the reading may have missed, since the trace tells of a write when it is complete. When
 //! the freeze has returned, all writes of the filesystem are complete and in the trace. That nothing
-//! was lost from the trace is proven: the disk's own counters must have grown by exactly the sectors
-//! that were traced.
+//! was lost from the trace is proven: between the two freezes the counters of the partition (or disk)
+//! must have grown by exactly the sectors that were traced on it, however busy its neighbours were.
+//! The argument, and why the borders of a partition are read in the last freeze whatever the trace
+//! says of them, is in [`holdstill_platform::trace`].
+//!
+//! Swap files are the exception: the kernel goes on writing to them while the filesystem is frozen,
+//! and nothing it writes there is worth copying. Their blocks are not read but become zeros, all but
+//! the header. Which blocks these are is decided in the last freeze, and nothing has to have stayed
+//! as it was before: what no longer is swap space then is stale, for no round has taken its marks.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -21,7 +28,7 @@ use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::{Frozen, Leftover, LeftoverKind};
-use holdstill_platform::memory;
+use holdstill_platform::memory::{self, LockedProcess};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
 
@@ -73,8 +80,8 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 /// How long to wait before looking again whether a write is complete.
 const NAP: Duration = Duration::from_millis(10);
 
-/// How long the disk may take to pause, outside and inside a freeze, so that its counters can be
-/// compared with the trace.
+/// How long the source may take to pause, outside and inside a freeze, so that its counters can be
+/// compared with the trace. Frozen, it pauses at once, but for what is not its filesystem's.
 const PAUSE: Duration = Duration::from_secs(10);
 const PAUSE_FROZEN: Duration = Duration::from_millis(20);
 
@@ -103,6 +110,8 @@ pub struct Track {
     most_memory: u64,
     /// What the trace has to agree with at the end; known since the first freeze.
     balance: Option<Balance>,
+    /// So many sectors at either end are copied in the last freeze, traced or not.
+    border: u64,
     phase: Phase,
     /// Final freezes that found more than fits into memory.
     tries: u32,
@@ -157,8 +166,8 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
             "the kernel does not count what is written to it (queue/iostats is off)".to_owned(),
         ));
     }
-    if mounted::has_swap(device)? {
-        return Ok(Some("swap space lies on it".to_owned()));
+    if let Err(why) = mounted::swap_files(device)? {
+        return Ok(Some(why));
     }
     if let Err(error) = Tracefs::open() {
         return Ok(Some(format!("writes cannot be traced: {error}")));
@@ -225,7 +234,14 @@ impl Track {
         // to be told of an external log before anything is frozen.
         let survey = Survey::of_mounted(&disk)?;
         let size = ReadAt::len(&*disk);
-        let map = LiveMap::new(Arc::clone(&point), device.number, size, all_blocks);
+        let swap_files = mounted::swap_files(&device)?.map_err(|why| no(&why))?;
+        let map = LiveMap::new(
+            Arc::clone(&point),
+            device.number,
+            size,
+            all_blocks,
+            swap_files,
+        );
         let mut track = Self {
             source: source.clone(),
             disk,
@@ -233,6 +249,7 @@ impl Track {
             run: run.clone(),
             survey,
             balance: None,
+            border: border(&device)?,
             tries: 0,
             tracker: Some(tracker),
             leftover,
@@ -258,8 +275,6 @@ impl Track {
 
     /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
-        // Before, while the disk may be quiet all by itself: then the freeze need not wait for it.
-        let early = self.tracker()?.balance(Duration::from_millis(200)).ok();
         self.map.make_room();
         self.point.sync()?;
         let frozen = self.freeze()?;
@@ -277,10 +292,8 @@ impl Track {
         self.freezes.push(times);
         drained.map_err(|error| self.untrusted(&error))?;
         map?;
-        self.balance = balance.ok().or(early);
-        if self.balance.is_none() {
-            return Err(self.untrusted(&TraceError::NoQuiet));
-        }
+        // Nothing was copied yet, so the sums may as well begin now.
+        self.balance = Some(self.or_later(balance)?);
         if let Some(why) = confirmed? {
             self.survey.grade = Grade::Crash;
             self.map.distrust();
@@ -289,7 +302,7 @@ impl Track {
                 .push(format!("all blocks are copied: even frozen, {why}"));
             self.map.look(&self.source.path)?;
         }
-        self.survey.bytes = stale::bytes(self.map.used());
+        self.survey.bytes = stale::bytes(self.map.mapped());
         Ok(())
     }
 
@@ -373,6 +386,7 @@ impl Track {
     /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
     /// and another round is needed.
     fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
+        self.mark_borders()?;
         self.map.look(&self.source.path)?;
         self.map.make_room();
         let ready = stale::count(&self.stale, self.map.used());
@@ -391,6 +405,8 @@ impl Track {
         let disk = Arc::clone(&self.disk);
         let mut instant = jiff::Timestamp::now();
         let done = read.with_readers(&disk, |readers| {
+            // What of us was swapped out would be fetched while others wait.
+            let _locked = LockedProcess::new()?;
             self.sync_within_budget()?;
             let frozen = self.freeze()?;
             instant = jiff::Timestamp::now();
@@ -431,11 +447,12 @@ impl Track {
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
         });
-        self.survey.bytes = stale::bytes(self.map.used());
+        self.survey.bytes = stale::bytes(self.map.mapped());
         let runs = stale::last_runs(
             read.extents(),
+            self.map.swap(),
             &self.copied,
-            self.map.used(),
+            self.map.mapped(),
             ReadAt::len(&*self.disk),
         );
         self.last_pass = Some(LastPass {
@@ -446,14 +463,19 @@ impl Track {
         Ok(true)
     }
 
+    /// Where the trace proves nothing, everything is stale.
+    fn mark_borders(&mut self) -> Result<()> {
+        let device = mounted::device(&self.source).map_err(|why| Error::new(Kind::Failed, why))?;
+        self.border = self.border.max(border(device)?);
+        let border = self.border.min(device.sectors);
+        self.stale.mark(0, border);
+        self.stale.mark(device.sectors - border, border);
+        Ok(())
+    }
+
     /// Proves that no write was missed.
     fn prove(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<()> {
-        let tracker = self.tracker()?;
-        let balance = match in_freeze {
-            Err(TraceError::NoQuiet) => tracker.balance(PAUSE),
-            other => other,
-        };
-        let balance = balance.map_err(|error| self.untrusted(&error))?;
+        let balance = self.or_later(in_freeze)?;
         let before = self
             .balance
             .ok_or_else(|| self.untrusted(&TraceError::NoQuiet))?;
@@ -466,7 +488,17 @@ impl Track {
             .on(&self.source.path)
             .hint("the copy was discarded; try again, or image it offline"));
         }
-        tracker.check().map_err(|error| self.untrusted(&error))
+        let whole = self.tracker()?.check();
+        whole.map_err(|error| self.untrusted(&error))
+    }
+
+    /// A balance that was taken in a freeze; without a pause in there, one of now.
+    fn or_later(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<Balance> {
+        let balance = match in_freeze {
+            Err(TraceError::NoQuiet) => self.tracker()?.balance(PAUSE),
+            other => other,
+        };
+        balance.map_err(|error| self.untrusted(&error))
     }
 
     fn untrusted(&self, error: &TraceError) -> Error {
@@ -486,25 +518,28 @@ impl Track {
     }
 }
 
-/// Starts to trace the disk the source is on, and to mark what is written to the source.
+/// How far from its ends a write to a partition may be merged with one to its neighbour, in sectors.
+fn border(device: &BlockDevice) -> Result<u64> {
+    if device.is_whole_disk() {
+        return Ok(0);
+    }
+    Ok(device.longest_request()?)
+}
+
+/// Starts to trace the source's disk, and to mark what is written to the source.
 fn start(
     tracefs: Tracefs,
     run: &Run,
     device: &BlockDevice,
     stale: &Arc<DirtyMap>,
 ) -> Result<Tracker> {
-    let (start, len) = device
-        .partition
-        .map_or((0, device.sectors), |place| (place.start, place.sectors));
     let marks = Arc::clone(stale);
-    let mut options = Options::new(vec![device.disk]);
+    let mut options = Options::new(vec![device.number]);
     let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
     options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
     Ok(Tracker::start(tracefs, run.id(), &options, move |write| {
-        if let Some((first, sectors)) = write.within(start, len) {
-            marks.mark(first, sectors);
-        }
+        marks.mark(write.sector, write.sectors);
     })?)
 }
 

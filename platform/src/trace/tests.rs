@@ -101,9 +101,7 @@ fn privileged_every_changed_block_is_marked_and_every_sector_accounted_for() {
         let marks = map.clone();
         let options = Options::new(vec![device.number()]);
         let tracker = start(&options, move |write| {
-            if let Some((first, length)) = write.within(0, size / 512) {
-                marks.mark(first, length);
-            }
+            marks.mark(write.sector, write.sectors);
         });
         let counted = CounterFile::open(device.number()).unwrap();
         let base = tracker.balance(PATIENCE).unwrap();
@@ -246,21 +244,100 @@ fn privileged_kinds_and_places_are_told_apart_and_reads_left_out() {
 }
 
 #[test]
-fn requests_are_cut_at_the_borders_of_a_partition() {
-    let write = |sector, sectors| Write {
-        device: DeviceNumber { major: 7, minor: 0 },
-        sector,
-        sectors,
-        kind: WriteKind::Data,
+fn requests_are_cut_at_the_borders_and_only_whole_ones_added_up() {
+    let number = DeviceNumber { major: 7, minor: 3 };
+    let tally = |range| DeviceTally {
+        device: number,
+        disk: DeviceNumber { major: 7, minor: 0 },
+        sectors: range,
+        requests: AtomicU64::new(0),
+        written: AtomicU64::new(0),
+        discarded: AtomicU64::new(0),
+        flushes: AtomicU64::new(0),
     };
-    assert_eq!(write(90, 24).within(100, 50), Some((0, 14)));
-    assert_eq!(write(140, 24).within(100, 50), Some((40, 10)));
-    assert_eq!(write(0, 1000).within(100, 50), Some((0, 50)));
-    assert_eq!(write(120, 8).within(100, 50), Some((20, 8)));
-    assert_eq!(write(92, 8).within(100, 50), None);
-    assert_eq!(write(150, 8).within(100, 50), None);
-    assert_eq!(write(u64::MAX - 1, 8).within(100, 50), None);
-    assert_eq!(write(0, u64::MAX).within(0, u64::MAX), Some((0, u64::MAX)));
+    // What is handed on, and what is added up.
+    let count = |range, sector, sectors| {
+        let tally = tally(range);
+        let event = Completed {
+            dev: 7 << 20,
+            sector,
+            sectors,
+            letter: b'W',
+            detail: b'S',
+        };
+        let write = tally.count(&event);
+        assert!(write.is_none_or(|write| write.device == number));
+        let place = write.map(|write| (write.sector, write.sectors));
+        (place, tally.written.into_inner())
+    };
+    assert_eq!(count(100..150, 90, 24), (Some((0, 14)), 0));
+    assert_eq!(count(100..150, 140, 24), (Some((40, 10)), 0));
+    assert_eq!(count(100..150, 0, 1000), (Some((0, 50)), 0));
+    assert_eq!(count(100..150, 100, 50), (Some((0, 50)), 50));
+    assert_eq!(count(100..150, 120, 8), (Some((20, 8)), 8));
+    assert_eq!(count(100..150, 92, 8), (None, 0));
+    assert_eq!(count(100..150, 150, 8), (None, 0));
+    assert_eq!(count(100..150, u64::MAX - 1, 8), (None, 0));
+    assert_eq!(count(0..u64::MAX, 1 << 50, 8), (Some((1 << 50, 8)), 8));
+}
+
+/// A neighbour that never pauses does not keep a partition from being proven.
+#[test]
+fn privileged_beside_a_neighbour_that_never_pauses() {
+    needs_root!();
+    let dir = scratch();
+    let device = Loop::sparse(&dir.path().join("disk"), 64 << 20);
+    let ours = device.add_partition(1, 2048, 65536);
+    let other = device.add_partition(2, 2048 + 65536, 32768);
+    let number = BlockDevice::at(&ours).unwrap().number;
+    let marks = Arc::new(DirtyMap::new(65536, 3).unwrap());
+    let to_mark = marks.clone();
+    let tracker = start(&Options::new(vec![number]), move |write| {
+        assert_eq!(write.device, number);
+        to_mark.mark(write.sector, write.sectors);
+    });
+    let write_to = |path: &Path, block: u64| {
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(path)
+            .unwrap();
+        let bytes = crate::buffer::Buffer::new(4096);
+        file.write_all_at(&bytes, block * 4096).unwrap();
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for first in 0..3 {
+            let (other, stop) = (&other, &stop);
+            scope.spawn(move || {
+                let mut block = first;
+                while !stop.load(Ordering::Relaxed) {
+                    write_to(other, block % 4096);
+                    block += 3;
+                }
+            });
+        }
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let base = tracker.balance(PATIENCE).unwrap();
+            for block in 0..500 {
+                write_to(&ours, block * 7);
+                assert_eq!(tracker.balance(PATIENCE).unwrap(), base);
+            }
+            // What is not traced is missed, though the neighbour goes on.
+            write(&tracker.instance, "tracing_on", "0").unwrap();
+            write_to(&ours, 4000);
+            write(&tracker.instance, "tracing_on", "1").unwrap();
+            let balance = tracker.balance(PATIENCE).unwrap();
+            assert_eq!(balance.missed_since(&base), 8);
+        }));
+        stop.store(true, Ordering::Relaxed);
+        done.unwrap();
+    });
+    tracker.check().unwrap();
+    let tally = tracker.stop().unwrap();
+    assert_eq!((tally.requests, tally.written), (500, 4000));
+    assert_eq!(marks.count(), 500);
+    assert!((0..500).all(|block| marks.is_dirty(block * 7)));
 }
 
 #[test]
@@ -351,7 +428,6 @@ fn privileged_what_cannot_be_traced_is_refused() {
     needs_root!();
     let dir = scratch();
     let device = Loop::sparse(&dir.path().join("disk"), 16 << 20);
-    let partition = device.add_partition(1, 2048, 2048);
     let refused = |devices: Vec<DeviceNumber>| {
         let tracefs = Tracefs::open().unwrap();
         let id = run_id();
@@ -360,8 +436,6 @@ fn privileged_what_cannot_be_traced_is_refused() {
         assert!(!left.contains(&instance_name(&id)));
         error.to_string()
     };
-    let number = BlockDevice::at(&partition).unwrap().number;
-    assert!(refused(vec![number]).contains("a partition"));
     assert!(refused(vec![]).contains("not 0"));
     let switch = BlockDevice::at(device.path()).unwrap();
     let switch = switch.sysfs().join("queue/iostats");

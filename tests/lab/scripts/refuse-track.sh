@@ -37,15 +37,23 @@ cmp /run/source/content /run/copy/content
 umount /run/copy /run/source
 rm $image
 
-echo "swap space on the source"
+echo "swap space on the source: a file is refused for hold, through a loop device for track too"
 mkfs.ext4 -q -F /dev/vdb2
 mount /dev/vdb2 /run/source
 head -c 8M /dev/zero >/run/source/swap
 chmod 600 /run/source/swap
 mkswap -q /run/source/swap
 swapon /run/source/swap
-refused "swap" /run/source
+ends 3 "swap" holdstill backup /run/source -o $image --freeze hold
+ends 0 "" holdstill backup /run/source -o $image --freeze track
+rm $image
 swapoff /run/source/swap
+loop=$(losetup --find --show /run/source/swap)
+mkswap -q "$loop"
+swapon "$loop"
+refused "swap" /run/source
+swapoff "$loop"
+losetup --detach "$loop"
 
 echo "tracefs mounted by nobody, and hidden: it is mounted privately"
 ends 0 "" holdstill backup /run/source -o $image --freeze track
