@@ -48,6 +48,7 @@ ends 3 "swap" holdstill backup /run/source -o $image --freeze hold
 ends 0 "" holdstill backup /run/source -o $image --freeze track
 rm $image
 swapoff /run/source/swap
+modprobe loop
 loop=$(losetup --find --show /run/source/swap)
 mkswap -q "$loop"
 swapon "$loop"
