@@ -10,19 +10,23 @@ use serde::Serialize;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::{Context, Proof, Step, Still};
+use crate::freeze::zfs::dataset::{self, Dataset};
+use crate::freeze::{Context, CowRoom, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
-    Blocks, FreezeTimes, Grade, Manifest, Trailer, VolumeManifest, VolumeTrailer,
+    Blocks, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer, VolumeManifest,
+    VolumeTrailer, ZFS_SEND,
 };
 use crate::image::writer::ImageWriter;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::{OnReadError, Reading};
 use crate::pipeline::sink::OutputSink;
 use crate::pipeline::store::{Compression, Job, store};
+use crate::pipeline::stream::store_stream;
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
-use crate::run::{Hooks, Run};
+use crate::run::{Hooks, Run, Watched};
+use crate::source::Named;
 use crate::units::ByteLen;
 
 /// What to back up, and how.
@@ -34,6 +38,8 @@ pub struct Options {
     pub output: Option<PathBuf>,
     /// A step by name, or `None` for the first that applies.
     pub freeze: Option<Step>,
+    /// Room for a snapshot.
+    pub cow: CowRoom,
     /// How payloads are stored.
     pub compression: Compression,
     /// Copy unallocated blocks too.
@@ -79,6 +85,23 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// Each volume.
     pub volumes: Vec<VolumeReport>,
+    /// Each stream.
+    pub streams: Vec<StreamReport>,
+}
+
+/// One stream of a [`Report`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StreamReport {
+    /// Its number, behind those of the volumes.
+    pub n: u32,
+    /// What it is of.
+    pub path: String,
+    /// What wrote it.
+    pub kind: String,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Its grade.
+    pub grade: Grade,
 }
 
 /// One volume of a [`Report`].
@@ -113,20 +136,43 @@ impl Report {
     }
 }
 
+/// What a backup would do.
+#[derive(Debug)]
+pub struct Planned {
+    /// What is copied block by block.
+    pub volumes: Vec<Plan>,
+    /// Datasets of ZFS that leave as streams, by name; numbered behind the volumes.
+    pub datasets: Vec<String>,
+}
+
 /// Says what a backup would do; changes nothing.
 ///
 /// # Errors
 /// As [`run`], as far as they can be known before.
-pub fn plan(options: &Options) -> Result<Vec<Plan>> {
-    let plans = options
-        .sources
-        .iter()
-        .map(|source| Plan::make(source, options.freeze));
-    let plans = plans.collect::<Result<Vec<_>>>()?;
-    if let Some(path) = &options.output {
-        check_output(path, options.force, &plans)?;
+pub fn plan(options: &Options) -> Result<Planned> {
+    let mut planned = Planned {
+        volumes: Vec::new(),
+        datasets: Vec::new(),
+    };
+    for text in &options.sources {
+        match Named::resolve(text)? {
+            Named::Blocks(source) => planned.volumes.push(Plan::of(*source, options.freeze)?),
+            Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
+                planned.datasets.push(name);
+            }
+            Named::Dataset(name) => {
+                return Err(Error::new(
+                    Kind::NotApplicable,
+                    "a dataset of ZFS can be imaged by `zfs` alone",
+                )
+                .on(name));
+            }
+        }
     }
-    Ok(plans)
+    if let Some(path) = &options.output {
+        check_output(path, options.force, &planned.volumes)?;
+    }
+    Ok(planned)
 }
 
 /// Makes the image.
@@ -135,11 +181,15 @@ pub fn plan(options: &Options) -> Result<Vec<Plan>> {
 /// Whatever went wrong; nothing that looks like a whole image is left then.
 pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let plans = plan(options)?;
-    for plan in &plans {
+    let planned = plan(options)?;
+    let plans = &planned.volumes;
+    for plan in plans {
         progress.event(&Event::Plan(&plan.to_string()));
     }
-    let run = begin(options, &plans)?;
+    for name in &planned.datasets {
+        progress.event(&Event::Plan(&format!("{name}: zfs, as a stream")));
+    }
+    let run = begin(options, &planned)?;
     let output = match &options.output {
         Some(path) => create_output(path, options.force, progress)?,
         None => Output::stdout()?,
@@ -147,6 +197,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
+        cow: &options.cow,
         all_blocks: options.all_blocks,
         compare: false,
         on_read_error: options.on_read_error,
@@ -155,7 +206,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     };
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
-    for plan in &plans {
+    for plan in plans {
         let still = plan.hold_still(&context)?;
         for warning in &still.survey().warnings {
             progress.warn(warning);
@@ -163,8 +214,12 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         }
         stills.push(still);
     }
-    progress.total(stills.iter().map(|still| still.survey().bytes).sum());
-    let manifest = manifest(options, &plans, &stills)?;
+    let mut datasets = Vec::new();
+    for name in &planned.datasets {
+        datasets.push(Dataset::snapshot(name, &run, progress)?);
+    }
+    let manifest = manifest(options, plans, &stills, &datasets)?;
+    progress.total(manifest.used_bytes());
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;
     let mut image = ImageWriter::begin(
@@ -174,6 +229,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         &manifest,
     )?;
     let mut volumes = Vec::new();
+    let mut streams = Vec::new();
     let mut proofs = Vec::new();
     for (volume, still) in manifest.volumes.iter().zip(stills) {
         let (proof, unreadable, used) = copy(volume.n, still, options, &mut image, progress)?;
@@ -189,8 +245,22 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         });
         proofs.push(proof);
     }
+    for (stream, dataset) in manifest.streams.iter().zip(datasets) {
+        let (proof, len) = send(stream.n, dataset, options, &mut image, progress)?;
+        streams.push(StreamTrailer {
+            n: stream.n,
+            grade: proof.grade,
+            instant: proof.instant.to_string(),
+            len: len.0,
+        });
+        proofs.push(proof);
+    }
     let content_id = image.content_id()?.map(|id| to_hex(&id));
-    let trailer = trailer(&plans, &proofs, content_id, warnings, volumes)?;
+    let trailer = Trailer {
+        volumes,
+        streams,
+        ..trailer(&planned, &proofs, content_id, warnings)?
+    };
     let (sink, written) = image.finish(&trailer)?;
     progress.check()?;
     sink.into_output()?.publish().map_err(explain_output)?;
@@ -211,21 +281,27 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings: trailer.warnings,
         volumes: volume_reports(manifest.volumes, trailer.volumes),
+        streams: stream_reports(manifest.streams, trailer.streams),
     })
 }
 
 /// Begins the run, with a guard if something will be frozen, or if the image will have a name before
 /// it is whole and this user may keep records.
-fn begin(options: &Options, plans: &[Plan]) -> Result<Run> {
-    let freezes = plans.iter().any(|plan| plan.step.needs_guard());
+fn begin(options: &Options, planned: &Planned) -> Result<Run> {
+    let mut watched = Watched::of(&planned.volumes, &options.run_id)?;
+    for name in &planned.datasets {
+        watched.is_guarded = true;
+        watched.undo.extend(dataset::undo(name, &options.run_id)?);
+    }
+    let freezes = watched.is_guarded;
     let part = options.output.as_deref().and_then(part_file_of);
     let begin = |is_guarded| {
-        Run::begin(
-            &options.run_id,
-            options.hooks.clone(),
-            &options.sources,
+        let watched = Watched {
             is_guarded,
-        )
+            ..watched.clone()
+        };
+        let hooks = options.hooks.clone();
+        Run::begin(&options.run_id, hooks, &options.sources, watched)
     };
     let run = match begin(freezes || part.is_some()) {
         Err(error) if !freezes && error.kind() == Kind::Permission => begin(false)?,
@@ -271,7 +347,40 @@ fn copy(
     Ok((still.finish(progress)?, unreadable, used))
 }
 
-fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Result<Manifest> {
+/// Stores the stream of one dataset, then lets it go.
+fn send(
+    number: u32,
+    dataset: Dataset,
+    options: &Options,
+    image: &mut ImageWriter<OutputSink<'_>>,
+    progress: &dyn Progress,
+) -> Result<(Proof, ByteLen)> {
+    let (sent, mut reader) = dataset.send()?;
+    let len = store_stream(
+        &mut reader,
+        number,
+        options.compression,
+        options.bounds,
+        image,
+        progress,
+    )?;
+    Ok((dataset.finish(sent, progress)?, len))
+}
+
+fn manifest(
+    options: &Options,
+    plans: &[Plan],
+    stills: &[Box<dyn Still>],
+    datasets: &[Dataset],
+) -> Result<Manifest> {
+    let streams = (1 + plans.len() as u32..).zip(datasets);
+    let streams = streams.map(|(n, dataset)| StreamManifest {
+        n,
+        path: dataset.description.dataset.clone(),
+        kind: ZFS_SEND.to_owned(),
+        zfs: Some(dataset.description.clone()),
+    });
+    let streams = streams.collect();
     let volumes = (1..).zip(plans).zip(stills).map(|((n, plan), still)| {
         let survey = still.survey();
         let geometry = plan.geometry()?;
@@ -298,16 +407,16 @@ fn manifest(options: &Options, plans: &[Plan], stills: &[Box<dyn Still>]) -> Res
         compress: options.compression.to_string(),
         parent: None,
         volumes: volumes.collect::<Result<_>>()?,
-        streams: Vec::new(),
+        streams,
     })
 }
 
+/// All of a trailer but for its volumes and streams.
 fn trailer(
-    plans: &[Plan],
+    planned: &Planned,
     proofs: &[Proof],
     content_id: Option<String>,
     warnings: Vec<String>,
-    volumes: Vec<VolumeTrailer>,
 ) -> Result<Trailer> {
     let nothing = || Error::new(Kind::Usage, "no source was named");
     let grade = proofs
@@ -320,7 +429,12 @@ fn trailer(
         .map(|proof| proof.instant)
         .max()
         .ok_or_else(nothing)?;
-    let mut steps: Vec<&str> = plans.iter().map(|plan| plan.step.name()).collect();
+    let mut steps: Vec<&str> = planned
+        .volumes
+        .iter()
+        .map(|plan| plan.step.name())
+        .chain(planned.datasets.iter().map(|_| Step::Zfs.name()))
+        .collect();
     steps.dedup();
     let freezes: Vec<FreezeTimes> = proofs
         .iter()
@@ -337,9 +451,24 @@ fn trailer(
         freezes,
         content_id,
         warnings,
-        volumes,
+        volumes: Vec::new(),
         streams: Vec::new(),
     })
+}
+
+fn stream_reports(
+    manifests: Vec<StreamManifest>,
+    trailers: Vec<StreamTrailer>,
+) -> Vec<StreamReport> {
+    let both = manifests.into_iter().zip(trailers);
+    both.map(|(stream, trailer)| StreamReport {
+        n: stream.n,
+        path: stream.path,
+        kind: stream.kind,
+        len: trailer.len,
+        grade: trailer.grade,
+    })
+    .collect()
 }
 
 fn volume_reports(

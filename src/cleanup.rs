@@ -10,8 +10,11 @@ use std::path::Path;
 
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::lock;
+use holdstill_platform::lvm::{self, MetadataSnapshot};
+use holdstill_platform::node::BlockDevice;
 use holdstill_platform::records::Records;
 use holdstill_platform::trace::{PREFIX, Tracefs};
+use holdstill_platform::zfs::{self, Made, Named, Snapdev};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -27,7 +30,7 @@ pub struct Report {
     pub dead_runs: Vec<String>,
     /// Mount points that were still frozen and were thawed.
     pub thawed: Vec<String>,
-    /// Files and trace instances that were removed.
+    /// Files, trace instances and snapshots that were removed.
     pub removed: Vec<String>,
     /// What the user should know.
     pub warnings: Vec<String>,
@@ -58,6 +61,10 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
         }
     }
     remove_stray_instances(&mut report)?;
+    if let Err(error) = remove_stray_snapshots(&mut report) {
+        progress.warn(&error.to_string());
+        trouble = Some(error);
+    }
     trouble.map_or(Ok(report), |error| {
         Err(error.hint("what is left of that run stays on record: try again when this is mended"))
     })
@@ -89,7 +96,91 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     for file in &record.part_files {
         remove_part_file(file, report)?;
     }
+    for pool in &record.thin_pools {
+        release_metadata_snapshot(pool, report)?;
+    }
+    if !record.zfs_snapshots.is_empty() {
+        for snapshot in zfs::snapshots()? {
+            if record.zfs_snapshots.contains(&snapshot.name) {
+                destroy_snapshot(&snapshot, report)?;
+            }
+        }
+    }
+    for (name, own) in &record.zfs_snapdev {
+        restore_snapdev(name, own.as_deref(), report)?;
+    }
+    for snapshot in &record.lvm_snapshots {
+        // LVM may be gone with the disks it was on.
+        if matches!(lvm::exists(snapshot), Ok(true)) {
+            remove_snapshot(snapshot, report)?;
+        }
+    }
     Ok(())
+}
+
+fn release_metadata_snapshot(pool: &str, report: &mut Report) -> Result<()> {
+    let Ok(device) = BlockDevice::at(&Path::new("/dev/mapper").join(pool)) else {
+        return Ok(());
+    };
+    if MetadataSnapshot::release_leftover(device.number)? {
+        report
+            .removed
+            .push(format!("the metadata snapshot of {pool}"));
+    }
+    Ok(())
+}
+
+fn remove_snapshot(snapshot: &str, report: &mut Report) -> Result<()> {
+    lvm::remove(snapshot)?;
+    report.removed.push(snapshot.to_owned());
+    Ok(())
+}
+
+fn destroy_snapshot(snapshot: &zfs::Found, report: &mut Report) -> Result<()> {
+    if snapshot.is_held {
+        Made::Hold(snapshot.name.clone(), snapshot.run_id.clone()).undo()?;
+    }
+    Made::Snapshot(snapshot.name.clone()).undo()?;
+    report.removed.push(snapshot.name.clone());
+    Ok(())
+}
+
+/// Sets the property of a volume back, unless somebody has set it otherwise since.
+fn restore_snapdev(name: &str, own: Option<&str>, report: &mut Report) -> Result<()> {
+    let Some(Named::Volume(volume)) = zfs::find(name)? else {
+        return Ok(());
+    };
+    let now = volume.snapdev()?;
+    if now.own.as_deref() != Some("visible") || own == Some("visible") {
+        return Ok(());
+    }
+    let before = Snapdev {
+        own: own.map(str::to_owned),
+        ..now
+    };
+    Made::Snapdev(volume, before).undo()?;
+    report.removed.push(format!("snapdev=visible of {name}"));
+    Ok(())
+}
+
+/// Snapshots without a record are found by their names and tags.
+fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
+    let is_dead = |run_id: &str| {
+        let locks = Path::new(lock::FOLDER);
+        matches!(lock::is_held(locks, run_id), Ok(false))
+    };
+    let mut trouble = Ok(());
+    for snapshot in lvm::snapshots()? {
+        if is_dead(&snapshot.run_id) {
+            trouble = remove_snapshot(&snapshot.name, report).and(trouble);
+        }
+    }
+    for snapshot in zfs::snapshots()? {
+        if is_dead(&snapshot.run_id) {
+            trouble = destroy_snapshot(&snapshot, report).and(trouble);
+        }
+    }
+    trouble
 }
 
 fn remove_part_file(file: &Path, report: &mut Report) -> Result<()> {

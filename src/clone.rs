@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::{Context, Pass, Proof, Purpose, Step, Still};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
@@ -16,7 +16,7 @@ use crate::pipeline::load::Receive;
 use crate::pipeline::read::{OnReadError, Reading};
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
-use crate::run::{Hooks, Run};
+use crate::run::{Hooks, Run, Watched};
 use crate::target::{Candidate, Target};
 use crate::units::{ByteLen, Offset};
 
@@ -29,6 +29,8 @@ pub struct Options {
     pub target: PathBuf,
     /// A step by name, or `None` for the first that applies.
     pub freeze: Option<Step>,
+    /// Room for a snapshot.
+    pub cow: CowRoom,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// What to do with unreadable blocks.
@@ -114,12 +116,13 @@ pub fn run(
         &options.run_id,
         options.hooks.clone(),
         &sources,
-        plan.step.needs_guard(),
+        Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
     let target = candidate.open(options.discard)?;
     let context = Context {
         run: &run,
         output: Some(target.as_fd()),
+        cow: &options.cow,
         all_blocks: options.all_blocks,
         compare: options.verify,
         on_read_error: options.on_read_error,
@@ -195,16 +198,29 @@ fn copy_passes(
             }
             Purpose::Compare => {
                 let begun = comparison.insert(target.comparison(VOLUME)?);
-                run_pass(pass, begun, options, progress)?;
+                let compared = run_pass(pass, begun, options, progress);
+                // Asked also if the comparison was given up: too many differences are no fault of
+                // the copy if all of them were written meanwhile.
                 let differing = begun.take_differing();
                 if !differing.is_empty() && !still.has_rewritten(&differing)? {
                     return Err(begun.mismatch(&differing));
                 }
+                compared.map_err(|error| match error.kind() {
+                    Kind::Mismatch => too_busy_to_compare(options),
+                    _ => error,
+                })?;
             }
         }
     }
     comparison.map_or(Ok(()), |comparison| comparison.finish())?;
     Ok(unreadable)
+}
+
+fn too_busy_to_compare(options: &Options) -> Error {
+    let what = "it changes too fast for a copy to be compared with it";
+    Error::new(Kind::Failed, what)
+        .on(&options.source)
+        .hint("try when less is written to it, or without --verify")
 }
 
 fn run_pass(

@@ -25,8 +25,8 @@ pub struct Comparison {
     differing: Mutex<ExtentSet>,
 }
 
-/// So many separate differences are enough to stop looking.
-const ENOUGH: usize = 100_000;
+/// So many separate differences are enough to stop looking; they take 16 MiB.
+const ENOUGH: usize = 1 << 20;
 
 impl Comparison {
     /// Compares volume number `volume` of `size` bytes with what is at `path`.

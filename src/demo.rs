@@ -10,6 +10,7 @@ use self::ledger::Ledger;
 pub use self::ledger::Verdict;
 use self::scene::Scene;
 use crate::error::Result;
+use crate::freeze::CowRoom;
 use crate::image::manifest::Grade;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
@@ -64,6 +65,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         sources: vec![scene.live().display().to_string()],
         output: Some(image.clone()),
         freeze: None,
+        cow: CowRoom::default(),
         compression: Compression::Zstd(DEFAULT_LEVEL),
         all_blocks: false,
         on_read_error: OnReadError::Fail,

@@ -5,6 +5,7 @@ use serde::Serialize;
 use crate::backup;
 use crate::clone;
 use crate::error::Result;
+use crate::freeze::Step;
 use crate::plan::{Plan, StepReport};
 use crate::restore;
 
@@ -56,10 +57,19 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
     let output = options.output.as_ref();
     let target = output.map_or("-".to_owned(), |path| path.display().to_string());
     let overwrites = output.is_some_and(|path| path.is_file());
-    let plans = backup::plan(options)?;
-    let actions = plans
+    let planned = backup::plan(options)?;
+    let volumes = planned
+        .volumes
         .iter()
         .map(|plan| Action::new(plan, target.clone(), overwrites));
+    let datasets = planned.datasets.iter().map(|name| Action {
+        source: name.clone(),
+        target: target.clone(),
+        overwrites,
+        step: Some(Step::Zfs.name().to_owned()),
+        passed_over: Vec::new(),
+    });
+    let actions = volumes.chain(datasets);
     Ok(Report {
         dry_run: true,
         actions: actions.collect(),
@@ -84,14 +94,22 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
 /// # Errors
 /// As [`backup()`].
 pub fn restore(options: &restore::Options) -> Result<Report> {
-    let plans = restore::plan(options)?;
-    let actions = plans.into_iter().map(|(volume, path, candidate)| Action {
-        source: format!("volume {} of {}", volume.n, options.image.display()),
-        target: path.display().to_string(),
-        overwrites: candidate.exists(),
+    let planned = restore::plan(options)?;
+    let action = |what: String, target: String, overwrites| Action {
+        source: format!("{what} of {}", options.image.display()),
+        target,
+        overwrites,
         step: None,
         passed_over: Vec::new(),
+    };
+    let volumes = planned.volumes.iter().map(|(volume, path, candidate)| {
+        let what = format!("volume {}", volume.n);
+        action(what, path.display().to_string(), candidate.exists())
     });
+    let streams = planned.streams.iter();
+    let streams =
+        streams.map(|stream| action(format!("stream {}", stream.n), stream.target.clone(), false));
+    let actions = volumes.chain(streams);
     Ok(Report {
         dry_run: true,
         actions: actions.collect(),

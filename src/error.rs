@@ -26,7 +26,7 @@ pub enum Kind {
     NotFound,
     /// The system does not allow it to this user.
     Permission,
-    /// The output ran out of space or hit a size limit.
+    /// The output, or the room of a snapshot, ran out of space or hit a size limit.
     NoSpace,
     /// Whoever read our output went away.
     BrokenPipe,

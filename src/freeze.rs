@@ -5,15 +5,22 @@
 mod final_read;
 pub mod hold;
 mod live_map;
+pub mod lvm;
 mod mounted;
 pub mod none;
 pub mod offline;
+mod snapshot;
 mod stale;
 pub mod track;
+mod write_trace;
+pub mod zfs;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::str::FromStr;
+
+use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
@@ -30,6 +37,10 @@ use crate::units::ByteLen;
 pub enum Step {
     /// Nobody has it mounted, held or open for writing.
     Offline,
+    /// A snapshot of a volume of ZFS.
+    Zfs,
+    /// A snapshot of LVM, thick or thin.
+    Lvm,
     /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
     Track,
     /// Its filesystem is frozen for the whole copy.
@@ -40,20 +51,29 @@ pub enum Step {
 
 impl Step {
     /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 2] = [Self::Offline, Self::Track];
+    pub const LADDER: [Self; 4] = [Self::Offline, Self::Zfs, Self::Lvm, Self::Track];
 
     /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 4] = [Self::Offline, Self::Track, Self::Hold, Self::None];
+    pub const ALL: [Self; 6] = [
+        Self::Offline,
+        Self::Zfs,
+        Self::Lvm,
+        Self::Track,
+        Self::Hold,
+        Self::None,
+    ];
 
     /// Whether the step freezes or creates something that a guard has to watch over.
     pub fn needs_guard(self) -> bool {
-        matches!(self, Self::Track | Self::Hold)
+        matches!(self, Self::Zfs | Self::Lvm | Self::Track | Self::Hold)
     }
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Offline => "offline",
+            Self::Zfs => "zfs",
+            Self::Lvm => "lvm",
             Self::Track => "track",
             Self::Hold => "hold",
             Self::None => "none",
@@ -92,6 +112,8 @@ pub struct Context<'a> {
     pub run: &'a Run,
     /// What the copy is written to, if it is a file or device of this machine.
     pub output: Option<BorrowedFd<'a>>,
+    /// Room for a snapshot.
+    pub cow: &'a CowRoom,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// Give a pass to compare the copy with as well.
@@ -102,6 +124,15 @@ pub struct Context<'a> {
     pub memory: Option<ByteLen>,
     /// Who listens.
     pub progress: &'a dyn Progress,
+}
+
+/// Room for what writers change while a copy-on-write snapshot exists, where the user said so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CowRoom {
+    /// How much, at first and at last: it is not extended.
+    pub size: Option<ByteLen>,
+    /// On which device: a physical volume of the volume group.
+    pub device: Option<PathBuf>,
 }
 
 /// One pass over a source that holds still.
@@ -147,6 +178,15 @@ impl OnePass {
             self.next = Some(Purpose::Compare);
         }
         purpose
+    }
+
+    /// The next pass over a disk, by its survey.
+    fn over<'a>(&mut self, disk: &'a Disk, survey: &'a Survey) -> Option<Pass<'a>> {
+        self.next().map(|purpose| Pass {
+            source: disk,
+            walk: Box::new(move |sink| survey.walk(disk, sink)),
+            purpose,
+        })
     }
 }
 

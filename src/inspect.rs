@@ -8,13 +8,14 @@ use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
 use crate::error::{IoContext, Result};
+use crate::freeze::Step;
 use crate::fs::{self, Condition, Opened};
 use crate::image::content::to_hex;
 use crate::image::format::MAGIC;
 use crate::image::manifest::{Manifest, Trailer};
 use crate::image::reader::{Summary, summarize};
 use crate::plan::{self, StepReport};
-use crate::source::Source;
+use crate::source::{Named, Source};
 
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -24,6 +25,17 @@ pub enum Report {
     Image(Box<ImageReport>),
     /// Something that could be imaged.
     Source(Box<SourceReport>),
+    /// A dataset of ZFS, which could be imaged as a stream.
+    Dataset(DatasetReport),
+}
+
+/// A dataset of ZFS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DatasetReport {
+    /// `POOL/NAME`.
+    pub path: String,
+    /// The step that `backup` would take.
+    pub step: String,
 }
 
 /// An image, as it describes itself. That it is whole is not proven by this: `verify` does that.
@@ -97,7 +109,13 @@ pub fn run(text: &str) -> Result<Report> {
             trailer,
         })));
     }
-    source(text).map(|report| Report::Source(Box::new(report)))
+    match Named::resolve(text)? {
+        Named::Blocks(found) => source(&found).map(|report| Report::Source(Box::new(report))),
+        Named::Dataset(path) => Ok(Report::Dataset(DatasetReport {
+            path,
+            step: Step::Zfs.name().to_owned(),
+        })),
+    }
 }
 
 /// Whether it is a regular file that begins as an image does.
@@ -113,11 +131,10 @@ fn is_image(path: &Path) -> Result<bool> {
     Ok(start == MAGIC)
 }
 
-fn source(text: &str) -> Result<SourceReport> {
-    let source = Source::resolve(text)?;
+fn source(source: &Source) -> Result<SourceReport> {
     let disk = Disk::open(&source.path, Access::Read)?;
     let geometry = disk.geometry();
-    let ladder = plan::ladder(&source)?;
+    let ladder = plan::ladder(source)?;
     let mut report = SourceReport {
         path: source.path.display().to_string(),
         size: geometry.size,

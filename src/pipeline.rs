@@ -14,6 +14,7 @@ pub mod load;
 pub mod read;
 pub mod sink;
 pub mod store;
+pub mod stream;
 pub mod throttle;
 
 use std::num::NonZeroUsize;

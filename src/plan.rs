@@ -4,14 +4,17 @@ use std::fmt;
 use std::path::Path;
 
 use holdstill_platform::device::{Access, Disk, Geometry};
+use holdstill_platform::guard::Undo;
 use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::hold::{self, Hold};
+use crate::freeze::lvm::{self, Lvm};
 use crate::freeze::none::Moving;
 use crate::freeze::offline::{self, Offline};
 use crate::freeze::track::{self, Track};
+use crate::freeze::zfs::{self, Zvol};
 use crate::freeze::{Context, Step, Still};
 use crate::source::{Medium, Source};
 
@@ -33,7 +36,14 @@ impl Plan {
     /// [`Kind::NotApplicable`] if the named step, or every step, does not apply; what
     /// [`Source::resolve`] says.
     pub fn make(text: &str, named: Option<Step>) -> Result<Self> {
-        let source = Source::resolve(text)?;
+        Self::of(Source::resolve(text)?, named)
+    }
+
+    /// The same for a source that was found.
+    ///
+    /// # Errors
+    /// As [`make`](Self::make).
+    pub fn of(source: Source, named: Option<Step>) -> Result<Self> {
         let candidates: Vec<Step> = match named {
             Some(step) => vec![step],
             None => Step::LADDER.to_vec(),
@@ -61,10 +71,24 @@ impl Plan {
     pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
         Ok(match self.step {
             Step::Offline => Box::new(Offline::hold(&self.source, context)?),
+            Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
+            Step::Lvm => Box::new(Lvm::snapshot(&self.source, context)?),
             Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
         })
+    }
+
+    /// What a guard may have to undo should run `run_id` die.
+    ///
+    /// # Errors
+    /// If the tools for that are missing.
+    pub fn undo(&self, run_id: &str) -> Result<Vec<Undo>> {
+        match self.step {
+            Step::Zfs => zfs::undo(&self.source, run_id),
+            Step::Lvm => lvm::undo(&self.source, run_id),
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Size and sectors of the source.
@@ -113,6 +137,8 @@ pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
 fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     match step {
         Step::Offline => offline::objection(source),
+        Step::Zfs => zfs::objection(source),
+        Step::Lvm => lvm::objection(source),
         Step::Track => track::objection(source),
         Step::Hold => hold::objection(source),
         Step::None => Ok(None),

@@ -1,4 +1,6 @@
-//! `restore`: a volume of an image back to a device or a raw file.
+//! `restore`: a volume of an image back to a device or a raw file, a stream back into a pool.
+
+mod stream;
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +11,7 @@ use crate::damage::{Damages, Tolerant};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::content::{RunningContent, to_hex};
-use crate::image::manifest::{Grade, Manifest, VolumeManifest};
+use crate::image::manifest::{Grade, Manifest, StreamManifest, VolumeManifest};
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
 use crate::pipeline::Bounds;
@@ -18,6 +20,7 @@ use crate::progress::{Event, Progress, Silent};
 use crate::target::{Candidate, Target};
 use crate::units::{ByteLen, Offset};
 use crate::verify;
+use stream::{Receiving, WantedStream};
 
 /// What to restore, and where to.
 #[derive(Clone, Debug)]
@@ -71,17 +74,22 @@ pub struct TargetReport {
 /// Asked before something that exists is overwritten.
 pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 
-/// What a restore would do; changes nothing.
+/// What a restore would do.
+#[derive(Debug)]
+pub struct Planned {
+    /// Volumes, where they go, and what was found there.
+    pub volumes: Vec<(VolumeManifest, PathBuf, Candidate)>,
+    /// Streams, and where they go.
+    pub streams: Vec<WantedStream>,
+}
+
+/// Says what a restore would do; changes nothing.
 ///
 /// # Errors
 /// As [`run`], as far as they can be known before the image is read.
-pub fn plan(options: &Options) -> Result<Vec<(VolumeManifest, PathBuf, Candidate)>> {
+pub fn plan(options: &Options) -> Result<Planned> {
     let image = open(options, &Silent)?;
-    let (wanted, candidates) = examine(options, image.manifest())?;
-    let both = wanted.into_iter().zip(candidates);
-    Ok(both
-        .map(|((volume, path), candidate)| (volume, path, candidate))
-        .collect())
+    examine(options, image.manifest())
 }
 
 /// Opens the image and checks what can be told before it is read.
@@ -104,18 +112,38 @@ fn open<'a>(options: &Options, progress: &'a dyn Progress) -> Result<NamedImage<
     Ok(image)
 }
 
-/// A volume and where it goes.
-type Wanted = (VolumeManifest, PathBuf);
-
-/// The chosen volumes, and what their targets were found to be.
-fn examine(options: &Options, manifest: &Manifest) -> Result<(Vec<Wanted>, Vec<Candidate>)> {
-    let wanted = choose(manifest, &options.targets)?;
-    let mut candidates = Vec::new();
-    for (volume, path) in &wanted {
-        refuse_image_as_target(&options.image, path)?;
-        candidates.push(Candidate::examine(path, ByteLen(volume.size))?);
+/// The chosen volumes and streams, and what their targets were found to be.
+fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
+    let mut planned = Planned {
+        volumes: Vec::new(),
+        streams: Vec::new(),
+    };
+    for (part, path) in choose(manifest, &options.targets)? {
+        match part {
+            Part::Volume(volume) => {
+                refuse_image_as_target(&options.image, path)?;
+                let candidate = Candidate::examine(path, ByteLen(volume.size))?;
+                let volume = (volume.clone(), path.clone(), candidate);
+                planned.volumes.push(volume);
+            }
+            Part::Stream(stream) => {
+                for (is_set, name) in [
+                    (options.verify, "verify"),
+                    (options.discard, "discard"),
+                    (options.salvage, "salvage"),
+                ] {
+                    if is_set {
+                        return Err(Error::new(
+                            Kind::Usage,
+                            format!("--{name} is for volumes, and {} is a stream", stream.n),
+                        ));
+                    }
+                }
+                planned.streams.push(WantedStream::examine(stream, path)?);
+            }
+        }
     }
-    Ok((wanted, candidates))
+    Ok(planned)
 }
 
 /// Restores an image.
@@ -137,25 +165,34 @@ pub fn run(
     }
     let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
-    let (wanted, candidates) = examine(options, &manifest)?;
-    for (candidate, (volume, path)) in candidates.iter().zip(&wanted) {
+    let planned = examine(options, &manifest)?;
+    for (volume, path, candidate) in &planned.volumes {
         if candidate.exists() {
             confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
         }
         let what = format!("volume {} to {}", volume.n, path.display());
         progress.event(&Event::Plan(&what));
     }
+    for stream in &planned.streams {
+        let what = format!("stream {} to {}", stream.n, stream.target);
+        progress.event(&Event::Plan(&what));
+    }
+    let reports = planned.reports();
+    let twins: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
-    for (candidate, (volume, _)) in candidates.into_iter().zip(&wanted) {
+    for (volume, _, candidate) in planned.volumes {
         let has_content = candidate.exists();
         let target = candidate.open(options.discard)?;
         if options.salvage && has_content {
             // Nobody can tell where all that is lost belongs: nothing may shine through.
             target.zero(Extent::new(0, volume.size))?;
         }
-        targets.0.push((volume.n, target));
+        targets.volumes.push((volume.n, target));
+    }
+    for stream in &planned.streams {
+        targets.streams.push(Receiving::start(stream, progress)?);
     }
     let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     let tolerant = Tolerant::new(&targets, true, progress);
@@ -181,13 +218,16 @@ pub fn run(
     let (end, damages) = check().map_err(|error| error.on(input::name(&options.image)))?;
     progress.check()?;
     if options.verify {
-        let written = targets.0.iter();
+        let written = targets.volumes.iter();
         let comparisons = written.map(|(volume, target)| target.comparison(*volume));
         let comparisons = comparisons.collect::<Result<Vec<_>>>()?;
         verify::compare(&options.image, &comparisons, options.bounds, progress)?;
     }
-    for (_, target) in targets.0 {
+    for (_, target) in targets.volumes {
         target.finish(options.verify)?;
+    }
+    for stream in targets.streams {
+        stream.finish()?;
     }
     damages
         .as_failure("all that is whole was written; lost blocks are zeros")
@@ -195,7 +235,7 @@ pub fn run(
     // Without damage there is an end.
     let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
     let mut warnings = verify::grade_warnings(&end.trailer);
-    warnings.extend(wanted.iter().filter_map(twin_warning));
+    warnings.extend(twins);
     for warning in &warnings {
         progress.warn(warning);
     }
@@ -204,13 +244,7 @@ pub fn run(
         image_id: to_hex(&image.image_id()),
         content_id: end.trailer.content_id,
         grade: end.trailer.grade,
-        targets: wanted
-            .iter()
-            .map(|(volume, path)| TargetReport {
-                n: volume.n,
-                path: path.display().to_string(),
-            })
-            .collect(),
+        targets: reports,
         verified: options.verify,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
@@ -218,7 +252,7 @@ pub fn run(
 }
 
 /// Names a UUID that is visible twice now.
-fn twin_warning((volume, target): &Wanted) -> Option<String> {
+fn twin_warning((volume, target, _): &(VolumeManifest, PathBuf, Candidate)) -> Option<String> {
     let uuid = volume.uuid.as_ref()?;
     let other = device_with_uuid(uuid)?;
     let is_other = std::fs::canonicalize(target).is_ok_and(|target| target != other);
@@ -244,18 +278,40 @@ fn check_whole(options: &Options, end: Box<End>, content: RunningContent) -> Res
     Ok(end)
 }
 
-/// Which volume goes where.
+impl Planned {
+    fn reports(&self) -> Vec<TargetReport> {
+        let volumes = self.volumes.iter().map(|(volume, path, _)| TargetReport {
+            n: volume.n,
+            path: path.display().to_string(),
+        });
+        let streams = self.streams.iter().map(|stream| TargetReport {
+            n: stream.n,
+            path: stream.target.clone(),
+        });
+        volumes.chain(streams).collect()
+    }
+}
+
+/// A part of an image that was chosen.
+enum Part<'a> {
+    Volume(&'a VolumeManifest),
+    Stream(&'a StreamManifest),
+}
+
+/// Which volume or stream goes where.
 ///
 /// # Errors
-/// [`Kind::Confirm`] if there are several volumes and none was chosen; [`Kind::Usage`] for a number
-/// that does not exist or is named twice.
-fn choose(
-    manifest: &Manifest,
-    targets: &[(u32, PathBuf)],
-) -> Result<Vec<(VolumeManifest, PathBuf)>> {
-    let mut chosen: Vec<(VolumeManifest, PathBuf)> = Vec::new();
+/// [`Kind::Confirm`] if there are several and none was chosen; [`Kind::Usage`] for a number that does
+/// not exist or is named twice.
+fn choose<'a>(
+    manifest: &'a Manifest,
+    targets: &'a [(u32, PathBuf)],
+) -> Result<Vec<(Part<'a>, &'a PathBuf)>> {
+    let volumes = manifest.volumes.len();
+    let mut chosen = Vec::new();
+    let mut taken: Vec<(usize, &PathBuf)> = Vec::new();
     for (number, path) in targets {
-        let index = match (*number, manifest.volumes.len()) {
+        let index = match (*number, volumes + manifest.streams.len()) {
             (0, 1) => 0,
             (0, 0) => return Err(Error::new(Kind::Usage, "the image holds no volume")),
             (0, count) => {
@@ -266,27 +322,22 @@ fn choose(
             }
             (number, _) => number as usize - 1,
         };
-        let Some(volume) = manifest.volumes.get(index) else {
-            return Err(
-                match manifest.streams.iter().find(|stream| stream.n == *number) {
-                    Some(stream) => Error::new(
-                        Kind::NotApplicable,
-                        format!(
-                            "{number} is a stream ({} of {}), which this version checks but does not restore",
-                            stream.kind, stream.path
-                        ),
-                    ),
-                    None => Error::new(Kind::Usage, format!("the image holds no volume {number}")),
-                },
-            );
+        let part = match (manifest.volumes.get(index), index.checked_sub(volumes)) {
+            (Some(volume), _) => Some(Part::Volume(volume)),
+            (None, Some(index)) => manifest.streams.get(index).map(Part::Stream),
+            (None, None) => None,
         };
-        if chosen
+        let part = part.ok_or_else(|| {
+            Error::new(Kind::Usage, format!("the image holds no volume {number}"))
+        })?;
+        if taken
             .iter()
-            .any(|(other, target)| other.n == volume.n || target == path)
+            .any(|(other, target)| *other == index || *target == path)
         {
             return Err(Error::new(Kind::Usage, "a volume or a target is named twice").on(path));
         }
-        chosen.push((volume.clone(), path.clone()));
+        taken.push((index, path));
+        chosen.push((part, path));
     }
     Ok(chosen)
 }
@@ -303,23 +354,30 @@ fn refuse_image_as_target(image: &Path, target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The targets of the chosen volumes; other volumes are checked and dropped.
-#[derive(Debug, Default)]
-struct Targets(Vec<(u32, Target)>);
+/// The targets of what was chosen; everything else is checked and dropped.
+#[derive(Default)]
+struct Targets<'a> {
+    volumes: Vec<(u32, Target)>,
+    streams: Vec<Receiving<'a>>,
+}
 
-impl Targets {
+impl Targets<'_> {
     fn of(&self, volume: u32) -> Option<&Target> {
-        self.0
+        self.volumes
             .iter()
             .find(|(number, _)| *number == volume)
             .map(|(_, target)| target)
     }
 }
 
-impl Receive for Targets {
+impl Receive for Targets<'_> {
     fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
-        self.of(volume)
-            .map_or(Ok(()), |target| target.write(offset, bytes))
+        if let Some(target) = self.of(volume) {
+            return target.write(offset, bytes);
+        }
+        let mut streams = self.streams.iter();
+        let stream = streams.find(|stream| stream.number() == volume);
+        stream.map_or(Ok(()), |stream| stream.push(offset, bytes))
     }
 
     fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {

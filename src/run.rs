@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use holdstill_platform::command::{Ending, Output, Tool};
-use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind};
+use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind, Owed, Undo};
 use holdstill_platform::records::{Record, Records};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
+use crate::plan::Plan;
 use crate::progress::Progress;
 
 /// How long the pre-freeze hook may take, and the post-freeze hook.
@@ -43,6 +44,41 @@ pub struct RunRecord {
     pub trace_instance: Option<String>,
     /// Files that are not whole yet.
     pub part_files: Vec<PathBuf>,
+    /// Snapshots of LVM it may have made: `GROUP/NAME`.
+    #[serde(default)]
+    pub lvm_snapshots: Vec<String>,
+    /// Thin pools whose metadata it may have made a snapshot of, by their names in /dev/mapper.
+    #[serde(default)]
+    pub thin_pools: Vec<String>,
+    /// Snapshots of ZFS it may have made: `POOL/NAME@SNAPSHOT`.
+    #[serde(default)]
+    pub zfs_snapshots: Vec<String>,
+    /// Volumes of ZFS whose property `snapdev` it may have set, and what was set before, if anything.
+    #[serde(default)]
+    pub zfs_snapdev: Vec<(String, Option<String>)>,
+}
+
+/// What of a run has to be watched over.
+#[derive(Clone, Debug, Default)]
+pub struct Watched {
+    /// Something will be frozen or created: a guard and a record are needed.
+    pub is_guarded: bool,
+    /// What the guard may have to undo.
+    pub undo: Vec<Undo>,
+}
+
+impl Watched {
+    /// What these plans need.
+    ///
+    /// # Errors
+    /// If a tool to undo something is missing.
+    pub fn of(plans: &[Plan], run_id: &str) -> Result<Self> {
+        let undo = plans.iter().map(|plan| plan.undo(run_id));
+        Ok(Self {
+            is_guarded: plans.iter().any(|plan| plan.step.needs_guard()),
+            undo: undo.collect::<Result<Vec<_>>>()?.concat(),
+        })
+    }
 }
 
 /// A run. Clones are the same run.
@@ -74,15 +110,14 @@ struct HookState {
 }
 
 impl Run {
-    /// Begins a run over `sources`, each of which is frozen once at the end. `is_guarded`: something
-    /// will be frozen, so a guard and a record are needed.
+    /// Begins a run over `sources`, each of which is frozen once at the end.
     ///
     /// # Errors
     /// If the guard cannot be started, or the record not be written.
-    pub fn begin(id: &str, hooks: Hooks, sources: &[String], is_guarded: bool) -> Result<Self> {
+    pub fn begin(id: &str, hooks: Hooks, sources: &[String], watched: Watched) -> Result<Self> {
         let sources_text = sources.join("\n");
-        let guarded = if is_guarded || hooks.post.is_some() {
-            Some(Guarded::begin(id, &hooks, &sources_text)?)
+        let guarded = if watched.is_guarded || hooks.post.is_some() {
+            Some(Guarded::begin(id, &hooks, &sources_text, watched.undo)?)
         } else {
             None
         };
@@ -171,6 +206,24 @@ impl Run {
         }
     }
 
+    /// From now on what [`Watched::undo`] says under this name is undone when the run ends, until
+    /// [`undone`](Self::undone). To be called before there is anything to undo.
+    ///
+    /// # Errors
+    /// If the run has no guard, or it is lost.
+    pub fn owe_undo(&self, name: &str) -> Result<Owed> {
+        Ok(self.guard()?.owe_undo(name)?)
+    }
+
+    /// It was undone.
+    pub fn undone(&self, owed: Owed) {
+        if let Some(guard) = self.maybe_guard()
+            && let Err(error) = guard.forget_undo(owed)
+        {
+            log::debug!("{error}");
+        }
+    }
+
     /// To be called right before a source's (final) freeze: runs the pre-freeze hook, once.
     ///
     /// # Errors
@@ -253,7 +306,7 @@ impl Drop for Guarded {
 }
 
 impl Guarded {
-    fn begin(id: &str, hooks: &Hooks, sources: &str) -> Result<Self> {
+    fn begin(id: &str, hooks: &Hooks, sources: &str, undo: Vec<Undo>) -> Result<Self> {
         let content = RunRecord {
             pid: std::process::id(),
             begun: jiff::Timestamp::now().to_string(),
@@ -268,7 +321,7 @@ impl Guarded {
             deadline: HOOK_DEADLINE,
         });
         let keep = vec![record.lock().as_fd()];
-        let guard = Guard::spawn(Config { hook, keep })?;
+        let guard = Guard::spawn(Config { hook, undo, keep })?;
         Ok(Self {
             guard: Some(guard),
             record: Mutex::new((content, Some(record))),

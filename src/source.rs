@@ -1,9 +1,12 @@
-//! What the user named as a source: a device, a mount point, or a file with a raw disk in it.
+//! What the user named as a source: a device, a mount point, a logical volume, or a file with a raw disk
+//! in it.
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::lvm::LogicalVolume;
 use holdstill_platform::mounts::{self, Mount, Place};
 use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
+use holdstill_platform::zfs;
 
 use crate::error::{Error, Kind, Result};
 
@@ -20,6 +23,15 @@ pub struct Source {
     pub mount: Option<Mount>,
 }
 
+/// What a source's name stands for.
+#[derive(Clone, Debug)]
+pub enum Named {
+    /// Something with blocks.
+    Blocks(Box<Source>),
+    /// A dataset of ZFS, by its name: it leaves as a stream.
+    Dataset(String),
+}
+
 /// What a source's bytes lie on.
 #[derive(Clone, Debug)]
 pub enum Medium {
@@ -29,30 +41,85 @@ pub enum Medium {
     File(FileId),
 }
 
+/// Before the name of a logical volume, so that it is not taken for a path.
+const LVM: &str = "lvm:";
+
+/// The same for a volume of ZFS.
+const ZFS: &str = "zfs:";
+
 /// Filesystem types that have no block device of this machine below them.
 const NO_DEVICE_HINT: &str = "only what lies on a block device or in a file can be imaged";
 
 impl Source {
-    /// Finds out what `text` names: a path to a block device, a mount point or a regular file.
+    /// Finds out what `text` names, if that has blocks.
     ///
     /// # Errors
-    /// [`Kind::NotFound`]; [`Kind::Usage`] for a folder that is no mount point;
-    /// [`Kind::NotApplicable`] for a filesystem without a block device.
+    /// As [`Named::resolve`]; [`Kind::NotApplicable`] for a dataset of ZFS.
     pub fn resolve(text: &str) -> Result<Self> {
+        match Named::resolve(text)? {
+            Named::Blocks(source) => Ok(*source),
+            Named::Dataset(name) => {
+                let what = "a dataset of ZFS has no blocks of its own";
+                Err(Error::new(Kind::NotApplicable, what)
+                    .on(name)
+                    .hint("backup and restore take it as a stream"))
+            }
+        }
+    }
+}
+
+impl Named {
+    /// Finds out what `text` names: a path to a block device, a mount point or a regular file; else a
+    /// logical volume, `VG/LV`, or a volume of ZFS, `POOL/NAME`; said plainly, `lvm:VG/LV` and
+    /// `zfs:POOL/NAME`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`]; [`Kind::Usage`] for a folder that is no mount point, and for what could be
+    /// more than one of these; [`Kind::NotApplicable`] for a filesystem without a block device.
+    pub fn resolve(text: &str) -> Result<Self> {
+        if let Some(name) = text.strip_prefix(LVM) {
+            let none = || Error::new(Kind::NotFound, "there is no such logical volume").on(name);
+            return Source::volume(text, &volume_of_name(name)?.ok_or_else(none)?)
+                .map(Self::blocks);
+        }
+        if let Some(name) = text.strip_prefix(ZFS) {
+            let none =
+                || Error::new(Kind::NotFound, "ZFS knows no such volume or dataset").on(name);
+            return Self::zfs(text, zfs::find(name)?.ok_or_else(none)?);
+        }
         let path = Path::new(text);
-        let node = Node::of(path).map_err(|error| {
-            let error = Error::from(error);
+        let node = Node::of(path).map_err(Error::from);
+        if !text.starts_with(['/', '.']) {
+            let volume = volume_of_name(text)?;
+            let named = zfs::find(text)?;
+            let readings = [node.is_ok(), volume.is_some(), named.is_some()];
+            if readings.into_iter().filter(|is_one| *is_one).count() > 1 {
+                return Err(Error::new(Kind::Usage, "this could be more than one thing")
+                    .on(text)
+                    .hint(format!("say ./{text}, {LVM}{text} or {ZFS}{text}")));
+            }
+            if let Some(volume) = volume {
+                return Source::volume(text, &volume).map(Self::blocks);
+            }
+            if let Some(named) = named {
+                return Self::zfs(text, named);
+            }
+        }
+        let node = node.map_err(|error| {
             if error.kind() == Kind::NotFound && !text.starts_with(['/', '.']) {
                 error.hint(
-                    "a source is a device, a mount point or a file: /dev/sda1, /home, ./disk.raw",
+                    "a source is a device, a mount point, a file, or a volume of LVM or ZFS: \
+                     /dev/sda1, /home, ./disk.raw, vg/root",
                 )
             } else {
                 error
             }
         })?;
         match node.kind {
-            NodeKind::Block(_) => Self::device(text, BlockDevice::at(path)?, node.path),
-            NodeKind::Regular => Self::file(text, &node),
+            NodeKind::Block(_) => {
+                Source::device(text, BlockDevice::at(path)?, node.path).map(Self::blocks)
+            }
+            NodeKind::Regular => Source::file(text, &node).map(Self::blocks),
             NodeKind::Directory => Self::mount_point(text),
             _ => Err(Error::new(
                 Kind::Usage,
@@ -62,13 +129,86 @@ impl Source {
         }
     }
 
+    fn mount_point(text: &str) -> Result<Self> {
+        let place = Place::of(Path::new(text))?;
+        let point = place.mount.point.display();
+        if !place.is_mount_point {
+            return Err(Error::new(Kind::Usage, "this folder is not a mount point")
+                .on(text)
+                .hint(format!(
+                    "it lies on the filesystem mounted at {point}; name that to image it"
+                )));
+        }
+        if !place.mount.is_whole() {
+            return Err(
+                Error::new(Kind::Usage, "only a folder of a filesystem is mounted here")
+                    .on(text)
+                    .hint("name the device, or the mount point of the whole filesystem"),
+            );
+        }
+        if place.mount.fs_type == "zfs" {
+            let name = place.mount.source.to_string_lossy().into_owned();
+            return Ok(Self::Dataset(name));
+        }
+        let Some(number) = place.mount.block_device() else {
+            let what = format!(
+                "a {} filesystem has no disk of its own",
+                place.mount.fs_type
+            );
+            return Err(Error::new(Kind::NotApplicable, what)
+                .on(text)
+                .hint(NO_DEVICE_HINT));
+        };
+        let device = BlockDevice::of(number)?;
+        Ok(Self::blocks(Source {
+            given: text.to_owned(),
+            path: device.mapper_path().unwrap_or_else(|| device.path()),
+            medium: Medium::Device(device),
+            mount: Some(place.mount),
+        }))
+    }
+
+    fn blocks(source: Source) -> Self {
+        Self::Blocks(Box::new(source))
+    }
+
+    fn zfs(text: &str, named: zfs::Named) -> Result<Self> {
+        let volume = match named {
+            zfs::Named::Volume(volume) => volume,
+            zfs::Named::Filesystem(name) => return Ok(Self::Dataset(name)),
+        };
+        let none = || {
+            Error::new(Kind::NotFound, "this volume of ZFS has no device")
+                .on(&volume.name)
+                .hint("see its properties volmode and keystatus")
+        };
+        let device = volume.device()?.ok_or_else(none)?;
+        let path = device.path();
+        Source::device(text, device, path).map(Self::blocks)
+    }
+}
+
+impl Source {
+    fn volume(text: &str, volume: &LogicalVolume) -> Result<Self> {
+        let Some(number) = volume.device else {
+            return Err(
+                Error::new(Kind::NotFound, "this logical volume is not active")
+                    .on(volume.to_string())
+                    .hint(format!("activate it: lvchange --activate y {volume}")),
+            );
+        };
+        let device = BlockDevice::of(number)?;
+        let path = device.path();
+        Self::device(text, device, path)
+    }
+
     fn device(text: &str, device: BlockDevice, path: PathBuf) -> Result<Self> {
         let mount = mounts::of_this_process()?
             .into_iter()
             .find(|mount| mount.is_whole() && mount.block_device() == Some(device.number));
         Ok(Self {
             given: text.to_owned(),
-            path,
+            path: device.mapper_path().unwrap_or(path),
             medium: Medium::Device(device),
             mount,
         })
@@ -95,39 +235,12 @@ impl Source {
             mount: None,
         })
     }
+}
 
-    fn mount_point(text: &str) -> Result<Self> {
-        let place = Place::of(Path::new(text))?;
-        let point = place.mount.point.display();
-        if !place.is_mount_point {
-            return Err(Error::new(Kind::Usage, "this folder is not a mount point")
-                .on(text)
-                .hint(format!(
-                    "it lies on the filesystem mounted at {point}; name that to image it"
-                )));
-        }
-        if !place.mount.is_whole() {
-            return Err(
-                Error::new(Kind::Usage, "only a folder of a filesystem is mounted here")
-                    .on(text)
-                    .hint("name the device, or the mount point of the whole filesystem"),
-            );
-        }
-        let Some(number) = place.mount.block_device() else {
-            let what = format!(
-                "a {} filesystem has no disk of its own",
-                place.mount.fs_type
-            );
-            return Err(Error::new(Kind::NotApplicable, what)
-                .on(text)
-                .hint(NO_DEVICE_HINT));
-        };
-        let device = BlockDevice::of(number)?;
-        Ok(Self {
-            given: text.to_owned(),
-            path: device.path(),
-            medium: Medium::Device(device),
-            mount: Some(place.mount),
-        })
-    }
+/// The logical volume `VG/LV`, if there is one.
+fn volume_of_name(text: &str) -> Result<Option<LogicalVolume>> {
+    let Some((group, name)) = text.split_once('/') else {
+        return Ok(None);
+    };
+    Ok(LogicalVolume::of_name(group, name)?)
 }

@@ -3,7 +3,7 @@
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::fs::{self, Condition, Filesystem, Info, Opened};
 use crate::image::manifest::{Blocks, Grade};
 use crate::image::tables::{Content, Run};
@@ -17,6 +17,8 @@ pub struct Survey {
     pub info: Option<Info>,
     /// `Some` if its map says truly which blocks are in use, and only those shall be copied.
     filesystem: Option<Box<dyn Filesystem>>,
+    /// `Some` if all else is known to be zeros, without reading it.
+    provisioned: Option<ExtentSet>,
     /// Which blocks are copied.
     pub blocks: Blocks,
     /// What its own state allows to say of it, given that it holds still.
@@ -62,6 +64,7 @@ impl Survey {
         Ok(Self {
             info: fs::probe(disk)?,
             filesystem: None,
+            provisioned: None,
             blocks: Blocks::Used,
             grade: Grade::Frozen,
             bytes: ByteLen::ZERO,
@@ -75,16 +78,20 @@ impl Survey {
     /// # Errors
     /// If reading fails.
     pub fn of_moving(disk: &Disk) -> Result<Self> {
-        Ok(Self {
-            info: fs::probe(disk)?,
-            filesystem: None,
-            blocks: Blocks::All,
-            grade: Grade::Torn,
-            bytes: data_bytes(disk)?,
-            warnings: vec![
-                "nothing holds it still: what is written meanwhile is torn in the copy".to_owned(),
-            ],
-        })
+        let why = "nothing holds it still: what is written meanwhile is torn in the copy";
+        Self::of_all_blocks(disk, fs::probe(disk)?, Grade::Torn, why.to_owned())
+    }
+
+    /// Looks at the snapshot of a volume that somebody uses whom nothing made pause: as after a power cut,
+    /// nothing of it can be relied on but that all its blocks are of one instant.
+    ///
+    /// # Errors
+    /// If reading fails.
+    pub fn of_snapshot_in_use(disk: &Disk, who: &str) -> Result<Self> {
+        let why = format!(
+            "all blocks are copied, as after a power cut: nobody could make its user pause ({who})"
+        );
+        Self::of_all_blocks(disk, fs::probe(disk)?, Grade::Crash, why)
     }
 
     /// Gives up on understanding a volume that could not be examined because of `error`: all its
@@ -93,15 +100,24 @@ impl Survey {
     /// # Errors
     /// If its holes cannot be found.
     pub fn of_unreadable(disk: &Disk, error: &Error) -> Result<Self> {
+        let why = format!("all blocks are copied, for what is on it cannot be examined ({error})");
+        Self::of_all_blocks(disk, None, Grade::Crash, why)
+    }
+
+    fn of_all_blocks(
+        disk: &Disk,
+        info: Option<Info>,
+        grade: Grade,
+        warning: String,
+    ) -> Result<Self> {
         Ok(Self {
-            info: None,
+            info,
             filesystem: None,
+            provisioned: None,
             blocks: Blocks::All,
-            grade: Grade::Crash,
-            bytes: data_bytes(disk)?,
-            warnings: vec![format!(
-                "all blocks are copied, for what is on it cannot be examined ({error})"
-            )],
+            grade,
+            bytes: data_bytes(disk, None)?,
+            warnings: vec![warning],
         })
     }
 
@@ -131,6 +147,7 @@ impl Survey {
         let mut survey = Self {
             info: None,
             filesystem: None,
+            provisioned: None,
             blocks: Blocks::All,
             grade: Grade::Crash,
             bytes: ByteLen::ZERO,
@@ -162,7 +179,7 @@ impl Survey {
             ),
         }
         if survey.filesystem.is_none() {
-            survey.bytes = data_bytes(disk)?;
+            survey.bytes = data_bytes(disk, None)?;
         }
         Ok(survey)
     }
@@ -212,6 +229,23 @@ impl Survey {
         }
     }
 
+    /// Whether all blocks are copied, not only those that a filesystem calls used.
+    pub fn copies_all(&self) -> bool {
+        self.filesystem.is_none()
+    }
+
+    /// Of all blocks, only `provisioned` ones are read: the others are zeros.
+    ///
+    /// # Errors
+    /// If the holes of the disk cannot be found.
+    pub fn leave_out_all_but(&mut self, provisioned: ExtentSet, disk: &Disk) -> Result<()> {
+        if self.copies_all() {
+            self.bytes = data_bytes(disk, Some(&provisioned))?;
+            self.provisioned = Some(provisioned);
+        }
+        Ok(())
+    }
+
     /// Hands all runs that must be copied to `sink`, ascending.
     ///
     /// # Errors
@@ -227,7 +261,7 @@ impl Survey {
                 };
                 filesystem.walk_used(disk, &mut data).map(drop)
             }
-            None => walk_all(disk, sink),
+            None => walk_all(disk, self.provisioned.as_ref(), sink),
         }
     }
 }
@@ -238,19 +272,34 @@ fn is_clean(condition: Condition) -> bool {
     condition == Condition::Clean
 }
 
-/// All of a disk: what its own medium knows to be holes as zeros, the rest as data.
-fn walk_all(disk: &Disk, sink: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+/// All of a disk: what its own medium knows to be holes as zeros, and what is not `provisioned`, where
+/// that is known; the rest as data.
+fn walk_all(
+    disk: &Disk,
+    provisioned: Option<&ExtentSet>,
+    sink: &mut dyn FnMut(Run) -> Result<()>,
+) -> Result<()> {
     let size = Offset(ReadAt::len(disk).0);
     let mut at = Offset::ZERO;
+    let mut give = |extent: Extent, content| match extent.is_empty() {
+        true => Ok(()),
+        false => sink(Run { extent, content }),
+    };
     loop {
         let data = disk.next_data(at.0)?;
         let (start, end) = data.map_or((size, size), |(start, end)| (Offset(start), Offset(end)));
-        for (extent, content) in [
-            (Extent::between(at, start), Content::Zero),
-            (Extent::between(start, end), Content::Data),
-        ] {
-            if !extent.is_empty() {
-                sink(Run { extent, content })?;
+        give(Extent::between(at, start), Content::Zero)?;
+        let found = Extent::between(start, end);
+        match provisioned {
+            None => give(found, Content::Data)?,
+            Some(set) => {
+                let mut at = start;
+                for data in set.intersect(found) {
+                    give(Extent::between(at, data.start), Content::Zero)?;
+                    give(data, Content::Data)?;
+                    at = data.end();
+                }
+                give(Extent::between(at, end), Content::Zero)?;
             }
         }
         if end >= size {
@@ -260,9 +309,9 @@ fn walk_all(disk: &Disk, sink: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> 
     }
 }
 
-fn data_bytes(disk: &Disk) -> Result<ByteLen> {
+fn data_bytes(disk: &Disk, provisioned: Option<&ExtentSet>) -> Result<ByteLen> {
     let mut bytes = ByteLen::ZERO;
-    walk_all(disk, &mut |run| {
+    walk_all(disk, provisioned, &mut |run| {
         if run.content == Content::Data {
             bytes += run.extent.len;
         }

@@ -2,15 +2,16 @@
 //!
 //! Before the first write, the first and the last MiB (where filesystems, partition tables and
 //! containers have their signatures) are zeroed; what belongs there is kept in memory, and written
-//! only after everything else has reached stable storage and all checks have passed. An interrupted restore
-//! leaves nothing that a system would mount, neither the new volume nor the one that was there.
+//! only after everything else has reached stable storage and all checks have passed: the very first block,
+//! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
+//! nothing that a system would mount, neither the new volume nor the one that was there.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
@@ -219,13 +220,16 @@ impl Held {
         }
     }
 
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Changes what is held of `extent`: `change` gets that part and where it is in `extent`.
     fn change(&self, extent: Extent, change: impl FnOnce(&mut [u8], usize)) {
         if let Some(part) = extent.intersect(self.extent) {
             let start = part.start.since(self.extent.start).as_usize();
-            let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
             change(
-                &mut bytes[start..start + part.len.as_usize()],
+                &mut self.bytes()[start..start + part.len.as_usize()],
                 part.start.since(extent.start).as_usize(),
             );
         }
@@ -305,18 +309,14 @@ impl Target {
     }
 
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was
-    /// held back, the head last; with `compare`, that is read back.
+    /// held back, the first block last; with `compare`, that is read back.
     ///
     /// # Errors
     /// If the device refuses; the target then holds no signature, or is damaged at its ends.
     /// [`Kind::Mismatch`] if it holds something else: it is without a signature again then.
     pub fn finish(mut self, compare: bool) -> Result<()> {
         self.disk.sync()?;
-        for held in [&self.tail, &self.head] {
-            let bytes = held.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-            self.disk.write_all_at(&bytes, held.extent.start.0)?;
-        }
-        self.disk.sync()?;
+        self.write_held()?;
         if compare {
             self.compare_held()?;
         }
@@ -331,12 +331,24 @@ impl Target {
         Ok(())
     }
 
+    /// A large write that is cut short, by SIGKILL or a power cut, leaves a part of what it should
+    /// write: a first block written with others may stand there without them.
+    fn write_held(&self) -> Result<()> {
+        let (tail, head) = (self.tail.bytes(), self.head.bytes());
+        let (first, rest) = head.split_at(head.len().min(BLOCK as usize));
+        let start = self.head.extent.start.0;
+        self.disk.write_all_at(&tail, self.tail.extent.start.0)?;
+        self.disk.write_all_at(rest, start + first.len() as u64)?;
+        self.disk.sync()?;
+        self.disk.write_all_at(first, start)?;
+        Ok(self.disk.sync()?)
+    }
+
     fn compare_held(&self) -> Result<()> {
         for held in [&self.tail, &self.head] {
             let start = held.extent.start;
             let found = self.disk.read_vec_at(start, held.extent.len)?;
-            let bytes = held.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-            if *bytes != found {
+            if *held.bytes() != found {
                 self.clear_signatures()?;
                 let what = "what was written reads back as something else, within 1 MiB";
                 return Err(Error::new(Kind::Mismatch, what)

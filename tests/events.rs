@@ -147,7 +147,10 @@ fn the_version_tells_what_this_build_can_do() {
             .map(|name| name.as_str().unwrap())
             .collect::<Vec<_>>()
     };
-    assert_eq!(names("steps"), ["offline", "track", "hold", "none"]);
+    assert_eq!(
+        names("steps"),
+        ["offline", "zfs", "lvm", "track", "hold", "none"]
+    );
     assert!(names("used_block_filesystems").contains(&"xfs"));
     assert_eq!(line["format_versions"], serde_json::json!([1]));
 }

@@ -277,6 +277,7 @@ fn stream() -> (Vec<u8>, Vec<Vec<u8>>) {
         n: 2,
         path: "pool/name".into(),
         kind: "zfs-send".into(),
+        zfs: None,
     });
     let mut image = begin(&manifest);
     let volume = vec![5; BLOCK_LEN];

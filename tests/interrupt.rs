@@ -39,18 +39,47 @@ fn duration<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Dur
     begun.elapsed()
 }
 
-/// Starts the program and kills it after `delay`; whether it was killed before it ended.
-fn killed_after(mut command: Command, delay: Duration) -> bool {
-    let mut child = spawn(&mut command);
-    std::thread::sleep(delay);
-    child.kill().unwrap();
-    child.wait().unwrap().signal() == Some(9)
+/// Kills runs of a command at random moments, until enough were killed before their end.
+struct Kills<'a> {
+    rng: &'a mut Rng,
+    /// How long a run takes at most, as far as is known.
+    whole: Duration,
+    left: u64,
 }
 
-/// Random moments within a run that takes `whole` when left alone.
-fn moments(rng: &mut Rng, whole: Duration) -> impl Iterator<Item = Duration> + '_ {
-    let micros = whole.as_micros() as u64 * 11 / 10;
-    (0..count(4, 50)).map(move |_| Duration::from_micros(rng.below(micros)))
+impl<'a> Kills<'a> {
+    /// `whole`: how long a run took when it was left alone.
+    fn of(whole: Duration, rng: &'a mut Rng) -> Self {
+        let left = count(4, 50);
+        Kills { rng, whole, left }
+    }
+
+    /// Starts the program and kills it at a random moment, every other time near its end, where
+    /// what was held back is written. Whether it was killed before it ended, or `None` when
+    /// there were enough.
+    fn next(&mut self, mut command: Command) -> Option<bool> {
+        if self.left == 0 {
+            return None;
+        }
+        let micros = self.whole.as_micros() as u64;
+        let from = if self.left.is_multiple_of(2) {
+            0
+        } else {
+            micros * 4 / 5
+        };
+        let delay = from + self.rng.below((micros * 11 / 10 - from).max(1));
+        let mut child = spawn(&mut command);
+        std::thread::sleep(Duration::from_micros(delay));
+        child.kill().unwrap();
+        let was_killed = child.wait().unwrap().signal() == Some(9);
+        if was_killed {
+            self.left -= 1;
+        } else {
+            // The machine has more time for it than before.
+            self.whole = self.whole * 9 / 10;
+        }
+        Some(was_killed)
+    }
 }
 
 #[test]
@@ -61,17 +90,17 @@ fn a_killed_backup_leaves_no_image() {
     let image = dir.path().join("image");
     let whole = duration(backup_to(&source, &image));
     let old = std::fs::read(&image).unwrap();
-    let mut killed = 0;
     for replaces in [false, true] {
-        let delays: Vec<_> = moments(&mut rng, whole).collect();
-        for delay in delays {
+        let mut kills = Kills::of(whole, &mut rng);
+        loop {
             if replaces {
                 std::fs::write(&image, &old).unwrap();
             } else {
                 let _ = std::fs::remove_file(&image);
             }
-            let was_killed = killed_after(command(backup_to(&source, &image)), delay);
-            killed += u64::from(was_killed);
+            let Some(was_killed) = kills.next(command(backup_to(&source, &image))) else {
+                break;
+            };
             let is_old = std::fs::read(&image).is_ok_and(|bytes| bytes == old);
             if image.exists() && !(replaces && is_old) {
                 // It had just been given its name.
@@ -85,14 +114,13 @@ fn a_killed_backup_leaves_no_image() {
                 .collect();
             // Between the part file's name and the image's there is a moment when it replaces one.
             if !replaces {
-                assert_eq!(left, [""; 0], "after {delay:?}");
+                assert_eq!(left, [""; 0]);
             }
             for name in left {
                 std::fs::remove_file(dir.path().join(name)).unwrap();
             }
         }
     }
-    assert!(killed > 0, "none was killed in time");
     run(backup_to(&source, &image)).expect(0);
     run([Path::new("verify"), &image]).expect(0);
 }
@@ -101,13 +129,14 @@ fn a_killed_backup_leaves_no_image() {
 fn kill_restores(rng: &mut Rng, source: &Path, image: &Path, target: &Path) {
     let args = [Path::new("restore"), Path::new("--yes"), image, target];
     let whole = duration(args);
-    let mut killed = 0;
-    let delays: Vec<_> = moments(rng, whole).collect();
-    for delay in delays {
+    let mut kills = Kills::of(whole, rng);
+    loop {
         // It holds a whole filesystem before.
         let begun = target.metadata().is_ok();
-        if killed_after(command(args), delay) {
-            killed += 1;
+        let Some(was_killed) = kills.next(command(args)) else {
+            break;
+        };
+        if was_killed {
             let found = output("blkid", [Path::new("-p"), target]);
             // Killed before it began, or after its last write, it is whole.
             if found.status.code() != Some(2) {
@@ -121,7 +150,6 @@ fn kill_restores(rng: &mut Rng, source: &Path, image: &Path, target: &Path) {
         }
         run(args).expect(0);
     }
-    assert!(killed > 0, "none was killed in time");
     assert_eq!(map(target).used, map(source).used);
 }
 
@@ -146,6 +174,40 @@ fn privileged_a_killed_restore_leaves_no_filesystem_on_a_device() {
     crate::common::volume::copy(&source, &file);
     let target = LoopDevice::attach(&file);
     kill_restores(&mut rng, &source, &image, target.path());
+}
+
+/// A restore that is killed as soon as its target can be recognized has written everything else.
+#[test]
+fn what_can_be_recognized_is_whole() {
+    const MAGIC: u64 = 1024 + 0x38;
+    let mut rng = Rng(seed());
+    let dir = temp_dir();
+    let source = source(dir.path(), &mut rng);
+    let [image, target] = ["image", "target"].map(|name| dir.path().join(name));
+    run(backup_to(&source, &image)).expect(0);
+    let args = [Path::new("restore"), Path::new("--yes"), &image, &target];
+    let wanted = count(6, 50);
+    let mut killed = 0;
+    for _ in 0..wanted * 20 {
+        if killed == wanted {
+            break;
+        }
+        let _ = std::fs::remove_file(&target);
+        let mut child = spawn(&mut command(args));
+        while child.try_wait().unwrap().is_none() {
+            let mut magic = [0; 2];
+            let file = File::open(&target);
+            let read = file.and_then(|file| file.read_exact_at(&mut magic, MAGIC));
+            if read.is_ok() && magic != [0; 2] {
+                child.kill().unwrap();
+            }
+            std::thread::yield_now();
+        }
+        killed += u64::from(child.wait().unwrap().signal() == Some(9));
+        tool("e2fsck", [Path::new("-fn"), &target]);
+        run([Path::new("verify"), &image, Path::new("--against"), &target]).expect(0);
+    }
+    assert!(killed > 0, "none was killed in time");
 }
 
 /// Writes what makes a disk a member of an md array, at its end (version 1.0: `struct mdp_superblock_1`

@@ -20,6 +20,7 @@ mod probe;
 mod refusals;
 mod restore;
 mod salvage;
+mod streams;
 mod track;
 mod track_ends;
 mod verify;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use holdstill::backup::{self, Options, Report};
 use holdstill::extent::Extent;
+use holdstill::freeze::CowRoom;
 use holdstill::fs;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::pipeline::store::Compression;
@@ -106,6 +107,7 @@ fn options(source: &Path, image: &Path) -> Options {
         sources: vec![source.display().to_string()],
         output: Some(image.to_owned()),
         freeze: None,
+        cow: CowRoom::default(),
         compression: Compression::Zstd(1),
         all_blocks: false,
         on_read_error: OnReadError::Fail,

@@ -510,7 +510,7 @@ fn unfinished_business_makes_it_dirty() {
     };
     // The unmount record: its flag, its UUID, its length.
     let no_unmount = altered("", |image| patch(image, log(image) + 512 + 9, &[0]));
-    let foreign = altered("", |image| patch(image, log(image) + 304, &[0xee]));
+    let foreign = altered("", |image| patch(image, log(image) + 304, &[0xee; 16]));
     let longer = altered("", |image| patch(image, log(image) + 12, &[1]));
     for (name, volume, reason) in [
         ("no unmount", no_unmount, DirtyReason::Log),

@@ -20,11 +20,22 @@ use nix::unistd::Pid;
 
 use crate::error::{Context, Error, Result};
 
+mod streaming;
+
+pub use streaming::Streaming;
+
 /// Where the system keeps its tools. Nothing else is ever searched.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
 /// The same, as the children get it.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The environment of a tool. LVM's would else complain of every descriptor they inherit.
+pub(crate) const ENVIRONMENT: [(&str, &str); 3] = [
+    ("PATH", PATH),
+    ("LC_ALL", "C"),
+    ("LVM_SUPPRESS_FD_WARNINGS", "1"),
+];
 
 /// How long a child may run if nothing else was said.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -121,8 +132,7 @@ impl Tool {
                 Error::new("cannot find the tool", name, why)
             })?;
         let mut command = Command::new(&program);
-        command.env_clear();
-        command.env("PATH", PATH).env("LC_ALL", "C");
+        command.env_clear().envs(ENVIRONMENT);
         Ok(Self::new(program, command))
     }
 
@@ -219,6 +229,7 @@ impl Tool {
 }
 
 /// A child that does not outlive us, should watching it fail.
+#[derive(Debug)]
 struct Running(Child);
 
 impl Running {
@@ -395,7 +406,9 @@ mod tests {
         let said = String::from_utf8(output.checked().unwrap().stdout).unwrap();
         let mut lines: Vec<_> = said.lines().collect();
         lines.sort_unstable();
-        assert_eq!(lines, ["LC_ALL=C", &format!("PATH={PATH}"), "X=y z"]);
+        let path = format!("PATH={PATH}");
+        let expected = ["LC_ALL=C", "LVM_SUPPRESS_FD_WARNINGS=1", &path, "X=y z"];
+        assert_eq!(lines, expected);
         let missing = Tool::find("holdstill-no-such-tool").unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }

@@ -26,7 +26,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
-use crate::command::Ending;
+use crate::command::{self, Ending};
 use crate::error::{Context, Error, Result};
 use crate::freeze::{FreezeError, MountPoint};
 use wire::{Ask, Counts, Reply, Request};
@@ -45,11 +45,25 @@ pub struct Hook {
     pub deadline: Duration,
 }
 
+/// A command that takes away what a run makes with the help of other tools: a snapshot. The guard
+/// cannot prepare one later, so it is named before there is anything to take away.
+#[derive(Clone, Debug)]
+pub struct Undo {
+    /// What it takes away, by a name that nothing else of the run has.
+    pub name: String,
+    /// Program, with its whole path, and arguments.
+    pub words: Vec<OsString>,
+    /// For how long it is tried: what it takes away may be busy, or about to be made.
+    pub patience: Duration,
+}
+
 /// What a guard is given for its life.
 #[derive(Debug, Default)]
 pub struct Config<'a> {
     /// The post-freeze hook.
     pub hook: Option<Hook>,
+    /// What may have to be taken away.
+    pub undo: Vec<Undo>,
     /// Descriptors that the guard keeps open: the lock that says the run is alive.
     pub keep: Vec<BorrowedFd<'a>>,
 }
@@ -61,7 +75,7 @@ pub struct Report {
     pub thawed: u32,
     /// How the hook ended, if the guard ran it.
     pub hook: Option<HookEnd>,
-    /// How many files and folders it removed.
+    /// How many files, folders and other things it removed.
     pub removed: u32,
     /// How many it could not remove.
     pub left: u32,
@@ -80,6 +94,11 @@ pub enum HookEnd {
 #[derive(Debug)]
 #[must_use = "to be handed to `forget` once it is gone"]
 pub struct Leftover(u32);
+
+/// An [`Undo`] that is owed from now on.
+#[derive(Debug)]
+#[must_use = "to be handed to `forget_undo` once it is done"]
+pub struct Owed(u32);
 
 /// What is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +120,11 @@ struct Inner {
     /// It did not answer, or what it answered made no sense.
     lost: AtomicBool,
     pid: Pid,
+    /// Names of what may have to be taken away, in the guard's order.
+    undo: Vec<String>,
     hook_deadline: Duration,
+    /// How long the guard may work when all is over.
+    work: Duration,
 }
 
 impl Guard {
@@ -109,13 +132,25 @@ impl Guard {
     /// has one thread: the guard locks in memory what it inherits.
     ///
     /// # Errors
-    /// If the process cannot fork, or the guard does not answer; a hook with a zero byte.
+    /// If the process cannot fork, or the guard does not answer; a command with a zero byte; more
+    /// to take away than a guard remembers.
     pub fn spawn(config: Config<'_>) -> Result<Self> {
         let hook_deadline = config
             .hook
             .as_ref()
             .map_or(Duration::ZERO, |hook| hook.deadline);
+        let patience: Duration = config.undo.iter().map(|undo| undo.patience).sum();
+        if config.undo.len() > child::UNDOS {
+            let why = format!("it remembers {} things to undo at most", child::UNDOS);
+            return Err(Error::other("cannot start", "the guard process", why));
+        }
+        let names = config.undo.iter().map(|undo| undo.name.clone()).collect();
         let hook = config.hook.map(prepare).transpose()?;
+        let undo: Vec<_> = config
+            .undo
+            .into_iter()
+            .map(prepare_undo)
+            .collect::<Result<_>>()?;
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -129,14 +164,16 @@ impl Guard {
         // SAFETY: the child runs `child::run`, which allocates nothing, takes no lock and never
         // returns, so the state of other threads (in tests) does not matter to it.
         match unsafe { fork() }.context("cannot start", "the guard process")? {
-            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref()),
+            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref(), &undo),
             ForkResult::Parent { child } => {
                 drop(theirs);
                 let guard = Self(Arc::new(Inner {
                     socket: Mutex::new(Some(ours)),
                     lost: AtomicBool::new(false),
                     pid: child,
+                    undo: names,
                     hook_deadline,
+                    work: hook_deadline + patience,
                 }));
                 guard.check()?;
                 Ok(guard)
@@ -196,6 +233,38 @@ impl Guard {
             .context("no answer from", "the guard process")
     }
 
+    /// From now on the guard carries out the [`Undo`] of this name when the run ends, until
+    /// [`forget_undo`](Self::forget_undo). To be called before there is anything to undo.
+    ///
+    /// # Errors
+    /// If it was not configured, or the guard is lost.
+    pub fn owe_undo(&self, name: &str) -> Result<Owed> {
+        let unknown = || Error::other("cannot register", name, "it was not announced");
+        let at = self.0.undo.iter().position(|undo| undo == name);
+        let at = at
+            .and_then(|at| u32::try_from(at).ok())
+            .ok_or_else(unknown)?;
+        let mut request = Request::new(Ask::OweUndo);
+        request.id = at;
+        self.0
+            .ask(&request, None, PATIENCE)
+            .context("cannot register", name)?;
+        Ok(Owed(at))
+    }
+
+    /// It was undone.
+    ///
+    /// # Errors
+    /// If the guard is lost.
+    pub fn forget_undo(&self, owed: Owed) -> Result<()> {
+        let mut request = Request::new(Ask::ForgetUndo);
+        request.id = owed.0;
+        self.0
+            .ask(&request, None, PATIENCE)
+            .map(drop)
+            .context("no answer from", "the guard process")
+    }
+
     /// From now on the hook runs once whatever happens: to be called before the pre-freeze hook is.
     ///
     /// # Errors
@@ -237,7 +306,7 @@ impl Guard {
     /// # Errors
     /// If it is lost.
     pub fn finish(self) -> Result<Report> {
-        let patience = PATIENCE + self.0.hook_deadline;
+        let patience = PATIENCE + self.0.work;
         self.0
             .ask(&Request::new(Ask::Finish), None, patience)
             .map(|reply| reply.report.into())
@@ -326,7 +395,7 @@ impl Drop for Inner {
         };
         drop(socket.take());
         // It ends once it has done its work. One that is stopped is left to itself.
-        let end = Instant::now() + PATIENCE + self.hook_deadline;
+        let end = Instant::now() + PATIENCE + self.work;
         while Instant::now() < end {
             match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {
                 Ok(nix::sys::wait::WaitStatus::StillAlive) | Err(Errno::EINTR) => {
@@ -462,30 +531,38 @@ fn exchange(
 
 /// Makes everything ready for `execve(2)`.
 fn prepare(hook: Hook) -> Result<child::Prepared> {
-    let script = hook.script.clone();
-    let string = |bytes: Vec<u8>| {
-        CString::new(bytes)
-            .map_err(|_| Error::other("cannot run the hook", &script, "a zero byte in it"))
-    };
-    let args = vec![
-        string(b"/bin/sh".to_vec())?,
-        string(b"-c".to_vec())?,
-        string(hook.script.into_vec())?,
-    ];
+    let args = vec!["/bin/sh".into(), "-c".into(), hook.script];
     let inherited = std::env::vars_os()
         .filter(|(name, _)| !hook.env.iter().any(|(ours, _)| ours == name))
         .collect::<Vec<_>>();
-    let env = inherited
-        .into_iter()
-        .chain(hook.env.iter().cloned())
-        .map(|(name, value)| {
-            let mut variable = name.into_vec();
-            variable.push(b'=');
-            variable.extend(value.into_vec());
-            string(variable)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(child::Prepared::new(args, env, hook.deadline))
+    let env = inherited.into_iter().chain(hook.env.iter().cloned());
+    prepared(args, env, hook.deadline)
+}
+
+fn prepare_undo(undo: Undo) -> Result<child::Prepared> {
+    let env = command::ENVIRONMENT.map(|(name, value)| (name.into(), value.into()));
+    prepared(undo.words, env, undo.patience)
+}
+
+fn prepared(
+    args: Vec<OsString>,
+    env: impl IntoIterator<Item = (OsString, OsString)>,
+    deadline: Duration,
+) -> Result<child::Prepared> {
+    let program = args.first().cloned().unwrap_or_default();
+    let string = |bytes: Vec<u8>| {
+        CString::new(bytes).map_err(|_| Error::other("cannot run", &program, "a zero byte in it"))
+    };
+    let env = env.into_iter().map(|(name, value)| {
+        let mut variable = name.into_vec();
+        variable.push(b'=');
+        variable.extend(value.into_vec());
+        string(variable)
+    });
+    let env = env.collect::<Result<Vec<_>>>()?;
+    let args = args.into_iter().map(|arg| string(arg.into_vec()));
+    let args = args.collect::<Result<Vec<_>>>()?;
+    Ok(child::Prepared::new(args, env, deadline))
 }
 
 #[cfg(test)]

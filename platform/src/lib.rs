@@ -9,6 +9,7 @@ pub mod command;
 pub mod counters;
 pub mod device;
 pub mod dirty;
+pub mod dm;
 pub mod error;
 pub mod exclusive;
 pub mod freeze;
@@ -16,6 +17,7 @@ pub mod fsmap;
 pub mod guard;
 pub mod in_use;
 pub mod lock;
+pub mod lvm;
 pub mod memory;
 pub mod mounts;
 pub mod node;
@@ -25,6 +27,8 @@ pub mod signals;
 pub mod stream;
 pub mod swap_file;
 pub mod trace;
+mod urgent;
+pub mod zfs;
 
 #[cfg(test)]
 mod testing;

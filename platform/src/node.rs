@@ -276,6 +276,15 @@ impl BlockDevice {
         Path::new("/dev").join(self.name.replace('!', "/"))
     }
 
+    /// The node of a mapped device by the name that people know it by, `/dev/mapper/vg-root`. `None` for
+    /// other devices, and where that node is missing or another device's.
+    pub fn mapper_path(&self) -> Option<PathBuf> {
+        let name = std::fs::read_to_string(self.sysfs.join("dm/name")).ok()?;
+        let path = Path::new("/dev/mapper").join(name.trim());
+        let node = Node::of(&path).ok()?;
+        (node.block_device() == Some(self.number)).then_some(path)
+    }
+
     /// The partitions of a whole disk that the kernel knows, in order of their start. None for a
     /// partition.
     ///

@@ -54,6 +54,11 @@ impl Reader {
         Ok(Self(File::from(fd)))
     }
 
+    /// What is open already.
+    pub(crate) fn of(file: File) -> Self {
+        Self(file)
+    }
+
     /// Opens a file or pipe, without waiting for a writer.
     ///
     /// # Errors

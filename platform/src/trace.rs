@@ -36,131 +36,33 @@
 
 mod format;
 mod page;
+mod reader;
+mod tracefs;
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write as _};
-use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::dir::Dir;
-use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
-use nix::sys::stat::{Mode, fstatat, mkdirat};
-use nix::sys::statfs::{FsType, fstatfs};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::fcntl::{AtFlags, OFlag};
+use nix::sys::stat::{Mode, fstat, fstatat, mkdirat};
 
 use crate::counters::{self, CounterFile};
 use crate::error::{Context, Error, Result};
 use crate::node::{BlockDevice, DeviceNumber};
 use format::{EventFormat, PageFormat};
-use page::Completed;
-
-/// Where tracefs is usually mounted.
-const USUAL: &str = "/sys/kernel/tracing";
-
-/// `TRACEFS_MAGIC` of include/uapi/linux/magic.h.
-const MAGIC: i64 = 0x7472_6163;
-
-/// All our instances are called so, followed by the run's id.
-pub const PREFIX: &str = "holdstill-";
+use reader::{DeviceTally, Reader, Shared};
+pub use tracefs::{PREFIX, Tracefs, instance_name};
+use tracefs::{names, open, open_folder, read, write};
 
 /// The event, below an instance.
 const EVENT: &str = "events/block/block_rq_complete";
 
 /// Devices traced at a time.
 const MAX_DEVICES: usize = 16;
-
-/// Real-time priority of the reader, just below the guard's.
-const PRIORITY: i32 = 49;
-
-/// tracefs, mounted where everybody sees it or, if nobody has mounted it, for us alone: then it has
-/// no place among the mounts and is gone with the last descriptor.
-#[derive(Debug)]
-pub struct Tracefs {
-    root: File,
-    instances: File,
-    is_private: bool,
-}
-
-impl Tracefs {
-    /// Finds tracefs or mounts it privately.
-    ///
-    /// # Errors
-    /// `Unsupported` if this kernel has none, `PermissionDenied` without root or under
-    /// lockdown=confidentiality.
-    pub fn open() -> Result<Self> {
-        let (root, is_private) = match File::open(USUAL) {
-            Ok(root) if is_tracefs(&root) => (root, false),
-            _ => (mount_privately().context("cannot mount", "tracefs")?, true),
-        };
-        // Lockdown from the start leaves the folder empty; later, its files there but closed
-        // (`tracing_check_open_get_tr` of kernel/trace/trace.c), though folders can be made.
-        let not_allowed = |error: Error| match error.source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
-                let why =
-                    "the kernel does not allow tracing (no root, or lockdown=confidentiality)";
-                let source = io::Error::new(io::ErrorKind::PermissionDenied, why);
-                Error::new("cannot use", "tracefs", source)
-            }
-            _ => error,
-        };
-        let instances = open_folder(&root, "instances").map_err(not_allowed)?;
-        open(&root, "events/header_page", OFlag::O_RDONLY).map_err(not_allowed)?;
-        Ok(Self {
-            root,
-            instances,
-            is_private,
-        })
-    }
-
-    /// Whether it is mounted for us alone.
-    pub fn is_private(&self) -> bool {
-        self.is_private
-    }
-
-    /// The folder of the instances, to register one with a guard before it is made.
-    pub fn instances(&self) -> BorrowedFd<'_> {
-        self.instances.as_fd()
-    }
-
-    /// The names of all instances of ours, of live and dead runs.
-    ///
-    /// # Errors
-    /// If they cannot be listed.
-    pub fn leftovers(&self) -> Result<Vec<String>> {
-        names(&self.instances, "instances").map(|mut names| {
-            names.retain(|name| name.starts_with(PREFIX));
-            names
-        })
-    }
-
-    /// Removes an instance of a dead run; whether there was one.
-    ///
-    /// # Errors
-    /// If it is not ours by name, or in use.
-    pub fn remove(&self, name: &str) -> Result<bool> {
-        if !name.starts_with(PREFIX) || name.contains('/') {
-            return Err(Error::other("cannot remove", name, "not one of ours"));
-        }
-        match unlinkat(&self.instances, name, UnlinkatFlags::RemoveDir) {
-            Ok(()) => Ok(true),
-            Err(Errno::ENOENT) => Ok(false),
-            Err(errno) => Err(Error::new("cannot remove the trace instance", name, errno)),
-        }
-    }
-}
-
-/// The instance of a run.
-pub fn instance_name(run_id: &str) -> String {
-    format!("{PREFIX}{run_id}")
-}
 
 /// What sort of request changed the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -310,35 +212,6 @@ pub struct Tracker {
     cpus: Vec<String>,
 }
 
-/// What the reader thread and the others share.
-#[derive(Debug)]
-struct Shared {
-    devices: Vec<DeviceTally>,
-    stop: AtomicBool,
-    /// Number of the last request to catch up, and of the last one fulfilled.
-    asked: AtomicU64,
-    caught_up: AtomicU64,
-    trouble: AtomicU32,
-    passthrough: AtomicU64,
-}
-
-/// No trouble; else one of those below, or an error number.
-const FINE: u32 = 0;
-const LOST: u32 = u32::MAX;
-const BAD_PAGE: u32 = u32::MAX - 1;
-
-#[derive(Debug)]
-struct DeviceTally {
-    device: DeviceNumber,
-    disk: DeviceNumber,
-    /// Where it lies on the disk.
-    sectors: Range<u64>,
-    requests: AtomicU64,
-    written: AtomicU64,
-    discarded: AtomicU64,
-    flushes: AtomicU64,
-}
-
 impl Tracker {
     /// Makes the instance of run `run_id` and begins to trace. From its return on, every request
     /// that completes is handed to `each`, cut at the borders of the device, in the reader thread, which allocates nothing itself; nor
@@ -458,7 +331,7 @@ impl Tracker {
         let ticket = self.shared.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let begin = Instant::now();
         loop {
-            self.trouble()?;
+            self.shared.trouble()?;
             if self.shared.caught_up.load(Ordering::Acquire) >= ticket {
                 return Ok(());
             }
@@ -470,15 +343,6 @@ impl Tracker {
                 return Err(TraceError::NoQuiet);
             }
             std::thread::sleep(Duration::from_micros(50));
-        }
-    }
-
-    fn trouble(&self) -> std::result::Result<(), TraceError> {
-        match self.shared.trouble.load(Ordering::Acquire) {
-            FINE => Ok(()),
-            LOST => Err(TraceError::Lost(Loss::default())),
-            BAD_PAGE => Err(TraceError::BadPage),
-            errno => Err(io::Error::from_raw_os_error(errno.cast_signed()).into()),
         }
     }
 
@@ -560,7 +424,7 @@ impl Tracker {
         if loss != Loss::default() {
             return Err(TraceError::Lost(loss));
         }
-        self.trouble()?;
+        self.shared.trouble()?;
         if self.reader.as_ref().is_none_or(JoinHandle::is_finished) {
             return Err(TraceError::ReaderGone);
         }
@@ -569,7 +433,7 @@ impl Tracker {
             self.name.as_str(),
             AtFlags::empty(),
         );
-        let open = nix::sys::stat::fstat(&self.instance).map_err(io::Error::from)?;
+        let open = fstat(&self.instance).map_err(io::Error::from)?;
         if !by_name.is_ok_and(|by_name| by_name.st_ino == open.st_ino) {
             return Err(TraceError::Changed("instance", "gone".to_owned()));
         }
@@ -645,181 +509,6 @@ impl Drop for Tracker {
     }
 }
 
-impl Shared {
-    fn new(devices: &[BlockDevice]) -> Self {
-        let tally = |device: &BlockDevice| {
-            DeviceTally {
-                device: device.number,
-                disk: device.disk,
-                // Of a discard of many places the kernel traces the first, with the length of all:
-                // on a whole disk that is no reason not to add it up.
-                sectors: match device.partition {
-                    Some(place) => place.start..place.start + place.sectors,
-                    None => 0..u64::MAX,
-                },
-                requests: AtomicU64::new(0),
-                written: AtomicU64::new(0),
-                discarded: AtomicU64::new(0),
-                flushes: AtomicU64::new(0),
-            }
-        };
-        Self {
-            devices: devices.iter().map(tally).collect(),
-            stop: AtomicBool::new(false),
-            asked: AtomicU64::new(0),
-            caught_up: AtomicU64::new(0),
-            trouble: AtomicU32::new(FINE),
-            passthrough: AtomicU64::new(0),
-        }
-    }
-
-    /// The first trouble stays.
-    fn complain(&self, trouble: u32) {
-        let _ = self
-            .trouble
-            .compare_exchange(FINE, trouble, Ordering::AcqRel, Ordering::Acquire);
-    }
-
-    /// Counts an event and hands on the write it tells of, if it is one.
-    fn count(&self, event: Completed, each: &mut impl FnMut(Write)) {
-        let disk = DeviceNumber {
-            major: event.dev >> 20,
-            minor: event.dev & 0xf_ffff,
-        };
-        // Requests past the block layer have no place: (sector_t)-1.
-        if event.sectors > 0 && event.sector == u64::MAX {
-            self.passthrough.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        for tally in self.devices.iter().filter(|tally| tally.disk == disk) {
-            if let Some(write) = tally.count(&event) {
-                each(write);
-            }
-        }
-    }
-}
-
-impl DeviceTally {
-    /// Counts an event of its disk; what was written to this device, if anything.
-    fn count(&self, event: &Completed) -> Option<Write> {
-        if event.sectors == 0 {
-            self.flushes.fetch_add(1, Ordering::Relaxed);
-            return None;
-        }
-        let sectors = u64::from(event.sectors);
-        let end = event.sector.saturating_add(sectors);
-        let (first, last) = (
-            event.sector.max(self.sectors.start),
-            end.min(self.sectors.end),
-        );
-        if first >= last {
-            return None;
-        }
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        // `F` says that a flush went before.
-        let letter = if event.letter == b'F' {
-            event.detail
-        } else {
-            event.letter
-        };
-        let kind = match (letter, event.detail) {
-            (b'W', b'Z') => WriteKind::Zeroes,
-            (b'W', _) => WriteKind::Data,
-            (b'D', _) => WriteKind::Discard,
-            _ => WriteKind::Other,
-        };
-        // Which side a request across the border was counted for cannot be known.
-        if last - first == sectors {
-            let sum = match kind {
-                WriteKind::Discard => &self.discarded,
-                _ => &self.written,
-            };
-            sum.fetch_add(sectors, Ordering::Release);
-        }
-        Some(Write {
-            device: self.device,
-            sector: first - self.sectors.start,
-            sectors: last - first,
-            kind,
-        })
-    }
-}
-
-/// The thread that reads the trace.
-struct Reader<F> {
-    page_format: PageFormat,
-    event_format: EventFormat,
-    pipes: Vec<File>,
-    page: Vec<u8>,
-    pages: u64,
-    shared: Arc<Shared>,
-    poll: Duration,
-    each: F,
-}
-
-impl<F: FnMut(Write)> Reader<F> {
-    fn run(mut self) {
-        become_urgent();
-        while !self.shared.stop.load(Ordering::Acquire) {
-            let asked = self.shared.asked.load(Ordering::Acquire);
-            for at in 0..self.pipes.len() {
-                self.read_pipe(at);
-            }
-            self.shared.caught_up.store(asked, Ordering::Release);
-            if self.shared.asked.load(Ordering::Acquire) == asked {
-                std::thread::park_timeout(self.poll);
-            }
-        }
-    }
-
-    /// Reads one processor's events until there are none, or as many as its buffer holds.
-    fn read_pipe(&mut self, at: usize) {
-        let Some(pipe) = self.pipes.get_mut(at) else {
-            return;
-        };
-        for _ in 0..self.pages {
-            let page = match pipe.read(&mut self.page) {
-                Ok(0) => return,
-                Ok(length) => self.page.get(..length).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    self.shared.complain(errno.cast_unsigned());
-                    return;
-                }
-            };
-            let (shared, each) = (&self.shared, &mut self.each);
-            let events = page::read(page, &self.page_format, &self.event_format, |event| {
-                shared.count(event, each);
-            });
-            match events {
-                Ok(false) => {}
-                Ok(true) => shared.complain(LOST),
-                Err(page::BadPage) => {
-                    shared.complain(BAD_PAGE);
-                    return;
-                }
-            }
-        }
-    }
-}
-
-/// Real-time priority for the calling thread, where it is granted: an ordinary reader might wait
-/// too long for its turn while the writers have theirs.
-fn become_urgent() {
-    // SAFETY: integers only; some C libraries have more of them than the priority.
-    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
-    priority.sched_priority = PRIORITY;
-    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
-    // SAFETY: one initialized struct; 0 is the calling thread. musl's own function refuses.
-    let set =
-        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority) };
-    if set != 0 {
-        log::debug!("no real-time priority: {}", io::Error::last_os_error());
-    }
-}
-
 /// Looks up devices that are to be traced, and opens their counters.
 fn look_up(numbers: &[DeviceNumber]) -> Result<(Vec<BlockDevice>, Vec<CounterFile>)> {
     if numbers.is_empty() || numbers.len() > MAX_DEVICES {
@@ -850,111 +539,6 @@ fn read_page_format(root: &File) -> Result<PageFormat> {
     let event = read(root, "events/header_event")?;
     PageFormat::parse(&page, &event)
         .ok_or_else(|| Error::invalid("cannot understand", "the ring buffer", "unknown layout"))
-}
-
-fn is_tracefs(folder: &File) -> bool {
-    fstatfs(folder).is_ok_and(|stat| stat.filesystem_type() == FsType(MAGIC as _))
-}
-
-/// A mount of tracefs that is attached nowhere (fsopen(2), Linux 5.2).
-fn mount_privately() -> io::Result<File> {
-    /// `FSOPEN_CLOEXEC`, `FSMOUNT_CLOEXEC`, `FSCONFIG_CMD_CREATE` of include/uapi/linux/mount.h.
-    const CLOEXEC: libc::c_uint = 1;
-    const CMD_CREATE: libc::c_uint = 6;
-    /// `MOUNT_ATTR_NOSUID`, `MOUNT_ATTR_NODEV`, `MOUNT_ATTR_NOEXEC`.
-    const ATTRIBUTES: libc::c_uint = 2 | 4 | 8;
-    let descriptor = |result: libc::c_long| {
-        let fd = Errno::result(result)?;
-        let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
-        // SAFETY: a descriptor that the kernel has just made for us.
-        io::Result::Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    // SAFETY: a terminated string and a flag.
-    let opened = unsafe { libc::syscall(libc::SYS_fsopen, c"tracefs".as_ptr(), CLOEXEC) };
-    let context = descriptor(opened).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENODEV | libc::ENOSYS) => io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel has no tracefs that could be mounted",
-        ),
-        _ => error,
-    })?;
-    let null = std::ptr::null::<libc::c_void>();
-    // SAFETY: an open context; this command takes no key and no value.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            CMD_CREATE,
-            null,
-            null,
-            0,
-        )
-    })?;
-    // SAFETY: an open context and flags.
-    let mounted =
-        unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, ATTRIBUTES) };
-    let mount = File::from(descriptor(mounted)?);
-    // Reading its folders takes more than the O_PATH descriptor of the mount.
-    let root = openat(
-        &mount,
-        ".",
-        OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
-    Ok(File::from(root))
-}
-
-fn open(folder: &File, path: &str, flags: OFlag) -> Result<File> {
-    openat(folder, path, flags | OFlag::O_CLOEXEC, Mode::empty())
-        .map(File::from)
-        .context("cannot open", in_tracefs(path))
-}
-
-fn open_folder(folder: &File, path: &str) -> Result<File> {
-    open(folder, path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)
-}
-
-fn read(folder: &File, path: &str) -> Result<String> {
-    let mut file = open(folder, path, OFlag::O_RDONLY)?;
-    // Some of these files give nothing after the first read, however little that took.
-    let mut bytes = vec![0; 64 << 10];
-    let mut length = 0;
-    loop {
-        let room = bytes.get_mut(length..).unwrap_or_default();
-        match file.read(room).context("cannot read", in_tracefs(path))? {
-            0 => break,
-            more => length += more,
-        }
-    }
-    bytes.truncate(length);
-    String::from_utf8(bytes).map_err(|_| Error::invalid("cannot read", in_tracefs(path), "no text"))
-}
-
-fn write(folder: &File, path: &str, value: &str) -> Result<()> {
-    open(folder, path, OFlag::O_WRONLY)?
-        .write_all(value.as_bytes())
-        .context("cannot write", in_tracefs(path))
-}
-
-fn in_tracefs(path: &str) -> PathBuf {
-    Path::new("tracefs").join(path)
-}
-
-/// The names in a folder, sorted.
-fn names(folder: &File, what: &str) -> Result<Vec<String>> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let mut dir =
-        Dir::openat(folder, ".", flags, Mode::empty()).context("cannot read", in_tracefs(what))?;
-    let mut names = Vec::new();
-    for entry in dir.iter() {
-        let entry = entry.context("cannot read", in_tracefs(what))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if OsStr::new(&name) != "." && OsStr::new(&name) != ".." {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::Step;
+use crate::freeze::{CowRoom, Step};
 use crate::input::ExpectedId;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
@@ -106,7 +106,8 @@ impl Verb {
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
-    /// Block devices, mount points, or files that hold a raw disk
+    /// Block devices, mount points, volumes of LVM or ZFS (VG/LV, POOL/NAME), datasets of
+    /// ZFS, or files that hold a raw disk
     #[arg(required = true, value_name = "SOURCE")]
     sources: Vec<String>,
     /// The image to write; `-` streams it to standard output
@@ -131,13 +132,20 @@ pub(super) struct BackupArgs {
 #[derive(Debug, Args)]
 struct FreezeArgs {
     /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
-    /// it), track (writes are tracked, frozen for milliseconds), hold (frozen for the whole copy, 60 s
+    /// it), zfs (a snapshot of a zvol), lvm (a snapshot of a logical volume), track (writes are tracked, frozen for milliseconds), hold (frozen for the whole copy, 60 s
     /// at most; never chosen by auto), or none (see --allow-inconsistent)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so
     #[arg(long)]
     allow_inconsistent: bool,
+    /// Room for the snapshot of a thick logical volume (default: half of what its volume group has
+    /// free, and more when needed)
+    #[arg(long, value_name = "SIZE")]
+    cow_size: Option<ByteLen>,
+    /// Make that snapshot on this physical volume of the group
+    #[arg(long, value_name = "DEV")]
+    cow_device: Option<PathBuf>,
     /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
     #[arg(long, value_name = "CMD")]
     pre_freeze: Option<String>,
@@ -172,6 +180,22 @@ impl FreezeArgs {
         }
     }
 
+    fn cow(&self) -> Result<CowRoom> {
+        let room = CowRoom {
+            size: self.cow_size,
+            device: self.cow_device.clone(),
+        };
+        let can_need_it = matches!(self.step()?, None | Some(Step::Lvm));
+        if room != CowRoom::default() && !can_need_it {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("--freeze {} makes no copy-on-write snapshot", self.freeze),
+            )
+            .hint("--cow-size and --cow-device are for --freeze lvm"));
+        }
+        Ok(room)
+    }
+
     fn hooks(&self) -> Hooks {
         Hooks {
             pre: self.pre_freeze.clone(),
@@ -201,6 +225,7 @@ impl BackupArgs {
             sources: self.sources.clone(),
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
             freeze: self.freeze.step()?,
+            cow: self.freeze.cow()?,
             compression: self.compress.parse::<Compression>()?,
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
@@ -256,7 +281,8 @@ impl BoundArgs {
 pub(super) struct RestoreArgs {
     /// The image; `-` reads a stream from standard input
     image: PathBuf,
-    /// A block device or raw file; a missing file is created
+    /// A block device or raw file, a missing one of which is created; for a stream, a new dataset
+    /// (POOL/NAME)
     #[arg(required_unless_present = "map", conflicts_with = "map")]
     target: Option<PathBuf>,
     /// Which volume of the image
@@ -354,6 +380,7 @@ impl CloneArgs {
             source: self.source.clone(),
             target: self.target.clone(),
             freeze: self.freeze.step()?,
+            cow: self.freeze.cow()?,
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,

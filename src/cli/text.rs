@@ -38,6 +38,16 @@ pub(super) fn backup(report: &backup::Report) -> String {
             );
         }
     }
+    for stream in &report.streams {
+        let _ = writeln!(
+            text,
+            "stream {}: {} of {}, {}",
+            stream.n,
+            Escaped(&stream.kind),
+            Escaped(&stream.path),
+            ByteLen(stream.len)
+        );
+    }
     let _ = write!(text, "image id {}", report.image_id);
     if let Some(content_id) = &report.content_id {
         let _ = write!(text, "\ncontent id {content_id}");
@@ -189,6 +199,11 @@ pub(super) fn inspect(report: &inspect::Report) -> String {
     match report {
         inspect::Report::Image(image) => inspect_image(image),
         inspect::Report::Source(source) => inspect_source(source),
+        inspect::Report::Dataset(dataset) => format!(
+            "{}: a dataset of ZFS\nbackup would take its stream, by {}",
+            Escaped(&dataset.path),
+            dataset.step
+        ),
     }
 }
 

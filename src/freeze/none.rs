@@ -51,12 +51,7 @@ impl Still for Moving {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        let (disk, survey) = (&self.disk, &self.survey);
-        Ok(self.passes.next().map(|purpose| Pass {
-            source: disk,
-            walk: Box::new(move |sink| survey.walk(disk, sink)),
-            purpose,
-        }))
+        Ok(self.passes.over(&self.disk, &self.survey))
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -188,15 +188,7 @@ impl Still for Offline {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        let Some(purpose) = self.passes.next() else {
-            return Ok(None);
-        };
-        let (disk, survey) = (&self.disk, &self.survey);
-        Ok(Some(Pass {
-            source: disk,
-            walk: Box::new(move |sink| survey.walk(disk, sink)),
-            purpose,
-        }))
+        Ok(self.passes.over(&self.disk, &self.survey))
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -20,22 +20,21 @@
 //! the header. Which blocks these are is decided in the last freeze, and nothing has to have stayed
 //! as it was before: what no longer is swap space then is stale, for no round has taken its marks.
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::freeze::MountPoint;
-use holdstill_platform::guard::{Frozen, Leftover, LeftoverKind};
+use holdstill_platform::guard::Frozen;
 use holdstill_platform::memory::{self, LockedProcess};
-use holdstill_platform::node::BlockDevice;
-use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
+use holdstill_platform::trace::Tracefs;
 
 use super::final_read::FinalRead;
 use super::live_map::LiveMap;
 use super::mounted::{self, milliseconds};
 use super::stale::{self, BLOCK_SHIFT};
+use super::write_trace::{CATCH_UP, WriteTrace};
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
 use crate::freeze::{Context, Pass, Proof, Purpose, Still};
@@ -74,20 +73,8 @@ const MOST_MEMORY: u64 = 256 << 20;
 /// And at least this, for writers that are faster just then.
 const LEAST_MEMORY: ByteLen = ByteLen::mib(64);
 
-/// How long the reader of the trace may take to catch up.
-const CATCH_UP: Duration = Duration::from_secs(5);
-
 /// How long to wait before looking again whether a write is complete.
 const NAP: Duration = Duration::from_millis(10);
-
-/// How long the source may take to pause, outside and inside a freeze, so that its counters can be
-/// compared with the trace. Frozen, it pauses at once, but for what is not its filesystem's.
-const PAUSE: Duration = Duration::from_secs(10);
-const PAUSE_FROZEN: Duration = Duration::from_millis(20);
-
-/// Kernel memory for the trace: of all processors together at most, and of each at least, in KiB.
-const MOST_TRACE_KIB: u32 = 128 << 10;
-const LEAST_TRACE_KIB: u32 = 1 << 10;
 
 /// A source whose writes are being tracked.
 #[derive(Debug)]
@@ -97,9 +84,7 @@ pub struct Track {
     point: Arc<MountPoint>,
     run: Run,
     survey: Survey,
-    // Taken down before anything it refers to.
-    tracker: Option<Tracker>,
-    leftover: Option<Leftover>,
+    trace: WriteTrace,
     stale: Arc<DirtyMap>,
     /// Blocks that any pass has copied.
     copied: DirtyMap,
@@ -108,10 +93,6 @@ pub struct Track {
     compare: bool,
     /// Bytes of memory for what is read in the final freeze, at most.
     most_memory: u64,
-    /// What the trace has to agree with at the end; known since the first freeze.
-    balance: Option<Balance>,
-    /// So many sectors at either end are copied in the last freeze, traced or not.
-    border: u64,
     phase: Phase,
     /// Final freezes that found more than fits into memory.
     tries: u32,
@@ -221,15 +202,8 @@ impl Track {
         stale.mark(0, sectors);
         run.note(|record| {
             record.mount_points.push(mount.point.clone());
-            record.trace_instance = Some(instance_name(run.id()));
         })?;
-        let tracefs = Tracefs::open()?;
-        let leftover = run.register(
-            tracefs.instances(),
-            &instance_name(run.id()),
-            LeftoverKind::Folder,
-        )?;
-        let tracker = start(tracefs, run, &device, &stale)?;
+        let trace = WriteTrace::begin(source, &device, run, &stale)?;
         // What the survey of a live filesystem says is not believed: this is to know what it is, and
         // to be told of an external log before anything is frozen.
         let survey = Survey::of_mounted(&disk)?;
@@ -248,11 +222,8 @@ impl Track {
             point,
             run: run.clone(),
             survey,
-            balance: None,
-            border: border(&device)?,
             tries: 0,
-            tracker: Some(tracker),
-            leftover,
+            trace,
             stale,
             copied,
             map,
@@ -267,20 +238,14 @@ impl Track {
         Ok(track)
     }
 
-    fn tracker(&self) -> Result<&Tracker> {
-        self.tracker
-            .as_ref()
-            .ok_or_else(|| Error::new(Kind::Failed, "the trace has ended"))
-    }
-
     /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
         self.map.make_room();
         self.point.sync()?;
         let frozen = self.freeze()?;
-        let drained = self.tracker()?.drain(CATCH_UP);
+        let drained = self.trace.catch_up();
         let drain_ms = milliseconds(frozen.held());
-        let balance = self.tracker()?.balance(PAUSE_FROZEN);
+        let balance = self.trace.balance_frozen();
         let map = self.map.look_in_place(&self.source.path);
         let confirmed = Survey::why_unsettled(&self.disk);
         let read_ms = milliseconds(frozen.held()) - drain_ms;
@@ -290,10 +255,10 @@ impl Track {
         let times = mounted::times("map", &thawed, drain_ms, read_ms);
         progress.event(&Event::Thawed(&times));
         self.freezes.push(times);
-        drained.map_err(|error| self.untrusted(&error))?;
+        drained.map_err(|error| self.trace.untrusted(&error))?;
         map?;
         // Nothing was copied yet, so the sums may as well begin now.
-        self.balance = Some(self.or_later(balance)?);
+        self.trace.prove_from(balance)?;
         if let Some(why) = confirmed? {
             self.survey.grade = Grade::Crash;
             self.map.distrust();
@@ -314,15 +279,19 @@ impl Track {
             .map_err(|error| mounted::explain(error, &self.source))
     }
 
+    /// Waits until all that was written before is marked.
+    fn catch_up(&self) -> Result<()> {
+        let caught_up = self.trace.catch_up();
+        caught_up.map_err(|error| self.trace.untrusted(&error))
+    }
+
     /// Decides what comes after a round: another one, or getting ready for the end.
     fn after_round(&mut self, done: u32, slow: u32, left: u64) -> Result<Phase> {
         self.run.check_guard()?;
         if done > 0 {
             self.sync_within_budget()?;
         }
-        self.tracker()?
-            .drain(CATCH_UP)
-            .map_err(|error| self.untrusted(&error))?;
+        self.catch_up()?;
         self.map.look(&self.source.path)?;
         let now = stale::count(&self.stale, self.map.used());
         let is_slow = now as f64 >= CONVERGING * left as f64;
@@ -384,7 +353,8 @@ impl Track {
     /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
     /// and another round is needed.
     fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
-        self.mark_borders()?;
+        let device = mounted::device(&self.source).map_err(|why| Error::new(Kind::Failed, why))?;
+        self.trace.mark_borders(device)?;
         self.map.look(&self.source.path)?;
         self.map.make_room();
         let ready = stale::count(&self.stale, self.map.used());
@@ -408,9 +378,9 @@ impl Track {
             self.sync_within_budget()?;
             let frozen = self.freeze()?;
             instant = jiff::Timestamp::now();
-            let drained = self.tracker()?.drain(CATCH_UP);
+            let drained = self.trace.catch_up();
             let drain_ms = milliseconds(frozen.held());
-            let balance = self.tracker()?.balance(PAUSE_FROZEN);
+            let balance = self.trace.balance_frozen();
             let map = self.map.look_in_place(&self.source.path);
             let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
             let was_read = readers.read();
@@ -421,7 +391,7 @@ impl Track {
                 .thaw()
                 .map_err(|error| mounted::explain(error, &self.source))?;
             let times = mounted::times("final", &thawed, drain_ms, read_ms);
-            drained.map_err(|error| self.untrusted(&error))?;
+            drained.map_err(|error| self.trace.untrusted(&error))?;
             map?;
             was_read?;
             Ok((fits, balance, confirmed?, times))
@@ -436,7 +406,7 @@ impl Track {
             return Ok(false);
         }
         self.run.after_thaw(progress);
-        self.prove(balance)?;
+        self.trace.prove(balance)?;
         if let (Some(why), false) = (confirmed, self.survey.grade == Grade::Crash) {
             return Err(Error::new(Kind::Inconsistent, format!("frozen, {why}"))
                 .on(&self.source.path)
@@ -461,51 +431,6 @@ impl Track {
         Ok(true)
     }
 
-    /// Where the trace proves nothing, everything is stale.
-    fn mark_borders(&mut self) -> Result<()> {
-        let device = mounted::device(&self.source).map_err(|why| Error::new(Kind::Failed, why))?;
-        self.border = self.border.max(border(device)?);
-        let border = self.border.min(device.sectors);
-        self.stale.mark(0, border);
-        self.stale.mark(device.sectors - border, border);
-        Ok(())
-    }
-
-    /// Proves that no write was missed.
-    fn prove(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<()> {
-        let balance = self.or_later(in_freeze)?;
-        let before = self
-            .balance
-            .ok_or_else(|| self.untrusted(&TraceError::NoQuiet))?;
-        if balance != before {
-            let missed = balance.missed_since(&before);
-            return Err(Error::new(
-                Kind::Inconsistent,
-                format!("the disk counted {missed} sectors more than were traced: writes may have been missed"),
-            )
-            .on(&self.source.path)
-            .hint("the copy was discarded; try again, or image it offline"));
-        }
-        let whole = self.tracker()?.check();
-        whole.map_err(|error| self.untrusted(&error))
-    }
-
-    /// A balance that was taken in a freeze; without a pause in there, one of now.
-    fn or_later(&self, in_freeze: std::result::Result<Balance, TraceError>) -> Result<Balance> {
-        let balance = match in_freeze {
-            Err(TraceError::NoQuiet) => self.tracker()?.balance(PAUSE),
-            other => other,
-        };
-        balance.map_err(|error| self.untrusted(&error))
-    }
-
-    fn untrusted(&self, error: &TraceError) -> Error {
-        Error::new(Kind::Inconsistent, "the trace of writes cannot be trusted")
-            .on(&self.source.path)
-            .because(error.to_string())
-            .hint("the copy was discarded; try again, or image it offline")
-    }
-
     fn too_much(&self, bytes: u64, room: ByteLen) -> Error {
         Error::new(
             Kind::Inconsistent,
@@ -514,31 +439,6 @@ impl Track {
         .on(&self.source.path)
         .hint("try again when less is written")
     }
-}
-
-/// How far from its ends a write to a partition may be merged with one to its neighbour, in sectors.
-fn border(device: &BlockDevice) -> Result<u64> {
-    if device.is_whole_disk() {
-        return Ok(0);
-    }
-    Ok(device.longest_request()?)
-}
-
-/// Starts to trace the source's disk, and to mark what is written to the source.
-fn start(
-    tracefs: Tracefs,
-    run: &Run,
-    device: &BlockDevice,
-    stale: &Arc<DirtyMap>,
-) -> Result<Tracker> {
-    let marks = Arc::clone(stale);
-    let mut options = Options::new(vec![device.number]);
-    let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
-    options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
-    Ok(Tracker::start(tracefs, run.id(), &options, move |write| {
-        marks.mark(write.sector, write.sectors);
-    })?)
 }
 
 impl Still for Track {
@@ -607,9 +507,7 @@ impl Still for Track {
     fn has_rewritten(&self, differing: &ExtentSet) -> Result<bool> {
         let begin = Instant::now();
         loop {
-            self.tracker()?
-                .drain(CATCH_UP)
-                .map_err(|error| self.untrusted(&error))?;
+            self.catch_up()?;
             if stale::all_marked(&self.stale, differing) {
                 return Ok(true);
             }
@@ -620,26 +518,21 @@ impl Still for Track {
         }
     }
 
-    fn finish(mut self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        if let Some(tracker) = self.tracker.take() {
-            let tally = tracker.stop()?;
-            if tally.passthrough > 0 {
-                progress.warn(&format!(
-                    "{} commands went to the disk past the block layer (SMART queries do): what they \
-                     wrote, if anything, could not be tracked",
-                    tally.passthrough
-                ));
-            }
-        }
-        self.run.forget(self.leftover.take());
-        let last = self
-            .last_pass
-            .take()
-            .ok_or_else(|| Error::new(Kind::Failed, "the instant never came"))?;
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        let Self {
+            trace,
+            run,
+            survey,
+            last_pass,
+            freezes,
+            ..
+        } = *self;
+        trace.end(&run, progress)?;
+        let last = last_pass.ok_or_else(|| Error::new(Kind::Failed, "the instant never came"))?;
         Ok(Proof {
-            grade: self.survey.grade,
+            grade: survey.grade,
             instant: last.instant,
-            freezes: std::mem::take(&mut self.freezes),
+            freezes,
         })
     }
 }

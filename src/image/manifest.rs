@@ -3,6 +3,8 @@
 //! Readers ignore fields they do not know. So a field may be added at any time, if an image means the
 //! same to a reader that ignores it.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
@@ -97,6 +99,9 @@ pub struct VolumeManifest {
     pub group: Option<String>,
 }
 
+/// The kind of a stream that `zfs send` wrote.
+pub const ZFS_SEND: &str = "zfs-send";
+
 /// One opaque stream: bytes that another program wrote and can read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamManifest {
@@ -106,6 +111,32 @@ pub struct StreamManifest {
     pub path: String,
     /// What wrote it: `zfs-send` or `btrfs-send`.
     pub kind: String,
+    /// Of a stream of ZFS, what has to be known to receive it and to recognize it there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zfs: Option<ZfsSend>,
+}
+
+/// A snapshot of a dataset of ZFS, and where it came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ZfsSend {
+    /// The dataset: `POOL/NAME`.
+    pub dataset: String,
+    /// Its snapshot: `POOL/NAME@SNAPSHOT`.
+    pub snapshot: String,
+    /// `guid` of the snapshot, the same wherever it is received.
+    pub guid: String,
+    /// About how many bytes the stream has, for progress.
+    pub size: u64,
+    /// The pool.
+    pub pool: String,
+    /// `guid` of the pool.
+    pub pool_guid: String,
+    /// Properties of the dataset that were not at their defaults, and those that say what it is.
+    pub properties: BTreeMap<String, String>,
+    /// Features that were active in the pool.
+    pub features: Vec<String>,
+    /// Versions of tools and module.
+    pub version: String,
 }
 
 /// Which blocks of a volume were read.
@@ -194,7 +225,9 @@ impl Manifest {
 
     /// About how many bytes the image holds, zeros included.
     pub fn used_bytes(&self) -> ByteLen {
-        let all = self.volumes.iter().map(|volume| volume.used_bytes);
+        let volumes = self.volumes.iter().map(|volume| volume.used_bytes);
+        let streams = self.streams.iter().filter_map(|stream| stream.zfs.as_ref());
+        let all = volumes.chain(streams.map(|zfs| zfs.size));
         ByteLen(all.fold(0, u64::saturating_add))
     }
 

@@ -92,10 +92,12 @@ pub(super) fn read_chunk(
         rest = behind;
         match source.read_exact_at(bytes, extent.start) {
             Ok(()) => {}
+            // Only blocks can be done without: not a snapshot that is lost as a whole.
+            Err(error) if error.kind() != Kind::Io => return Err(error),
             Err(error) if reading.on_read_error == OnReadError::Fail => {
                 return Err(error.hint(READ_ERROR_HINT));
             }
-            Err(_) => read_block_by_block(source, extent.start, bytes, &mut unreadable),
+            Err(_) => read_block_by_block(source, extent.start, bytes, &mut unreadable)?,
         }
     }
     Ok(unreadable)
@@ -106,11 +108,14 @@ fn read_block_by_block(
     start: Offset,
     bytes: &mut [u8],
     unreadable: &mut Vec<Extent>,
-) {
+) -> Result<()> {
     let mut at = start;
     for block in bytes.chunks_mut(BLOCK as usize) {
         let len = block.len() as u64;
-        if source.read_exact_at(block, at).is_err() {
+        if let Err(error) = source.read_exact_at(block, at) {
+            if error.kind() != Kind::Io {
+                return Err(error);
+            }
             block.fill(0);
             match unreadable.last_mut() {
                 Some(last) if last.end() == at => last.len += ByteLen(len),
@@ -118,5 +123,62 @@ fn read_block_by_block(
             }
         }
         at = at + ByteLen(len);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tables::Content;
+
+    /// 8 blocks of ones, of which the third cannot be read.
+    struct Failing(Kind);
+
+    impl ReadAt for Failing {
+        fn len(&self) -> ByteLen {
+            ByteLen(8 * BLOCK)
+        }
+
+        fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+            let touched = offset.0..offset.0 + buf.len() as u64;
+            if touched.contains(&(2 * BLOCK)) {
+                return Err(Error::new(self.0, "no"));
+            }
+            buf.fill(1);
+            Ok(())
+        }
+    }
+
+    fn read(kind: Kind, on_read_error: OnReadError) -> (Result<Vec<Extent>>, Vec<u8>) {
+        let chunk = Chunk {
+            runs: vec![Run {
+                extent: Extent::new(0, 8 * BLOCK),
+                content: Content::Data,
+            }],
+        };
+        let reading = Reading {
+            source: &Failing(kind),
+            volume: 1,
+            on_read_error,
+            bounds: Bounds::default(),
+        };
+        let mut bytes = vec![9; 8 * BLOCK as usize];
+        (read_chunk(&reading, &chunk, &mut bytes), bytes)
+    }
+
+    #[test]
+    fn only_blocks_can_be_done_without() {
+        let (unreadable, bytes) = read(Kind::Io, OnReadError::Zero);
+        assert_eq!(unreadable.unwrap(), [Extent::new(2 * BLOCK, BLOCK)]);
+        let zeros = bytes.iter().filter(|&&byte| byte == 0).count() as u64;
+        assert_eq!(zeros, BLOCK);
+        for (kind, on_read_error) in [
+            (Kind::Io, OnReadError::Fail),
+            (Kind::NoSpace, OnReadError::Fail),
+            (Kind::NoSpace, OnReadError::Zero),
+        ] {
+            assert_eq!(read(kind, on_read_error).0.unwrap_err().kind(), kind);
+        }
     }
 }

@@ -147,7 +147,7 @@ pub fn store<S: Sink>(
 }
 
 /// A record ready to be written, with the buffer its payload lies in.
-struct Finished {
+pub(super) struct Finished {
     record: DataRecord,
     payload: Buffer,
     pieces: Vec<Range<usize>>,
@@ -188,7 +188,7 @@ fn process(
     job: &Job<'_>,
     chunk: &Chunk,
     mut plain: Buffer,
-    mut packed: Buffer,
+    packed: Buffer,
     compressor: &mut Compressor,
 ) -> Result<Finished> {
     let len = chunk.data_len().as_usize();
@@ -198,44 +198,68 @@ fn process(
         Compression::Zstd(_) => Elide::Ends,
     };
     let (tables, pieces) = Tables::describe(&chunk.runs, &plain[..len], elide);
-    let data_len = tables.data_len().as_usize();
-    let mut finished = Finished {
-        record: DataRecord {
-            volume: job.reading.volume,
-            pass: job.pass,
-            tables,
-            codec: codec::NONE,
-            payload_crc: 0,
-        },
+    let record = DataRecord {
+        volume: job.reading.volume,
+        pass: job.pass,
+        tables,
+        codec: codec::NONE,
+        payload_crc: 0,
+    };
+    let finished = Finished {
+        record,
         payload: plain,
         pieces,
         bytes: chunk.len(),
         unreadable,
     };
-    if let ([piece], Compressor::Zstd(zstd)) = (finished.pieces.as_slice(), compressor) {
-        let room = data_len - data_len / WORTH_COMPRESSING;
-        if let Some(len) = compress(zstd, &finished.payload[piece.clone()], &mut packed[..room])? {
-            finished.record.codec = codec::ZSTD;
-            finished.payload = packed;
-            finished.pieces = std::iter::once(0..len).collect();
+    finished.pack(packed, compressor)
+}
+
+impl Finished {
+    /// A chunk of stream `number`: `len` bytes of `plain`.
+    pub(super) fn of_stream(number: u32, tables: Tables, plain: Buffer, len: usize) -> Self {
+        Self {
+            record: DataRecord {
+                volume: number,
+                pass: 0,
+                tables,
+                codec: codec::NONE,
+                payload_crc: 0,
+            },
+            payload: plain,
+            pieces: std::iter::once(0..len).collect(),
+            bytes: ByteLen(len as u64),
+            unreadable: Vec::new(),
         }
     }
-    let mut crc = crc32fast::Hasher::new();
-    for piece in &finished.pieces {
-        crc.update(&finished.payload[piece.clone()]);
+
+    /// Compresses the payload into `packed`, if that is worth it, and sums it up.
+    pub(super) fn pack(mut self, mut packed: Buffer, compressor: &mut Compressor) -> Result<Self> {
+        if let ([piece], Compressor::Zstd(zstd)) = (self.pieces.as_slice(), compressor) {
+            let room = piece.len() - piece.len() / WORTH_COMPRESSING;
+            if let Some(len) = compress(zstd, &self.payload[piece.clone()], &mut packed[..room])? {
+                self.record.codec = codec::ZSTD;
+                self.payload = packed;
+                self.pieces = std::iter::once(0..len).collect();
+            }
+        }
+        let mut crc = crc32fast::Hasher::new();
+        for piece in &self.pieces {
+            crc.update(&self.payload[piece.clone()]);
+        }
+        self.record.payload_crc = crc.finalize();
+        Ok(self)
     }
-    finished.record.payload_crc = crc.finalize();
-    Ok(finished)
 }
 
 /// One compression context, reused for all chunks of a worker.
-enum Compressor {
+pub(super) enum Compressor {
     None,
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
 impl Compressor {
-    fn new(compression: Compression) -> Result<Self> {
+    pub(super) fn new(compression: Compression) -> Result<Self> {
         match compression {
             Compression::None => Ok(Self::None),
             Compression::Zstd(level) => zstd::bulk::Compressor::new(level)
@@ -260,7 +284,7 @@ fn compress(
 }
 
 /// Returns with what was stored the number of chunks.
-fn write_in_order<S: Sink>(
+pub(super) fn write_in_order<S: Sink>(
     finished: &Receiver<Result<Numbered<Finished>>>,
     image: &mut ImageWriter<S>,
     progress: &dyn Progress,

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::wire::{self, Ask, Counts, MAX_NAME, Reply, Request, hook};
 use crate::freeze;
+use crate::urgent::become_urgent;
 
 /// Freezes watched at a time.
 pub(super) const SLOTS: usize = 64;
@@ -16,12 +17,18 @@ pub(super) const SLOTS: usize = 64;
 /// Things to remove at a time.
 pub(super) const ENTRIES: usize = 64;
 
+/// Commands that undo something.
+pub(super) const UNDOS: usize = 64;
+
 /// How often an overdue filesystem that is not frozen yet is tried again, in milliseconds.
 const RETRY_MS: i32 = 10;
 
 /// Real-time priority: above what an administrator gives to ordinary real-time work (1 to 20 or
 /// so), below the kernel's own watchdogs.
 const PRIORITY: i32 = 50;
+
+/// How long to wait before a command that failed is tried again, in milliseconds.
+const UNDO_RETRY_MS: i32 = 200;
 
 /// How much stack is touched beforehand, in bytes.
 const STACK: usize = 64 << 10;
@@ -56,6 +63,18 @@ impl Prepared {
             deadline,
         }
     }
+
+    fn nanoseconds(&self) -> u64 {
+        u64::try_from(self.deadline.as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// What happens to a command at its deadline.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WhenLate {
+    Kill,
+    /// It goes on by itself: a tool killed while it has a device suspended would leave it so.
+    LeaveIt,
 }
 
 /// A freeze that the run has announced.
@@ -84,12 +103,14 @@ struct Child<'a> {
     entries: [Entry; ENTRIES],
     hook: Option<&'a Prepared>,
     hook_owed: bool,
+    undo: &'a [Prepared],
+    undo_owed: [bool; UNDOS],
     done: Counts,
 }
 
 /// Runs the guard in the forked child until the run ends, then ends the process. `kept` are sorted
 /// descriptors that stay open, `socket` among them.
-pub(super) fn run(socket: RawFd, kept: &[RawFd], hook: Option<&Prepared>) -> ! {
+pub(super) fn run(socket: RawFd, kept: &[RawFd], hook: Option<&Prepared>, undo: &[Prepared]) -> ! {
     settle(kept);
     let mut child = Child {
         socket,
@@ -105,6 +126,8 @@ pub(super) fn run(socket: RawFd, kept: &[RawFd], hook: Option<&Prepared>) -> ! {
         }; ENTRIES],
         hook,
         hook_owed: false,
+        undo,
+        undo_owed: [false; UNDOS],
         done: Counts::default(),
     };
     child.serve();
@@ -196,6 +219,10 @@ impl Child<'_> {
                 entry.folder = -1;
                 Ok(0)
             }
+            Ask::OweUndo | Ask::ForgetUndo => {
+                *at(&mut self.undo_owed, request.id)? = ask == Some(Ask::OweUndo);
+                Ok(0)
+            }
             Ask::Owe => {
                 self.hook_owed = true;
                 Ok(0)
@@ -232,7 +259,7 @@ impl Child<'_> {
         sleep
     }
 
-    /// The run is over, one way or the other: thaw, run the hook, remove.
+    /// The run is over, one way or the other: thaw, run the hook, remove, undo.
     fn finish(&mut self) {
         for slot in &mut self.slots {
             if slot.fd >= 0 && !slot.thawed {
@@ -253,11 +280,38 @@ impl Child<'_> {
             let Some(entry) = self.entries.get(at).filter(|entry| entry.folder >= 0) else {
                 continue;
             };
-            if remove(entry) {
-                self.done.removed += 1;
-            } else {
-                self.done.left += 1;
+            let removed = remove(entry);
+            self.count(removed);
+        }
+        // The latest first: it may stand on an earlier one.
+        let undo = self.undo;
+        for (prepared, at) in undo.iter().zip(0..UNDOS).rev() {
+            if self.undo_owed.get(at) == Some(&true) {
+                let undone = self.undo(prepared);
+                self.count(undone);
             }
+        }
+    }
+
+    fn count(&mut self, removed: bool) {
+        match removed {
+            true => self.done.removed += 1,
+            false => self.done.left += 1,
+        }
+    }
+
+    /// Runs a command until it succeeds: what it undoes may be busy still, or may not be there yet
+    /// because the tool that makes it has outlived the run. Whether it did.
+    fn undo(&mut self, prepared: &Prepared) -> bool {
+        let end = wire::monotonic().saturating_add(prepared.nanoseconds());
+        loop {
+            if self.run(prepared, WhenLate::LeaveIt) == (hook::EXITED, 0) {
+                return true;
+            }
+            if wire::monotonic() >= end {
+                return false;
+            }
+            sleep_ms(UNDO_RETRY_MS);
         }
     }
 
@@ -267,19 +321,21 @@ impl Child<'_> {
             return;
         };
         self.hook_owed = false;
+        (self.done.hook, self.done.hook_value) = self.run(hook, WhenLate::Kill);
+    }
+
+    /// Runs a command to its end or deadline: how it ended, as the reply says it.
+    fn run(&mut self, prepared: &Prepared, when_late: WhenLate) -> (u32, i32) {
         // SAFETY: the child of this single-threaded process calls nothing but the kernel until it
-        // executes the hook.
+        // executes the command.
         let pid = unsafe { libc::fork() };
         if pid < 0 {
-            self.done.hook = hook::NOT_STARTED;
-            self.done.hook_value = Errno::last_raw();
-            return;
+            return (hook::NOT_STARTED, Errno::last_raw());
         }
         if pid == 0 {
-            execute(hook);
+            execute(prepared);
         }
-        let deadline = u64::try_from(hook.deadline.as_nanos()).unwrap_or(u64::MAX);
-        let end = wire::monotonic().saturating_add(deadline);
+        let end = wire::monotonic().saturating_add(prepared.nanoseconds());
         let mut late = false;
         let mut status = 0;
         loop {
@@ -289,11 +345,12 @@ impl Child<'_> {
                 break;
             }
             if waited < 0 && Errno::last() != Errno::EINTR {
-                self.done.hook = hook::NOT_STARTED;
-                self.done.hook_value = Errno::last_raw();
-                return;
+                return (hook::NOT_STARTED, Errno::last_raw());
             }
             if !late && wire::monotonic() >= end {
+                if when_late == WhenLate::LeaveIt {
+                    return (hook::LATE, 0);
+                }
                 late = true;
                 // SAFETY: the group of our own child, not yet waited for.
                 unsafe { libc::kill(-pid, libc::SIGKILL) };
@@ -303,13 +360,13 @@ impl Child<'_> {
             self.thaw_overdue();
             sleep_ms(RETRY_MS / 2);
         }
-        (self.done.hook, self.done.hook_value) = if late {
+        if late {
             (hook::LATE, 0)
         } else if libc::WIFEXITED(status) {
             (hook::EXITED, libc::WEXITSTATUS(status))
         } else {
             (hook::KILLED, libc::WTERMSIG(status))
-        };
+        }
     }
 }
 
@@ -380,15 +437,7 @@ fn settle(kept: &[RawFd]) {
     }
     close_all_but(kept);
     write_to(c"/proc/self/oom_score_adj", b"-1000");
-    // SAFETY: integers only; some C libraries have more of them than the priority.
-    let mut priority: libc::sched_param = unsafe { std::mem::zeroed() };
-    priority.sched_priority = PRIORITY;
-    // SAFETY: one initialized struct; children start with an ordinary priority.
-    unsafe {
-        let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
-        // Through the system call: musl's function refuses.
-        libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority);
-    }
+    let _ = become_urgent(PRIORITY);
     touch_stack();
     // SAFETY: locks this process's own memory.
     unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
@@ -452,8 +501,8 @@ fn write_to(path: &CStr, bytes: &[u8]) {
     }
 }
 
-/// Becomes the hook.
-fn execute(hook: &Prepared) -> ! {
+/// Becomes the command.
+fn execute(command: &Prepared) -> ! {
     // SAFETY: in the fresh child of a single-threaded process; the vectors end with null pointers
     // and point to strings that live as long as they do.
     unsafe {
@@ -468,11 +517,15 @@ fn execute(hook: &Prepared) -> ! {
         libc::dup2(2, 1);
     }
     write_to(c"/proc/self/oom_score_adj", b"0");
-    // The guard's locks and folders are not the hook's.
+    // The guard's locks and folders are not the command's.
     close_range(3, libc::c_uint::MAX);
     // SAFETY: see above.
     unsafe {
-        libc::execve(hook.program, hook.argv.as_ptr(), hook.envp.as_ptr());
+        libc::execve(
+            command.program,
+            command.argv.as_ptr(),
+            command.envp.as_ptr(),
+        );
         libc::_exit(127)
     }
 }

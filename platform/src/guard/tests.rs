@@ -77,6 +77,19 @@ fn is_running(pid: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
+/// Undoing it writes its name to `undone`, once there is a file of that name; it prints its environment.
+fn undo(dir: &Path, name: &str) -> Undo {
+    let script = format!(
+        "cd {} && rm {name} && echo {name} >>undone && env >env",
+        dir.display()
+    );
+    Undo {
+        name: name.to_owned(),
+        words: ["/bin/sh", "-c", &script].map(OsString::from).to_vec(),
+        patience: Duration::from_secs(60),
+    }
+}
+
 /// The process under test: does what it is told, a line at a time.
 #[test]
 fn role_freezes() {
@@ -92,6 +105,7 @@ fn role_freezes() {
     };
     let guard = Guard::spawn(Config {
         hook: Some(hook),
+        undo: ["one", "other"].map(|name| undo(&args[1], name)).to_vec(),
         keep: vec![lock.as_fd()],
     })
     .unwrap();
@@ -131,6 +145,8 @@ fn role_freezes() {
                 let leftover = Leftover(argument.parse().unwrap());
                 format!("{:?}", guard.forget(leftover))
             }
+            "undo" => format!("{:?}", guard.owe_undo(argument)),
+            "undone" => format!("{:?}", guard.forget_undo(Owed(argument.parse().unwrap()))),
             "owe" => format!("{:?}", guard.owe_hook()),
             "hook" => format!("{:?}", guard.run_hook()),
             "check" => format!("{:?}", guard.check().map_err(|error| error.kind())),
@@ -347,7 +363,7 @@ fn a_hook_past_its_deadline_is_killed_and_none_is_none() {
     let run = |hook| {
         let guard = Guard::spawn(Config {
             hook,
-            keep: Vec::new(),
+            ..Config::default()
         })
         .unwrap();
         let end = guard.run_hook().unwrap();
@@ -360,4 +376,51 @@ fn a_hook_past_its_deadline_is_killed_and_none_is_none() {
     assert_eq!(killed, Some(HookEnd::Ran(Ending::Signal(libc::SIGUSR1))));
     assert_eq!(run(None), None);
     assert!(prepare(hook("a\0b")).is_err());
+}
+
+#[test]
+fn privileged_a_killed_run_is_undone_the_latest_first() {
+    needs_root!();
+    let scene = Scene::new("ext4");
+    let (mut role, _, guard) = scene.start();
+    assert_eq!(tell(&mut role, "undo one"), "Ok(Owed(0))");
+    assert_eq!(tell(&mut role, "undo other"), "Ok(Owed(1))");
+    assert!(tell(&mut role, "undo third").starts_with("Err"));
+    std::fs::write(scene.path("one"), "").unwrap();
+    role.kill();
+    // What is about to be made is waited for.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(is_running(guard));
+    assert!(!scene.path("undone").exists());
+    std::fs::write(scene.path("other"), "").unwrap();
+    until("the guard has ended", || !is_running(guard));
+    let undone = std::fs::read_to_string(scene.path("undone")).unwrap();
+    assert_eq!(undone, "other\none\n");
+    let env = std::fs::read_to_string(scene.path("env")).unwrap();
+    assert!(
+        env.contains("LC_ALL=C\n") && !env.contains("CARGO"),
+        "{env}"
+    );
+}
+
+#[test]
+fn privileged_what_was_undone_is_not_undone_again() {
+    needs_root!();
+    let scene = Scene::new("ext4");
+    let (mut role, _, guard) = scene.start();
+    for name in ["one", "other"] {
+        std::fs::write(scene.path(name), "").unwrap();
+        assert!(tell(&mut role, &format!("undo {name}")).starts_with("Ok"));
+    }
+    assert_eq!(tell(&mut role, "undone 1"), "Ok(())");
+    let report = "Ok(Report { thawed: 0, hook: None, removed: 1, left: 0 })";
+    assert_eq!(tell(&mut role, "finish"), report);
+    until("the guard has ended", || !is_running(guard));
+    assert!(!scene.path("one").exists() && scene.path("other").exists());
+    let too_many = vec![undo(scene.dir.path(), "one"); child::UNDOS + 1];
+    let config = Config {
+        undo: too_many,
+        ..Config::default()
+    };
+    assert!(Guard::spawn(config).is_err());
 }

@@ -26,6 +26,10 @@ pub(super) enum Ask {
     Folder,
     /// Forget entry `id`.
     Forget,
+    /// Carry out undo `id` once the run is over.
+    OweUndo,
+    /// Forget undo `id`: it was done.
+    ForgetUndo,
     /// Run the hook once, if we die.
     Owe,
     /// Run the hook now, unless it ran.
@@ -35,13 +39,15 @@ pub(super) enum Ask {
 }
 
 /// All of them, in the order of their numbers.
-const ASKS: [Ask; 9] = [
+const ASKS: [Ask; 11] = [
     Ask::Ping,
     Ask::Arm,
     Ask::Disarm,
     Ask::File,
     Ask::Folder,
     Ask::Forget,
+    Ask::OweUndo,
+    Ask::ForgetUndo,
     Ask::Owe,
     Ask::Hook,
     Ask::Finish,
@@ -52,7 +58,7 @@ const ASKS: [Ask; 9] = [
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Request {
     ask: u32,
-    /// Slot or entry.
+    /// Slot, entry or undo.
     pub(super) id: u32,
     /// CLOCK_MONOTONIC, in nanoseconds.
     pub(super) value: u64,
@@ -81,7 +87,7 @@ pub(super) struct Counts {
     pub(super) hook: u32,
     /// Its exit code, signal or error number.
     pub(super) hook_value: i32,
-    /// Files and folders removed.
+    /// Files, folders and other things removed.
     pub(super) removed: u32,
     /// Those that could not be removed.
     pub(super) left: u32,

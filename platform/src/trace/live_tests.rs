@@ -2,6 +2,7 @@
 //! it was in the last freeze.
 
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicBool;
 
 use super::tests::{PATIENCE, keep_busy, run_id};
 use super::*;

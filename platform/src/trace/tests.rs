@@ -1,6 +1,9 @@
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::atomic::AtomicUsize;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
+use super::page::Completed;
+use super::tracefs::USUAL;
 use super::*;
 use crate::dirty::DirtyMap;
 use crate::freeze::MountPoint;

@@ -1,18 +1,15 @@
 # Busy volumes are imaged, restored and judged; what was counted and traced of them is added up.
 #   DISK:FILESYSTEM:NEIGHBOUR...: a NEIGHBOUR is `none` (the volume is the whole disk), or what is
-#   written all the while to another partition, right beside the volume: `files` or `raw`
+#   written all the while to another partition, right beside the volume: `files` or `raw`.
+#   A FILESYSTEM is ext4, xfs, or xfs-v4. A DISK may come again, with another one.
 . ./common.sh
 mount -t tracefs tracefs /sys/kernel/tracing
 mkdir -p /run/volume /run/second /run/images /run/copy
 mkfs.ext4 -q -F /dev/vdb
 mount /dev/vdb /run/images
 
-# settled: prints what the volume has counted, in sectors, once everything is written.
-settled() {
-    fsfreeze --freeze /run/volume
-    awk '{ print $7 + $14 }' "/sys/class/block/${volume#/dev/}/stat"
-    fsfreeze --unfreeze /run/volume
-}
+# What the volume has counted, in sectors.
+counted() { awk '{ print $7 + $14 }' "/sys/class/block/${volume#/dev/}/stat"; }
 # What is traced of the volume, by an instance of our own.
 trace=/sys/kernel/tracing/instances/measure
 start_trace() {
@@ -27,10 +24,22 @@ start_trace() {
     echo 1 >$trace/events/block/block_rq_complete/enable
 }
 traced() { sed -n 's/.*block_rq_complete:.* [0-9]* + \([0-9]*\) .*/\1/p' $trace/trace | awk '{ sum += $1 } END { print sum + 0 }'; }
+# Both sums begin and end in a freeze, for the kernel writes to an idle ext4, too: a new one's inode
+# tables.
+begin_sums() { counted; start_trace; }
+end_sums() { echo "$(counted) $(traced)"; }
+frozen() {
+    fsfreeze --freeze /run/volume
+    "$@"
+    fsfreeze --unfreeze /run/volume
+}
 
 for case in "$@"; do
     IFS=: read -r disk type neighbour <<<"$case"
-    name=${disk#/dev/}
+    name=${disk#/dev/}-$type options=()
+    case $type in
+        xfs-v4) type=xfs options=(-m crc=0) ;;
+    esac
     volume=$disk
     if [ "$neighbour" != none ]; then
         part=$disk
@@ -39,10 +48,10 @@ for case in "$@"; do
         printf 'label: gpt\nsize=320MiB\nsize=60MiB\n' | sfdisk -q "$disk"
         udevadm settle
     fi
-    mkfs."$type" -q "$volume"
+    wipefs -q -a "$volume"
+    mkfs."$type" -q "${options[@]}" "$volume"
     mount "$volume" /run/volume
-    before=$(settled)
-    start_trace
+    before=$(frozen begin_sums)
 
     journal=/dev/shm/journal-$name
     busy /run/volume/files "$journal"
@@ -62,13 +71,14 @@ for case in "$@"; do
         files) umount /run/second ;;
         raw) kill $raw; wait $raw || true ;;
     esac
-    counted=$(($(settled) - before)) traced=$(traced)
+    read -r after traced <<<"$(frozen end_sums)"
+    counted=$((after - before))
     rmdir $trace
     umount /run/volume
     nothing_left
     [ "$status" = 0 ] || fail "status $status"
     freezes "$report"
-    echo "conserved: $type on $disk: $counted sectors counted, $traced traced"
+    echo "conserved: $name: $counted sectors counted, $traced traced"
     [ "$counted" = "$traced" ] || fail "not all that was counted was traced"
 
     timeout $limit holdstill restore "$image" /dev/vdc --yes --quiet
