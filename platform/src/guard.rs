@@ -34,6 +34,10 @@ use wire::{Ask, Counts, Reply, Request};
 /// How long the guard may take to answer before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// And how long at first, when nothing is frozen and it still locks in memory what it inherited: in a
+/// process of gigabytes on a busy host that takes its time.
+const START_PATIENCE: Duration = Duration::from_secs(120);
+
 /// A command to run once after the freeze, whatever happens to the run.
 #[derive(Clone, Debug)]
 pub struct Hook {
@@ -175,7 +179,7 @@ impl Guard {
                     hook_deadline,
                     work: hook_deadline + patience,
                 }));
-                guard.check()?;
+                guard.ping(START_PATIENCE)?;
                 Ok(guard)
             }
         }
@@ -191,8 +195,12 @@ impl Guard {
     /// # Errors
     /// `BrokenPipe` if it was killed; `TimedOut` if it was stopped.
     pub fn check(&self) -> Result<()> {
+        self.ping(PATIENCE)
+    }
+
+    fn ping(&self, patience: Duration) -> Result<()> {
         self.0
-            .ask(&Request::new(Ask::Ping), None, PATIENCE)
+            .ask(&Request::new(Ask::Ping), None, patience)
             .map(drop)
             .context("no answer from", "the guard process")
     }
