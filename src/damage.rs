@@ -182,6 +182,10 @@ impl Receive for Tolerant<'_> {
         self.inner.trim(volume, extent);
     }
 
+    fn abandon(&self) {
+        self.inner.abandon();
+    }
+
     fn damaged(&self, lost: Lost) -> Result<()> {
         let damage = Damage::of(&lost);
         self.progress.event(&Event::Damaged(&damage));

@@ -371,6 +371,10 @@ impl Targets<'_> {
 }
 
 impl Receive for Targets<'_> {
+    fn abandon(&self) {
+        self.streams.iter().for_each(|stream| stream.abandon());
+    }
+
     fn data(&self, volume: u32, offset: Offset, bytes: &[u8]) -> Result<()> {
         if let Some(target) = self.of(volume) {
             return target.write(offset, bytes);

@@ -135,6 +135,9 @@ fn the_end_of_a_damaged_stream_is_held_back() {
         fn zeros(&self, _: u32, _: Extent) -> Result<()> {
             Ok(())
         }
+        fn abandon(&self) {
+            self.0.abandon();
+        }
     }
     let mut rng = Rng(seed());
     let mut stream = vec![0; 3 << 20];

@@ -39,6 +39,9 @@ pub trait Receive: Sync {
     fn damaged(&self, lost: Lost) -> Result<()> {
         Err(lost.error)
     }
+
+    /// Nothing more will come, and what is missing never will: whoever waits in here for it gives up.
+    fn abandon(&self) {}
 }
 
 /// Takes everything and does nothing: for checking an image alone.
@@ -82,7 +85,7 @@ pub fn load<R: Read>(
         }
         drop(records);
         let mut place = (0, 0);
-        loop {
+        let mut read = || loop {
             progress.check()?;
             if failure.is_set() {
                 return Err(Error::new(Kind::Failed, "the pipeline has ended"));
@@ -109,12 +112,19 @@ pub fn load<R: Read>(
                     in_flight.wait_until_none();
                     receiver.damaged(lost)?;
                 }
-                Item::End(end) => {
-                    drop(to_workers);
-                    return Ok(end);
-                }
+                Item::End(end) => return Ok(end),
             }
-        }
+        };
+        let end = read();
+        let end = end.map_err(|error| {
+            // Before anybody who gives up says so.
+            failure.set(error);
+            receiver.abandon();
+            Error::new(Kind::Failed, "the pipeline has ended")
+        });
+        // The workers end once nothing more comes.
+        drop(to_workers);
+        end
     });
     // A worker's failure is the cause of everything the reader may have run into after it.
     match failure
@@ -157,7 +167,10 @@ fn work(
                 .unwrap_or_else(|error| lose(&loaded.head, error, receiver));
             match done {
                 Ok(len) => progress.advance(len),
-                Err(error) => failure.set(error),
+                Err(error) => {
+                    failure.set(error);
+                    receiver.abandon();
+                }
             }
         }
         drop(loaded);

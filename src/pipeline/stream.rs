@@ -200,6 +200,13 @@ impl<W: Write> InOrder<W> {
         written
     }
 
+    /// Has everybody who waits here give up: what they wait for will not come.
+    pub fn abandon(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.has_failed = true;
+        self.moved.notify_all();
+    }
+
     /// Writes what was held back, and closes.
     ///
     /// # Errors

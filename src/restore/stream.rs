@@ -91,6 +91,13 @@ impl<'a> Receiving<'a> {
         self.wanted.n
     }
 
+    /// Nothing more will come: whoever waits for what is missing gives up.
+    pub(super) fn abandon(&self) {
+        if let Some(order) = &self.order {
+            order.abandon();
+        }
+    }
+
     /// Takes a chunk.
     ///
     /// # Errors
