@@ -120,30 +120,104 @@ pub fn store<S: Sink>(
     let workers = bounds.workers(2 * room, spare * 2 * room);
     let plain = Pool::new(workers + spare, room);
     let packed = Pool::new(workers + spare, room);
-    let (to_workers, chunks) = bounded(workers);
-    let (to_writer, finished) = bounded(workers);
     let size = job.reading.source.len();
-    std::thread::scope(|scope| {
-        let planner = scope.spawn(move || send_chunks(walk, room, size, &to_workers));
-        for _ in 0..workers {
-            let (chunks, to_writer) = (chunks.clone(), to_writer.clone());
-            let (plain, packed) = (&plain, &packed);
-            scope.spawn(move || work(job, plain, packed, &chunks, &to_writer));
+    let work = Work {
+        workers,
+        compression: job.compression,
+        buffers: || (plain.take(), packed.take()),
+        process: |chunk: Chunk, (plain, packed), compressor: &mut Compressor| {
+            process(job, &chunk, plain, packed, compressor)
+        },
+    };
+    work.run(
+        move |to_workers| send_chunks(walk, room, size, to_workers),
+        image,
+        progress,
+    )
+}
+
+/// What is done with pieces of a source, `T`, on their way into an image: in parallel, each in buffers `B`.
+pub(super) struct Work<Buffers, Process> {
+    /// Threads.
+    pub(super) workers: usize,
+    /// How payloads are stored.
+    pub(super) compression: Compression,
+    /// Takes what a piece needs, before the piece is taken: see the module `pipeline`.
+    pub(super) buffers: Buffers,
+    /// Makes a record of a piece.
+    pub(super) process: Process,
+}
+
+impl<Buffers, Process> Work<Buffers, Process> {
+    /// Writes what becomes of all that `produce` sends, in its order. `produce` says how many pieces
+    /// that were.
+    ///
+    /// # Errors
+    /// The first failure of the writer, a worker or `produce`.
+    pub(super) fn run<T, B, S>(
+        &self,
+        produce: impl FnOnce(&Sender<Numbered<T>>) -> Result<u64> + Send,
+        image: &mut ImageWriter<S>,
+        progress: &dyn Progress,
+    ) -> Result<Moved>
+    where
+        T: Send,
+        S: Sink,
+        Buffers: Fn() -> B + Sync,
+        Process: Fn(T, B, &mut Compressor) -> Result<Finished> + Sync,
+    {
+        let (to_workers, pieces) = bounded(self.workers);
+        let (to_writer, finished) = bounded(self.workers);
+        std::thread::scope(|scope| {
+            let producer = scope.spawn(move || produce(&to_workers));
+            for _ in 0..self.workers {
+                let (pieces, to_writer) = (pieces.clone(), to_writer.clone());
+                scope.spawn(move || self.work(&pieces, &to_writer));
+            }
+            // Only the threads' own ends of the channels must stay: when one side fails, its end
+            // goes, and the others see that there is nothing more to do.
+            drop((pieces, to_writer));
+            let stored = write_in_order(&finished, image, progress);
+            drop(finished);
+            let produced = producer
+                .join()
+                .map_err(|_| Error::new(Kind::Failed, "a thread died"))?;
+            let (stored, written) = stored?;
+            if written != produced? {
+                return Err(Error::new(Kind::Failed, "a thread of the pipeline died"));
+            }
+            Ok(stored)
+        })
+    }
+
+    fn work<T, B>(
+        &self,
+        pieces: &Receiver<Numbered<T>>,
+        to_writer: &Sender<Result<Numbered<Finished>>>,
+    ) where
+        Buffers: Fn() -> B,
+        Process: Fn(T, B, &mut Compressor) -> Result<Finished>,
+    {
+        let mut compressor = match Compressor::new(self.compression) {
+            Ok(compressor) => compressor,
+            Err(error) => {
+                let _ = to_writer.send(Err(error));
+                return;
+            }
+        };
+        loop {
+            let buffers = (self.buffers)();
+            let Ok((number, piece)) = pieces.recv() else {
+                return;
+            };
+            let finished = (self.process)(piece, buffers, &mut compressor);
+            let has_failed = finished.is_err();
+            let message = finished.map(|finished| (number, finished));
+            if to_writer.send(message).is_err() || has_failed {
+                return;
+            }
         }
-        // Only the threads' own ends of the channels must stay: when one side fails, its end goes,
-        // and the others see that there is nothing more to do.
-        drop((chunks, to_writer));
-        let stored = write_in_order(&finished, image, progress);
-        drop(finished);
-        let planned = planner
-            .join()
-            .map_err(|_| Error::new(Kind::Failed, "a thread died"))?;
-        let (stored, written) = stored?;
-        if written != planned? {
-            return Err(Error::new(Kind::Failed, "a thread of the pipeline died"));
-        }
-        Ok(stored)
-    })
+    }
 }
 
 /// A record ready to be written, with the buffer its payload lies in.
@@ -153,35 +227,6 @@ pub(super) struct Finished {
     pieces: Vec<Range<usize>>,
     bytes: ByteLen,
     unreadable: Vec<Extent>,
-}
-
-fn work(
-    job: &Job<'_>,
-    plain: &Pool,
-    packed: &Pool,
-    chunks: &Receiver<Numbered<Chunk>>,
-    to_writer: &Sender<Result<Numbered<Finished>>>,
-) {
-    let mut compressor = match Compressor::new(job.compression) {
-        Ok(compressor) => compressor,
-        Err(error) => {
-            let _ = to_writer.send(Err(error));
-            return;
-        }
-    };
-    loop {
-        // Buffers first, then the chunk: see the module `pipeline`.
-        let (plain, packed) = (plain.take(), packed.take());
-        let Ok((number, chunk)) = chunks.recv() else {
-            return;
-        };
-        let finished = process(job, &chunk, plain, packed, &mut compressor);
-        let has_failed = finished.is_err();
-        let message = finished.map(|finished| (number, finished));
-        if to_writer.send(message).is_err() || has_failed {
-            return;
-        }
-    }
 }
 
 fn process(
@@ -259,7 +304,7 @@ pub(super) enum Compressor {
 }
 
 impl Compressor {
-    pub(super) fn new(compression: Compression) -> Result<Self> {
+    fn new(compression: Compression) -> Result<Self> {
         match compression {
             Compression::None => Ok(Self::None),
             Compression::Zstd(level) => zstd::bulk::Compressor::new(level)
@@ -284,7 +329,7 @@ fn compress(
 }
 
 /// Returns with what was stored the number of chunks.
-pub(super) fn write_in_order<S: Sink>(
+fn write_in_order<S: Sink>(
     finished: &Receiver<Result<Numbered<Finished>>>,
     image: &mut ImageWriter<S>,
     progress: &dyn Progress,

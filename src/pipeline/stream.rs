@@ -5,7 +5,7 @@ use std::io::Write;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::Sender;
 use holdstill_platform::buffer::{Buffer, Pool};
 use holdstill_platform::stream::Reader;
 
@@ -15,7 +15,7 @@ use crate::image::tables::Tables;
 use crate::image::writer::{ImageWriter, Sink};
 use crate::pipeline::Bounds;
 use crate::pipeline::read::Numbered;
-use crate::pipeline::store::{Compression, Compressor, Finished, write_in_order};
+use crate::pipeline::store::{Compression, Compressor, Finished, Work};
 use crate::progress::Progress;
 use crate::units::{ByteLen, Offset};
 
@@ -39,30 +39,30 @@ pub fn store_stream<S: Sink>(
     let workers = bounds.workers(2 * room, spare * 2 * room);
     let plain = Pool::new(workers + spare, room);
     let packed = Pool::new(workers + spare, room);
-    let (to_workers, chunks) = bounded(workers);
-    let (to_writer, finished) = bounded(workers);
-    std::thread::scope(|scope| {
-        let pool = &plain;
-        let read = scope.spawn(move || read_all(reader, pool, &to_workers, progress));
-        for _ in 0..workers {
-            let (chunks, to_writer) = (chunks.clone(), to_writer.clone());
-            let packed = &packed;
-            scope.spawn(move || work(number, compression, packed, &chunks, &to_writer));
-        }
-        // Only the threads' own ends of the channels must stay: see `store`.
-        drop((chunks, to_writer));
-        let stored = write_in_order(&finished, image, progress);
-        drop(finished);
-        let read = read
-            .join()
-            .map_err(|_| Error::new(Kind::Failed, "a thread died"))?;
-        let (stored, written) = stored?;
-        let (count, len) = read?;
-        if written != count || stored.bytes != len {
-            return Err(Error::new(Kind::Failed, "a thread of the pipeline died"));
-        }
-        Ok(len)
-    })
+    let work = Work {
+        workers,
+        compression,
+        buffers: || packed.take(),
+        process: |(start, plain, len): Piece, packed, compressor: &mut Compressor| {
+            let tables = Tables::describe_stream(start, &plain[..len]);
+            Finished::of_stream(number, tables, plain, len).pack(packed, compressor)
+        },
+    };
+    let mut read = ByteLen::ZERO;
+    let total = &mut read;
+    let stored = work.run(
+        |to_workers| {
+            let (count, len) = read_all(reader, &plain, to_workers, progress)?;
+            *total = len;
+            Ok(count)
+        },
+        image,
+        progress,
+    )?;
+    if stored.bytes != read {
+        return Err(Error::new(Kind::Failed, "a thread of the pipeline died"));
+    }
+    Ok(read)
 }
 
 /// A chunk of a stream: where it begins, its bytes, and how many.
@@ -106,37 +106,6 @@ fn read_all(
         at = end;
         if is_last {
             return Ok((count, ByteLen(at.0)));
-        }
-    }
-}
-
-fn work(
-    number: u32,
-    compression: Compression,
-    packed: &Pool,
-    chunks: &Receiver<Numbered<Piece>>,
-    to_writer: &Sender<Result<Numbered<Finished>>>,
-) {
-    let mut compressor = match Compressor::new(compression) {
-        Ok(compressor) => compressor,
-        Err(error) => {
-            let _ = to_writer.send(Err(error));
-            return;
-        }
-    };
-    loop {
-        // The buffer first, then the chunk: see the module `pipeline`.
-        let packed = packed.take();
-        let Ok((order, (start, plain, len))) = chunks.recv() else {
-            return;
-        };
-        let tables = Tables::describe_stream(start, &plain[..len]);
-        let finished =
-            Finished::of_stream(number, tables, plain, len).pack(packed, &mut compressor);
-        let has_failed = finished.is_err();
-        let message = finished.map(|finished| (order, finished));
-        if to_writer.send(message).is_err() || has_failed {
-            return;
         }
     }
 }
