@@ -76,7 +76,7 @@ pub fn load<R: Read>(
     let stored = Pool::new(2 * workers + 1, max_plain);
     let in_flight = InFlight::default();
     let (to_workers, records) = bounded::<Loaded>(workers);
-    let failure = Failure::default();
+    let failure = Failure::of(receiver);
     let end = std::thread::scope(|scope| {
         for _ in 0..workers {
             let records = records.clone();
@@ -117,9 +117,7 @@ pub fn load<R: Read>(
         };
         let end = read();
         let end = end.map_err(|error| {
-            // Before anybody who gives up says so.
             failure.set(error);
-            receiver.abandon();
             Error::new(Kind::Failed, "the pipeline has ended")
         });
         // The workers end once nothing more comes.
@@ -128,7 +126,7 @@ pub fn load<R: Read>(
     });
     // A worker's failure is the cause of everything the reader may have run into after it.
     match failure
-        .0
+        .first
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner)
     {
@@ -149,7 +147,7 @@ fn work(
     progress: &dyn Progress,
     records: &Receiver<Loaded>,
     in_flight: &InFlight,
-    failure: &Failure,
+    failure: &Failure<'_>,
 ) {
     let mut plain = Buffer::new(max_plain);
     let decompressor = zstd::bulk::Decompressor::new();
@@ -167,10 +165,7 @@ fn work(
                 .unwrap_or_else(|error| lose(&loaded.head, error, receiver));
             match done {
                 Ok(len) => progress.advance(len),
-                Err(error) => {
-                    failure.set(error);
-                    receiver.abandon();
-                }
+                Err(error) => failure.set(error),
             }
         }
         drop(loaded);
@@ -217,20 +212,31 @@ fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen
     hand_out(head, None, receiver)
 }
 
-/// The first failure of any worker.
-#[derive(Default)]
-struct Failure(Mutex<Option<Error>>);
+/// The first failure of any thread.
+struct Failure<'a> {
+    first: Mutex<Option<Error>>,
+    receiver: &'a dyn Receive,
+}
 
-impl Failure {
+impl<'a> Failure<'a> {
+    fn of(receiver: &'a dyn Receive) -> Self {
+        Self {
+            first: Mutex::default(),
+            receiver,
+        }
+    }
+
+    /// Notes the cause first: those who give up for it fail, too.
     fn set(&self, error: Error) {
-        self.0
+        self.first
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get_or_insert(error);
+        self.receiver.abandon();
     }
 
     fn is_set(&self) -> bool {
-        self.0
+        self.first
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .is_some()
