@@ -117,15 +117,7 @@ impl Volume {
     /// # Errors
     /// If the tool fails.
     pub fn snapdev(&self) -> Result<Snapdev> {
-        let output = zfs(&[
-            "get",
-            "-H",
-            "-p",
-            "-o",
-            "value,source",
-            "snapdev",
-            &self.name,
-        ])?;
+        let output = get("value,source", "snapdev", &self.name)?;
         parse_snapdev(&output)
             .ok_or_else(|| Error::invalid("cannot understand", "zfs get snapdev", output.trim()))
     }
@@ -318,6 +310,11 @@ fn is_name(text: &str) -> bool {
     text.starts_with(|first: char| first.is_ascii_alphabetic())
         && text.bytes().all(allowed)
         && !text.contains("//")
+}
+
+/// `zfs get`: these fields of a property, or of `all`; a line each, with tabs between.
+fn get(fields: &str, property: &str, of: &str) -> Result<String> {
+    zfs(&["get", "-H", "-p", "-o", fields, property, of])
 }
 
 fn zfs(args: &[&str]) -> Result<String> {

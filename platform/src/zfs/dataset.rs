@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::ChildStdin;
 
-use super::{PATIENCE, is_name, zfs};
+use super::{PATIENCE, get, is_name, zfs};
 use crate::command::{Output, Streaming, Tool};
 use crate::error::{Error, Result};
 use crate::stream::Reader;
@@ -46,15 +46,7 @@ const SEND: [&str; 5] = ["send", "-w", "-L", "-e", "-c"];
 pub fn facts(snapshot: &str) -> Result<Facts> {
     let dataset = snapshot.split('@').next().unwrap_or_default();
     let pool = dataset.split('/').next().unwrap_or_default();
-    let properties = zfs(&[
-        "get",
-        "-H",
-        "-p",
-        "-o",
-        "property,value,source",
-        "all",
-        dataset,
-    ])?;
+    let properties = get("property,value,source", "all", dataset)?;
     let tool = Tool::find("zpool")?.args(["get", "-H", "-p", "-o", "property,value", "all", pool]);
     let of_pool = tool.deadline(PATIENCE).run().and_then(Output::checked)?;
     let of_pool = String::from_utf8_lossy(&of_pool.stdout).into_owned();
@@ -77,8 +69,7 @@ pub fn facts(snapshot: &str) -> Result<Facts> {
 /// # Errors
 /// If there is none.
 pub fn guid(snapshot: &str) -> Result<String> {
-    let guid = zfs(&["get", "-H", "-p", "-o", "value", "guid", snapshot])?;
-    Ok(guid.trim().to_owned())
+    Ok(get("value", "guid", snapshot)?.trim().to_owned())
 }
 
 /// Whether there is a dataset or volume of this name.

@@ -8,9 +8,7 @@ use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::run::Run;
 use crate::survey::Survey;
-
-/// Sector of the kernel's, in bytes.
-const SECTOR: u64 = 512;
+use crate::units::SECTOR;
 
 /// Leaves out of a survey what the pool of a thin snapshot has no blocks for. Where that cannot be told,
 /// everything is read, and a warning says why.
