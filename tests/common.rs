@@ -48,6 +48,15 @@ pub(crate) fn temp_dir() -> tempfile::TempDir {
         .expect("a temporary folder")
 }
 
+/// The same on a disk, for swap space: what lies in memory must never be swapped to a file in
+/// memory, which can wait for itself for ever.
+pub(crate) fn temp_dir_on_disk() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("holdstill-test-")
+        .tempdir_in("/var/tmp")
+        .expect("a temporary folder")
+}
+
 /// A new sparse file of `size` bytes.
 pub(crate) fn sparse_file(path: &Path, size: u64) -> File {
     let file = OpenOptions::new()

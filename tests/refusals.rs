@@ -11,7 +11,7 @@ use crate::common::scene::{SIZE, Scene, assert_no_signature, backup_to};
 use crate::common::volume::copy;
 use crate::common::{
     LoopDevice, Mount, Partition, Rng, command as tool_command, needs_root, run as tool, seed,
-    spawn,
+    sparse_file, spawn, temp_dir_on_disk,
 };
 
 #[test]
@@ -217,17 +217,22 @@ fn privileged_devices_in_use_are_refused() {
     drop(top);
 
     // Swap space.
-    tool("mkswap", [device.path()]);
-    tool("swapon", [device.path()]);
+    let on_disk = temp_dir_on_disk();
+    let swap = on_disk.path().join("swap");
+    sparse_file(&swap, SIZE);
+    let swap = LoopDevice::attach(&swap);
+    tool("mkswap", [swap.path()]);
+    tool("swapon", [swap.path()]);
     let runs = [
-        scene.restore_to(device.path()).to_vec(),
-        backup_to(device.path(), &image).to_vec(),
+        scene.restore_to(swap.path()).to_vec(),
+        backup_to(swap.path(), &image).to_vec(),
     ]
     .map(run);
-    tool("swapoff", [device.path()]);
+    tool("swapoff", [swap.path()]);
     for run in runs {
         run.expect(3).says("swap");
     }
+    drop(swap);
 
     // Too small, and write-protected.
     drop(device);

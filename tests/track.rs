@@ -356,7 +356,7 @@ impl<F: FnOnce() + Send> Progress for AfterMap<F> {
 /// Images a volume with a swap file that has something in all its pages. After the first freeze, `act`
 /// is done with the file; in the end `judge` gets the copy's, and what the header was.
 fn track_swap(fs_type: &str, act: impl FnOnce(&Path) + Send, judge: impl FnOnce(&Path, &[u8])) {
-    let dir = common::temp_dir();
+    let dir = common::temp_dir_on_disk();
     let file = dir.path().join("volume");
     sparse_file(&file, SWAP_VOLUME);
     let device = LoopDevice::attach_with(&file, &["--direct-io=on"]);

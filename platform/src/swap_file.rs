@@ -208,7 +208,7 @@ impl SwapFile {
 mod tests {
     use super::*;
     use crate::freeze::MountPoint;
-    use crate::testing::{Loop, Mounted, mkfs, needs_root, run, scratch};
+    use crate::testing::{Loop, Mounted, mkfs, needs_root, run, scratch, scratch_on_disk};
 
     const PAGE: usize = 4096;
 
@@ -216,7 +216,7 @@ mod tests {
     fn privileged_the_pages_of_a_swap_file_are_found_frozen_or_not_and_nothing_else() {
         needs_root!();
         for fs_type in ["ext4", "xfs"] {
-            let dir = scratch();
+            let dir = scratch_on_disk();
             let device = Loop::sparse(&dir.path().join("disk"), 320 << 20);
             mkfs(fs_type, device.path());
             let mounted = Mounted::new(device.path(), &dir.path().join("mnt"), "rw");

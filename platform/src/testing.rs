@@ -35,6 +35,15 @@ pub(crate) fn scratch() -> tempfile::TempDir {
         .unwrap()
 }
 
+/// A folder on a disk, removed at the end, for swap space: what lies in memory must never be swapped
+/// to a file in memory, which can wait for itself for ever.
+pub(crate) fn scratch_on_disk() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("holdstill-test-")
+        .tempdir_in("/var/tmp")
+        .unwrap()
+}
+
 /// Runs a tool that must succeed; its standard output.
 pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
     let output = Command::new(program)

@@ -3,7 +3,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::*;
 use crate::node::Node;
-use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch};
+use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch, scratch_on_disk};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
 fn of(path: &Path) -> Users {
@@ -260,7 +260,7 @@ fn role_nobody() {
 #[test]
 fn privileged_swap_is_found() {
     needs_root!();
-    let dir = scratch();
+    let dir = scratch_on_disk();
     let device = Loop::sparse(&dir.path().join("disk"), 8 << 20);
     let partition = device.add_partition(1, 2048, 8192);
     run("mkswap", [&partition]);
