@@ -156,7 +156,12 @@ pub fn plan(options: &Options) -> Result<Planned> {
     };
     for text in &options.sources {
         match Named::resolve(text)? {
-            Named::Blocks(source) => planned.volumes.push(Plan::of(*source, options.freeze)?),
+            Named::Blocks(source) => {
+                // It may be imaged already, with another device of its filesystem.
+                if !planned.volumes.iter().any(|plan| plan.has_sibling(&source)) {
+                    planned.volumes.push(Plan::of(*source, options.freeze)?);
+                }
+            }
             Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
                 planned.datasets.push(name);
             }
@@ -207,12 +212,13 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in plans {
-        let still = plan.hold_still(&context)?;
-        for warning in &still.survey().warnings {
-            progress.warn(warning);
-            warnings.push(warning.clone());
+        for still in plan.hold_still(&context)? {
+            for warning in &still.survey().warnings {
+                progress.warn(warning);
+                warnings.push(warning.clone());
+            }
+            stills.push(still);
         }
-        stills.push(still);
     }
     let mut datasets = Vec::new();
     for name in &planned.datasets {
@@ -381,23 +387,28 @@ fn manifest(
         zfs: Some(dataset.description.clone()),
     });
     let streams = streams.collect();
-    let volumes = (1..).zip(plans).zip(stills).map(|((n, plan), still)| {
+    let sources = plans
+        .iter()
+        .flat_map(|plan| plan.sources().map(move |source| (plan, source)));
+    let volumes = (1..).zip(sources).zip(stills);
+    let volumes = volumes.map(|((n, (plan, source)), still)| {
         let survey = still.survey();
-        let geometry = plan.geometry()?;
+        let geometry = source.geometry()?;
         let info = survey.info.as_ref();
+        let uuid = info.and_then(|info| info.uuid.clone());
         Ok(VolumeManifest {
             n,
-            path: plan.source.path.display().to_string(),
+            path: source.path.display().to_string(),
             fs: info.map(|info| info.kind.name().to_owned()),
             label: info.and_then(|info| info.label.clone()),
-            uuid: info.and_then(|info| info.uuid.clone()),
+            group: uuid.clone().filter(|_| !plan.siblings.is_empty()),
+            uuid,
             size: geometry.size,
             logical_sector: geometry.logical_sector,
             physical_sector: geometry.physical_sector,
             smallest_target: geometry.size,
             blocks: survey.blocks,
             used_bytes: survey.bytes.0,
-            group: None,
         })
     });
     Ok(Manifest {

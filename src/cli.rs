@@ -84,7 +84,7 @@ fn version(run_id: &str) -> ExitCode {
             "version": env!("CARGO_PKG_VERSION"),
             "steps": names(&Step::ALL),
             "auto_steps": names(&Step::LADDER),
-            "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs"],
+            "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs", "btrfs"],
             "format_versions": [format::VERSION],
         }),
     );

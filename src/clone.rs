@@ -17,7 +17,9 @@ use crate::pipeline::read::{OnReadError, Reading};
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
+use crate::source::whole;
 use crate::target::{Candidate, Target};
+use crate::twin;
 use crate::units::{ByteLen, Offset};
 
 /// What to clone, and how.
@@ -39,6 +41,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Let a filesystem become visible twice that must not.
+    pub allow_twin: bool,
     /// Commands around the freeze.
     pub hooks: Hooks,
     /// What it may take of the machine.
@@ -88,8 +92,24 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     if plan.is_same_as(&options.target) {
         return Err(Error::new(Kind::InUse, "the target is the source itself").on(&options.target));
     }
+    if !plan.siblings.is_empty() {
+        let what = format!(
+            "it is one of {} devices of its filesystem, and a clone goes to one target",
+            plan.siblings.len() + 1
+        );
+        return Err(Error::new(Kind::NotApplicable, what)
+            .on(&plan.source.path)
+            .hint(
+                "backup takes all of them into one image, which restore writes to as many targets",
+            ));
+    }
     let size = ByteLen(plan.geometry()?.size);
     let candidate = Candidate::examine(&options.target, size)?;
+    if !options.allow_twin
+        && let Some(member) = whole::member(&plan.source)?
+    {
+        twin::refuse(member.fsid, &options.target, &[&options.target])?;
+    }
     Ok((plan, candidate))
 }
 
@@ -129,7 +149,15 @@ pub fn run(
         memory: options.bounds.memory,
         progress,
     };
-    let mut still = plan.hold_still(&context)?;
+    let mut stills = plan.hold_still(&context)?;
+    let mut still = match (stills.pop(), stills.is_empty()) {
+        (Some(still), true) => still,
+        _ => {
+            return Err(
+                Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path)
+            );
+        }
+    };
     let mut warnings = still.survey().warnings.clone();
     if let Some(uuid) = still
         .survey()

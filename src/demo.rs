@@ -93,6 +93,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         targets: vec![(0, restored.clone())],
         discard: false,
         verify: true,
+        allow_twin: false,
         salvage: false,
         expect_id: None,
         bounds: options.bounds,

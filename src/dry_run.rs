@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::freeze::Step;
 use crate::plan::{Plan, StepReport};
 use crate::restore;
+use crate::source::Source;
 
 /// What would be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -34,13 +35,13 @@ pub struct Action {
 }
 
 impl Action {
-    fn new(plan: &Plan, target: String, overwrites: bool) -> Self {
+    fn new(plan: &Plan, source: &Source, target: String, overwrites: bool) -> Self {
         let passed_over = plan.passed_over.iter().map(|(step, why)| StepReport {
             step: step.name().to_owned(),
             objection: Some(why.clone()),
         });
         Self {
-            source: plan.source.path.display().to_string(),
+            source: source.path.display().to_string(),
             target,
             overwrites,
             step: Some(plan.step.name().to_owned()),
@@ -58,10 +59,10 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
     let target = output.map_or("-".to_owned(), |path| path.display().to_string());
     let overwrites = output.is_some_and(|path| path.is_file());
     let planned = backup::plan(options)?;
-    let volumes = planned
-        .volumes
-        .iter()
-        .map(|plan| Action::new(plan, target.clone(), overwrites));
+    let volumes = planned.volumes.iter().flat_map(|plan| {
+        let action = |source| Action::new(plan, source, target.clone(), overwrites);
+        plan.sources().map(action).collect::<Vec<_>>()
+    });
     let datasets = planned.datasets.iter().map(|name| Action {
         source: name.clone(),
         target: target.clone(),
@@ -85,7 +86,7 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
     let target = options.target.display().to_string();
     Ok(Report {
         dry_run: true,
-        actions: vec![Action::new(&plan, target, candidate.exists())],
+        actions: vec![Action::new(&plan, &plan.source, target, candidate.exists())],
     })
 }
 

@@ -44,6 +44,8 @@ pub enum Kind {
     InUse,
     /// The target is too small.
     TooSmall,
+    /// A filesystem would become visible twice that must not.
+    Twin,
     /// The output exists already.
     Exists,
     /// The named way to make the source hold still does not apply.
@@ -83,6 +85,7 @@ impl Kind {
             Self::Inconsistent
             | Self::InUse
             | Self::TooSmall
+            | Self::Twin
             | Self::Exists
             | Self::NotApplicable
             | Self::Declined => 3,
@@ -112,6 +115,7 @@ impl Kind {
             Self::Inconsistent => "inconsistent",
             Self::InUse => "in_use",
             Self::TooSmall => "too_small",
+            Self::Twin => "twin",
             Self::Exists => "exists",
             Self::NotApplicable => "not_applicable",
             Self::Declined => "declined",

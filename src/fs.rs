@@ -8,6 +8,7 @@
 //! A map is true only where nothing waits in a log: see [`Condition`].
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::extent::Extent;
@@ -15,11 +16,13 @@ use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
 mod bitmap;
+mod btrfs;
 mod emit;
 mod ext4;
 mod probe;
 mod xfs;
 
+pub use btrfs::{Member, member};
 pub use probe::probe;
 
 /// What a signature on a volume says it holds.
@@ -284,7 +287,16 @@ pub enum Opened {
 /// device; [`InUse`](crate::error::Kind::InUse) if another host says that it has it mounted;
 /// else if reading fails.
 pub fn open(source: &dyn ReadAt) -> Result<Opened> {
-    open_as(source, false)
+    open_as(source, &[], false)
+}
+
+/// The same for one of several volumes that hold a filesystem together: `siblings` are the others,
+/// of which nobody has any mounted.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(source: &dyn ReadAt, siblings: &[Arc<dyn ReadAt>]) -> Result<Opened> {
+    open_as(source, siblings, false)
 }
 
 /// The same for a volume whose filesystem the caller itself holds frozen, or a snapshot of one:
@@ -293,10 +305,14 @@ pub fn open(source: &dyn ReadAt) -> Result<Opened> {
 /// # Errors
 /// As [`open`], but never `InUse`.
 pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
-    open_as(source, true)
+    open_as(source, &[], true)
 }
 
-fn open_as(source: &dyn ReadAt, held_by_caller: bool) -> Result<Opened> {
+fn open_as(
+    source: &dyn ReadAt,
+    siblings: &[Arc<dyn ReadAt>],
+    held_by_caller: bool,
+) -> Result<Opened> {
     let signatures = probe::signatures(source)?;
     let mut found = signatures.found.into_iter();
     let Some(info) = found.next() else {
@@ -319,11 +335,15 @@ fn open_as(source: &dyn ReadAt, held_by_caller: bool) -> Result<Opened> {
     match info.kind {
         Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),
         Kind::Xfs => xfs::open(source, info),
+        Kind::Btrfs => btrfs::open(source, siblings, info),
         _ => Ok(Opened::NoMap(info)),
     }
 }
 
 /// Whether there is a reader of its map.
 fn has_map(kind: Kind) -> bool {
-    matches!(kind, Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs)
+    matches!(
+        kind,
+        Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs
+    )
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
@@ -15,7 +16,8 @@ use crate::image::format::MAGIC;
 use crate::image::manifest::{Manifest, Trailer};
 use crate::image::reader::{Summary, summarize};
 use crate::plan::{self, StepReport};
-use crate::source::{Named, Source};
+use crate::read_at::ReadAt;
+use crate::source::{Named, Source, whole};
 
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -72,6 +74,8 @@ pub struct SourceReport {
     pub label: Option<String>,
     /// Its UUID.
     pub uuid: Option<String>,
+    /// The other devices of its filesystem, where there are such and all of them are here.
+    pub siblings: Vec<String>,
     /// Whether it was left in order: `clean`, `frozen`, `dirty`, or `unknown`. A mounted filesystem
     /// is dirty as a rule.
     pub condition: String,
@@ -146,6 +150,7 @@ fn source(source: &Source) -> Result<SourceReport> {
         fs: None,
         label: None,
         uuid: None,
+        siblings: Vec::new(),
         condition: "unknown".to_owned(),
         used_bytes: None,
         step: ladder
@@ -159,7 +164,12 @@ fn source(source: &Source) -> Result<SourceReport> {
     let opened = if source.mount.is_some() {
         fs::open_frozen(&disk)?
     } else {
-        fs::open(&disk)?
+        let mut siblings: Vec<Arc<dyn ReadAt>> = Vec::new();
+        for sibling in whole::siblings(source)? {
+            siblings.push(Arc::new(Disk::open(&sibling.path, Access::Read)?));
+            report.siblings.push(sibling.path.display().to_string());
+        }
+        fs::open_with(&disk, &siblings)?
     };
     let info = match opened {
         Opened::Known(filesystem) => {

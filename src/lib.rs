@@ -33,5 +33,6 @@ pub mod run;
 pub mod source;
 pub mod survey;
 pub mod target;
+mod twin;
 pub mod units;
 pub mod verify;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use holdstill_platform::device::{Access, Disk, Geometry};
+use holdstill_platform::device::Geometry;
 use holdstill_platform::guard::Undo;
 use holdstill_platform::node::Node;
 use serde::Serialize;
@@ -16,13 +16,15 @@ use crate::freeze::offline::{self, Offline};
 use crate::freeze::track::{self, Track};
 use crate::freeze::zfs::{self, Zvol};
 use crate::freeze::{Context, Step, Still};
-use crate::source::{Medium, Source};
+use crate::source::{Source, whole};
 
 /// A source and the step chosen for it.
 #[derive(Debug)]
 pub struct Plan {
     /// The source.
     pub source: Source,
+    /// The other devices of its filesystem, where they are imaged with it.
+    pub siblings: Vec<Source>,
     /// How it will hold still.
     pub step: Step,
     /// Steps that come earlier in the ladder, and why they do not apply.
@@ -50,10 +52,15 @@ impl Plan {
         };
         let mut passed_over = Vec::new();
         for step in candidates {
-            match objection(step, &source)? {
+            let siblings = match step {
+                Step::Offline => whole::siblings(&source)?,
+                _ => Vec::new(),
+            };
+            match objection_to_all(step, &source, &siblings)? {
                 None => {
                     return Ok(Self {
                         source,
+                        siblings,
                         step,
                         passed_over,
                     });
@@ -64,19 +71,29 @@ impl Plan {
         Err(nothing_applies(&source, named, &passed_over))
     }
 
-    /// Makes the source hold still.
+    /// Makes the source hold still: one value for each of [`sources`](Self::sources).
     ///
     /// # Errors
     /// What the step says.
-    pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
-        Ok(match self.step {
-            Step::Offline => Box::new(Offline::hold(&self.source, context)?),
+    pub fn hold_still(&self, context: &Context<'_>) -> Result<Vec<Box<dyn Still>>> {
+        let one: Box<dyn Still> = match self.step {
+            Step::Offline => {
+                let sources: Vec<&Source> = self.sources().collect();
+                let held = Offline::hold(&sources, context)?.into_iter();
+                return Ok(held.map(|one| Box::new(one) as Box<dyn Still>).collect());
+            }
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
             Step::Lvm => Box::new(Lvm::snapshot(&self.source, context)?),
             Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
-        })
+        };
+        Ok(vec![one])
+    }
+
+    /// The source, and what is imaged with it.
+    pub fn sources(&self) -> impl Iterator<Item = &Source> {
+        std::iter::once(&self.source).chain(&self.siblings)
     }
 
     /// What a guard may have to undo should run `run_id` die.
@@ -91,23 +108,28 @@ impl Plan {
         }
     }
 
+    /// Whether this is one of the other devices of the source's filesystem.
+    pub fn has_sibling(&self, other: &Source) -> bool {
+        let Ok(node) = Node::of(&other.path) else {
+            return false;
+        };
+        self.siblings.iter().any(|source| source.is_same_as(&node))
+    }
+
     /// Size and sectors of the source.
     ///
     /// # Errors
     /// If it cannot be opened.
     pub fn geometry(&self) -> Result<Geometry> {
-        Ok(Disk::open(&self.source.path, Access::Read)?.geometry())
+        self.source.geometry()
     }
 
-    /// Whether `path` leads to the very file or device that is the source.
+    /// Whether `path` leads to a very file or device that is a source.
     pub fn is_same_as(&self, path: &Path) -> bool {
         let Ok(node) = Node::of(path) else {
             return false;
         };
-        match &self.source.medium {
-            Medium::File(file) => *file == node.id,
-            Medium::Device(device) => node.block_device() == Some(device.number),
-        }
+        self.sources().any(|source| source.is_same_as(&node))
     }
 }
 
@@ -145,6 +167,19 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     }
 }
 
+/// What speaks against a step for a source, or for another device of its filesystem.
+fn objection_to_all(step: Step, source: &Source, siblings: &[Source]) -> Result<Option<String>> {
+    if let Some(why) = objection(step, source)? {
+        return Ok(Some(why));
+    }
+    for sibling in siblings {
+        if let Some(why) = objection(step, sibling)? {
+            return Ok(Some(format!("{}: {why}", sibling.path.display())));
+        }
+    }
+    Ok(None)
+}
+
 fn nothing_applies(source: &Source, named: Option<Step>, passed_over: &[(Step, String)]) -> Error {
     let reasons: Vec<String> = passed_over
         .iter()
@@ -162,7 +197,11 @@ fn nothing_applies(source: &Source, named: Option<Step>, passed_over: &[(Step, S
 /// One line for people.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.source.path.display(), self.step)?;
+        write!(f, "{}", self.source.path.display())?;
+        for sibling in &self.siblings {
+            write!(f, ", {}", sibling.path.display())?;
+        }
+        write!(f, ": {}", self.step)?;
         for (step, why) in &self.passed_over {
             write!(f, "; not {step}, because {why}")?;
         }

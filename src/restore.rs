@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::damage::{Damages, Tolerant};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
+use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, StreamManifest, VolumeManifest};
 use crate::image::reader::End;
@@ -18,6 +19,7 @@ use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::target::{Candidate, Target};
+use crate::twin;
 use crate::units::{ByteLen, Offset};
 use crate::verify;
 use stream::{Receiving, WantedStream};
@@ -33,6 +35,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Let a filesystem become visible twice that must not.
+    pub allow_twin: bool,
     /// Go on behind damage: write all that is whole, and zeros for the rest.
     pub salvage: bool,
     /// The id the image must have.
@@ -143,7 +147,23 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
             }
         }
     }
+    if !options.allow_twin {
+        refuse_twins(&planned.volumes)?;
+    }
     Ok(planned)
+}
+
+/// Refuses to make a btrfs visible twice.
+fn refuse_twins(volumes: &[(VolumeManifest, PathBuf, Candidate)]) -> Result<()> {
+    let targets: Vec<&Path> = volumes.iter().map(|(_, path, _)| path.as_path()).collect();
+    for (volume, path, _) in volumes {
+        let is_btrfs = volume.fs.as_deref() == Some(fs::Kind::Btrfs.name());
+        let fsid = volume.uuid.as_deref().map(uuid::Uuid::parse_str);
+        if let (true, Some(Ok(fsid))) = (is_btrfs, fsid) {
+            twin::refuse(fsid, path, &targets)?;
+        }
+    }
+    Ok(())
 }
 
 /// Restores an image.

@@ -1,8 +1,11 @@
 //! What the user named as a source: a device, a mount point, a logical volume, or a file with a raw disk
 //! in it.
 
+pub mod whole;
+
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::lvm::LogicalVolume;
 use holdstill_platform::mounts::{self, Mount, Place};
 use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
@@ -212,6 +215,22 @@ impl Source {
             medium: Medium::Device(device),
             mount,
         })
+    }
+
+    /// Size and sectors.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn geometry(&self) -> Result<Geometry> {
+        Ok(Disk::open(&self.path, Access::Read)?.geometry())
+    }
+
+    /// Whether `node` is the very file or device that this is.
+    pub fn is_same_as(&self, node: &Node) -> bool {
+        match &self.medium {
+            Medium::File(file) => *file == node.id,
+            Medium::Device(device) => node.block_device() == Some(device.number),
+        }
     }
 
     /// A file that is attached to a loop device is read through that device: only there can the

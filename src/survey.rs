@@ -1,5 +1,7 @@
 //! What is on a volume, how far its own map can be trusted, and so which blocks must be copied.
 
+use std::sync::Arc;
+
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
@@ -30,13 +32,14 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// Examines a volume that nobody writes to and nobody has mounted.
+    /// Examines a volume that nobody writes to and nobody has mounted. `siblings` are those that
+    /// hold its filesystem together with it.
     ///
     /// # Errors
     /// [`Kind::NotApplicable`] if part of its filesystem is elsewhere, [`Kind::InUse`] if another
     /// host has it mounted; else if reading fails.
-    pub fn of_offline(disk: &Disk, all_blocks: bool) -> Result<Self> {
-        let opened = fs::open(disk)?;
+    pub fn of_offline(disk: &Disk, siblings: &[Arc<dyn ReadAt>], all_blocks: bool) -> Result<Self> {
+        let opened = fs::open_with(disk, siblings)?;
         Self::new(disk, opened, all_blocks, is_clean, Grade::Clean)
     }
 

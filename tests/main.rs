@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: one module per concept.
 
 mod backup;
+mod btrfs;
 mod clone;
 mod common;
 mod damage;

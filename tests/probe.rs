@@ -111,7 +111,9 @@ fn signatures_are_what_blkid_says() {
         }
         let opened = fs::open(&FileSource::open(&path)).unwrap();
         let is_expected = match kind {
-            Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs => matches!(opened, Opened::Known(_)),
+            Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs => {
+                matches!(opened, Opened::Known(_))
+            }
             _ => matches!(&opened, Opened::NoMap(other) if *other == info),
         };
         if !is_expected {

@@ -407,6 +407,13 @@ fn btrfs_of(device: &str) -> Option<String> {
     })
 }
 
+/// Whether the btrfs of this UUID is mounted, wherever, as `/sys/fs/btrfs` says.
+pub fn is_mounted_btrfs(uuid: &str) -> bool {
+    // The text may come from an image: it must not lead out of the folder.
+    let is_name = uuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    is_name && !uuid.is_empty() && Path::new("/sys/fs/btrfs").join(uuid).exists()
+}
+
 /// Whether a disk refuses to be written, as sysfs says.
 fn read_only(device: &BlockDevice) -> bool {
     node::read_number::<u32>(&device.sysfs().join("ro")).is_ok_and(|flag| flag == 1)

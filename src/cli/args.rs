@@ -300,6 +300,9 @@ pub(super) struct RestoreArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
+    /// Let a btrfs become visible twice on this machine, which may mix up both
+    #[arg(long)]
+    allow_twin: bool,
     /// From a damaged image, write all that is whole, zeros for the rest, list it, and exit with 4;
     /// the whole target is written
     #[arg(long, conflicts_with = "verify")]
@@ -343,6 +346,7 @@ impl RestoreArgs {
             targets,
             discard: self.discard,
             verify: self.verify,
+            allow_twin: self.allow_twin,
             salvage: self.salvage,
             expect_id: expected_id(self.expect_id.as_ref())?,
             bounds: self.copying.bounds.or(Bounds::for_target()),
@@ -367,6 +371,9 @@ pub(super) struct CloneArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
+    /// Let a btrfs become visible twice on this machine, which may mix up both
+    #[arg(long)]
+    allow_twin: bool,
     #[command(flatten)]
     copying: CopyArgs,
     /// Print what would be done, and change nothing
@@ -385,6 +392,7 @@ impl CloneArgs {
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,
             verify: self.verify,
+            allow_twin: self.allow_twin,
             hooks: self.freeze.hooks(),
             bounds: self.copying.bounds.or(Bounds::for_target()),
             run_id: run_id.to_owned(),

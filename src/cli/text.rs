@@ -279,6 +279,13 @@ fn inspect_source(report: &inspect::SourceReport) -> String {
     if let Some(point) = &report.mounted_at {
         let _ = write!(text, "\nmounted at {}", Escaped(point));
     }
+    if !report.siblings.is_empty() {
+        let _ = write!(
+            text,
+            "\nimaged together with {}",
+            Escaped(&report.siblings.join(", "))
+        );
+    }
     for step in &report.ladder {
         match &step.objection {
             None => {

@@ -5,6 +5,8 @@
 //! and the last: a device by its counters of writes and discards, a file by a read lease. Where
 //! neither exists the copy may still be right, but is graded `crash`.
 
+use std::sync::Arc;
+
 use holdstill_platform::counters::{self, Counters};
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::exclusive::{Claim, Lease, LeaseAnswer, Stamp};
@@ -16,6 +18,7 @@ use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
+use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::{Medium, Source};
 use crate::survey::Survey;
@@ -23,12 +26,22 @@ use crate::survey::Survey;
 /// A source that nobody writes to.
 #[derive(Debug)]
 pub struct Offline {
-    disk: Disk,
+    /// All devices of its filesystem. None is let go before the last has been copied: the map of
+    /// each is read from all.
+    held: Arc<Vec<Held>>,
+    /// Which of them this one is.
+    own: usize,
     survey: Survey,
     instant: jiff::Timestamp,
-    watch: Watch,
     passes: OnePass,
     run: Run,
+}
+
+/// One device or file, and how writing to it would show.
+#[derive(Debug)]
+struct Held {
+    disk: Arc<Disk>,
+    watch: Watch,
 }
 
 /// How writing by somebody else would show.
@@ -62,40 +75,63 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
 }
 
 impl Offline {
-    /// Takes hold of a source.
+    /// Takes hold of a source, or of all devices of one filesystem together.
     ///
     /// # Errors
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
-    pub fn hold(source: &Source, context: &Context<'_>) -> Result<Self> {
+    pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Vec<Self>> {
         context.run.before_freeze()?;
-        let disk = Disk::open(&source.path, Access::Read)?;
-        let watch = match &source.medium {
-            Medium::Device(device) => Watch::device(source, device, &disk),
-            Medium::File(_) => Watch::file(source, &disk),
-        }?;
+        let mut held = Vec::new();
+        for source in sources {
+            let disk = Disk::open(&source.path, Access::Read)?;
+            let watch = match &source.medium {
+                Medium::Device(device) => Watch::device(source, device, &disk),
+                Medium::File(_) => Watch::file(source, &disk),
+            }?;
+            let disk = Arc::new(disk);
+            held.push(Held { disk, watch });
+        }
         // Searched for only now: whoever comes later is seen by the watch.
-        if let Some(user) = objection(source)? {
-            return Err(in_use(&disk, &user));
+        for (source, Held { disk, .. }) in sources.iter().zip(&held) {
+            if let Some(user) = objection(source)? {
+                return Err(in_use(disk, &user));
+            }
         }
-        let mut survey = match Survey::of_offline(&disk, context.all_blocks) {
-            Err(error) if error.kind() == Kind::Io => match context.on_read_error {
-                OnReadError::Fail => return Err(error.hint(READ_ERROR_HINT)),
-                OnReadError::Zero => Survey::of_unreadable(&disk, &error)?,
-            },
-            other => other?,
+        let instant = jiff::Timestamp::now();
+        let held = Arc::new(held);
+        let weakness = held.iter().find_map(|held| held.watch.weakness());
+        let one = |own: usize| {
+            let mut survey = Self::examine(&held, own, context)?;
+            if let Some(weakness) = weakness {
+                survey.grade = survey.grade.max(Grade::Crash);
+                survey.warnings.push(weakness.to_owned());
+            }
+            Ok(Self {
+                held: Arc::clone(&held),
+                own,
+                survey,
+                instant,
+                passes: OnePass::new(context.compare),
+                run: context.run.clone(),
+            })
         };
-        if let Some(weakness) = watch.weakness() {
-            survey.grade = survey.grade.max(Grade::Crash);
-            survey.warnings.push(weakness.to_owned());
+        (0..held.len()).map(one).collect()
+    }
+
+    /// What is on device `own` of `held`.
+    fn examine(held: &[Held], own: usize, context: &Context<'_>) -> Result<Survey> {
+        let disk = &held[own].disk;
+        let others = held.iter().enumerate().filter(|(n, _)| *n != own);
+        let siblings: Vec<Arc<dyn ReadAt>> = others
+            .map(|(_, held)| Arc::clone(&held.disk) as Arc<dyn ReadAt>)
+            .collect();
+        match Survey::of_offline(disk, &siblings, context.all_blocks) {
+            Err(error) if error.kind() == Kind::Io => match context.on_read_error {
+                OnReadError::Fail => Err(error.hint(READ_ERROR_HINT)),
+                OnReadError::Zero => Survey::of_unreadable(disk, &error),
+            },
+            other => other,
         }
-        Ok(Self {
-            disk,
-            survey,
-            instant: jiff::Timestamp::now(),
-            watch,
-            passes: OnePass::new(context.compare),
-            run: context.run.clone(),
-        })
     }
 }
 
@@ -188,18 +224,26 @@ impl Still for Offline {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        Ok(self.passes.over(&self.disk, &self.survey))
+        Ok(self.passes.over(&self.held[self.own].disk, &self.survey))
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        let is_quiet = self.watch.is_quiet(&self.disk)?;
-        self.run.after_thaw(progress);
-        if !is_quiet {
+        let mut written = None;
+        for Held { disk, watch } in self.held.iter() {
+            if !watch.is_quiet(disk)? {
+                written = Some(disk.path());
+            }
+        }
+        // The filesystem is let go as a whole.
+        if self.own + 1 == self.held.len() {
+            self.run.after_thaw(progress);
+        }
+        if let Some(path) = written {
             return Err(Error::new(
                 Kind::Inconsistent,
                 "somebody wrote to the source while it was copied",
             )
-            .on(self.disk.path())
+            .on(path)
             .hint("find out who, and try again"));
         }
         Ok(Proof {

@@ -40,7 +40,7 @@ impl Users {
     pub(super) fn survey(&self, snapshot: &Disk, all_blocks: bool) -> Result<Survey> {
         match self {
             Self::Frozen => Survey::of_frozen(snapshot, all_blocks),
-            Self::Nobody => Survey::of_offline(snapshot, all_blocks),
+            Self::Nobody => Survey::of_offline(snapshot, &[], all_blocks),
             Self::Others(who) => Survey::of_snapshot_in_use(snapshot, who),
         }
     }

@@ -4,7 +4,8 @@
 //! specifications of FAT and exFAT, Apple's of HFS+ (TN1150) and APFS.
 
 use super::{Info, Kind, Matcher, Volume, blocks, only};
-use crate::fs::{ext4, xfs};
+use crate::fs::{btrfs, ext4, xfs};
+use crate::units::ByteLen;
 
 /// What is commonly made to look like a partitioned disk as well.
 pub(super) const OPTICAL: &[Matcher] = &[udf, iso9660];
@@ -76,15 +77,16 @@ fn xfs_log(volume: &Volume) -> Option<Info> {
 }
 
 fn btrfs(volume: &Volume) -> Option<Info> {
-    const AT: usize = 64 << 10;
-    volume.has(AT + 64, b"_BHRfS_M").then_some(())?;
-    Some(Info {
+    use btrfs::format as f;
+    let bytes: [u8; size_of::<f::SuperBlock>()] = volume.bytes(f::SUPER_OFFSETS[0] as usize)?;
+    let superblock: f::SuperBlock = zerocopy::transmute!(bytes);
+    (superblock.magic == f::MAGIC).then(|| Info {
         kind: Kind::Btrfs,
-        label: volume.text(AT + 299, 256),
-        uuid: volume.uuid(AT + 32),
-        block_size: volume.le32(AT + 144)?,
+        label: super::text(&superblock.label),
+        uuid: super::uuid(&superblock.fsid),
+        block_size: superblock.sector_size.get(),
         // Of this device, not of all the filesystem may have.
-        size: crate::units::ByteLen(volume.le64(AT + 201 + 8)?),
+        size: ByteLen(superblock.dev_item.total_bytes.get()),
     })
 }
 
@@ -249,7 +251,7 @@ fn squashfs(volume: &Volume) -> Option<Info> {
     volume.has(0, b"hsqs").then_some(())?;
     Some(Info {
         block_size: volume.le32(12)?,
-        size: crate::units::ByteLen(volume.le64(40)?),
+        size: ByteLen(volume.le64(40)?),
         ..only(Kind::Squashfs)
     })
 }

@@ -1,0 +1,78 @@
+//! The other devices of a filesystem that lives on several: a btrfs.
+
+use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::node::{self, BlockDevice};
+use uuid::Uuid;
+
+use super::{Medium, Source};
+use crate::error::Result;
+use crate::fs::{self, Member};
+
+/// The other devices of the filesystem that `source` is a part of, by their number in it. None if it
+/// lives on one device, or if not each of the others is here just once: then the source has to be taken
+/// by itself.
+///
+/// # Errors
+/// If the source or the list of disks cannot be read.
+pub fn siblings(source: &Source) -> Result<Vec<Source>> {
+    let Some(own) = member(source)? else {
+        return Ok(Vec::new());
+    };
+    if own.devices <= 1 {
+        return Ok(Vec::new());
+    }
+    let mut found = devices_of(own.fsid)?;
+    found.retain(|(device, member)| {
+        let is_itself =
+            matches!(&source.medium, Medium::Device(source) if source.number == device.number);
+        !is_itself && member.devid != own.devid
+    });
+    found.sort_by_key(|(_, member)| member.devid);
+    let is_once = found.windows(2).all(|two| two[0].1.devid < two[1].1.devid);
+    if !is_once || found.len() as u64 + 1 != own.devices {
+        return Ok(Vec::new());
+    }
+    let sources = found.into_iter().map(|(device, _)| {
+        let path = device.path();
+        let given = path.display().to_string();
+        Source::device(&given, device, path)
+    });
+    sources.collect()
+}
+
+/// What of which btrfs a source is, if it can be told.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn member(source: &Source) -> Result<Option<Member>> {
+    let disk = Disk::open(&source.path, Access::Read)?;
+    // What cannot be read there is for the copy itself to find.
+    Ok(fs::member(&disk).unwrap_or_default())
+}
+
+/// All block devices of this machine that belong to a btrfs, and what of it they are. Not what other
+/// devices are built on: it shows the same a second time.
+///
+/// # Errors
+/// If the disks cannot be listed.
+pub fn devices_of(fsid: Uuid) -> Result<Vec<(BlockDevice, Member)>> {
+    let mut found = Vec::new();
+    for disk in node::disks()? {
+        // A disk that vanishes meanwhile has no partitions either.
+        let partitions = disk.partitions().unwrap_or_default();
+        for device in std::iter::once(disk).chain(partitions) {
+            if !device.holders().unwrap_or_default().is_empty() {
+                continue;
+            }
+            // Without a medium, without permission, broken: nothing that could be imaged.
+            let Ok(opened) = Disk::open(&device.path(), Access::Read) else {
+                continue;
+            };
+            match fs::member(&opened) {
+                Ok(Some(member)) if member.fsid == fsid => found.push((device, member)),
+                _ => {}
+            }
+        }
+    }
+    Ok(found)
+}

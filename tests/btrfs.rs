@@ -1,0 +1,458 @@
+//! The map of btrfs, on one device and on several, against the tools that make and check it.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use holdstill::extent::{Extent, ExtentSet};
+use holdstill::fs::{self, Condition, DirtyReason, Opened};
+use holdstill::read_at::ReadAt;
+
+use crate::common::volume::{copy, digests, direct_copy, map, poisoned_file, populate, walk};
+use crate::common::{
+    FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, output, run, seed,
+    shell, sparse_file, temp_dir,
+};
+
+/// Not a whole number of sectors.
+const SIZE: u64 = (256 << 20) + 3 * 512;
+
+/// How a filesystem is made.
+struct Making {
+    name: &'static str,
+    devices: usize,
+    /// For `mkfs.btrfs`.
+    options: &'static str,
+    /// For `mount`.
+    mount: &'static str,
+    /// Run on the first device, `$1`, before the first mount.
+    before: &'static str,
+    /// Run in the folder where it is mounted, `$1`, when it is full.
+    after: &'static str,
+}
+
+const fn making(name: &'static str, devices: usize, options: &'static str) -> Making {
+    Making {
+        name,
+        devices,
+        options,
+        mount: "",
+        before: "",
+        after: "",
+    }
+}
+
+/// Every profile, kind of checksum and feature at least once.
+const EACH_ONCE: &[Making] = &[
+    Making {
+        after: "btrfs quota enable $1; btrfs quota rescan -w $1",
+        ..making("default, with quotas", 1, "")
+    },
+    making("mixed, xxhash", 1, "-M --csum xxhash"),
+    Making {
+        before: "yes | btrfstune -m $1",
+        ..making(
+            "64k, sha256, metadata UUID, data dup",
+            1,
+            "-n 65536 --csum sha256 -d dup",
+        )
+    },
+    Making {
+        mount: "space_cache=v1",
+        ..making(
+            "4k, blake2, single, as it once was",
+            1,
+            "-n 4096 --csum blake2 -m single -O ^no-holes,^extref,^skinny-metadata -R ^free-space-tree",
+        )
+    },
+    Making {
+        after: "btrfs filesystem resize -32M $1; btrfs balance start -f -mconvert=single,limit=1 $1",
+        ..making("smaller than its device, two profiles", 1, "")
+    },
+    making("raid1", 2, "-d raid1 -m raid1"),
+    making("raid0 and dup", 3, "-d raid0 -m dup"),
+    making("raid10", 4, "-d raid10 -m raid10"),
+    Making {
+        after: "btrfs balance start -dconvert=single,limit=1 $1",
+        ..making("raid1c3 and raid1c4", 4, "-d raid1c3 -m raid1c4")
+    },
+];
+
+/// The same one by one.
+const ALL: &[Making] = &[
+    making("default", 1, ""),
+    making("xxhash", 1, "--csum xxhash"),
+    making("sha256", 1, "--csum sha256"),
+    making("blake2", 1, "--csum blake2"),
+    making("mixed", 1, "-M"),
+    making("mixed, dup", 1, "-M -d dup -m dup"),
+    making("4k", 1, "-n 4096"),
+    making("64k", 1, "-n 65536"),
+    making("single", 1, "-m single -d single"),
+    making("data dup", 1, "-d dup"),
+    making("quota", 1, "-R quota"),
+    making("no free-space tree", 1, "-R ^free-space-tree"),
+    Making {
+        mount: "space_cache=v1",
+        ..making("cache files", 1, "-R ^free-space-tree")
+    },
+    making("no skinny metadata", 1, "-O ^skinny-metadata"),
+    making("holes, few references", 1, "-O ^no-holes,^extref"),
+    Making {
+        before: "yes | btrfstune -m $1",
+        ..making("metadata UUID", 1, "")
+    },
+    Making {
+        before: "yes | btrfstune -u -f $1",
+        ..making("another UUID", 1, "")
+    },
+    making("raid1 of 3", 3, "-d raid1 -m raid1"),
+    making("raid0 of 2", 2, "-d raid0 -m raid0"),
+    making("raid0 of 4", 4, "-d raid0 -m raid1"),
+    making("raid10 of 4, 64k", 4, "-d raid10 -m raid10 -n 65536"),
+    making("raid1c3", 3, "-d raid1c3 -m raid1c3"),
+    making("raid1c4", 4, "-d raid1c4 -m raid1c4"),
+    making("one after the other", 3, "-d single -m raid1"),
+    making("mixed raid1", 2, "-M -d raid1 -m raid1"),
+    Making {
+        after: "btrfs device remove 2 $1",
+        ..making("one removed", 2, "-d single -m dup")
+    },
+    Making {
+        after: "btrfs balance start -f -dconvert=raid1 -mconvert=raid0 $1",
+        ..making("converted", 2, "-d single -m raid1")
+    },
+];
+
+/// Devices of one filesystem over files, attached.
+struct Scene {
+    dir: tempfile::TempDir,
+    files: Vec<PathBuf>,
+    loops: Vec<LoopDevice>,
+}
+
+impl Scene {
+    fn make(making: &Making) -> Self {
+        let dir = temp_dir();
+        let mut files = Vec::new();
+        let mut loops = Vec::new();
+        for number in 1..=making.devices {
+            let file = dir.path().join(format!("device{number}"));
+            sparse_file(&file, SIZE);
+            loops.push(LoopDevice::attach(&file));
+            files.push(file);
+        }
+        let mut args: Vec<OsString> = vec!["-q".into(), "-f".into(), "-L".into(), "label".into()];
+        args.extend(making.options.split_whitespace().map(OsString::from));
+        args.extend(loops.iter().map(|device| device.path().into()));
+        run("mkfs.btrfs", args);
+        let scene = Self { dir, files, loops };
+        if !making.before.is_empty() {
+            let device = scene.loops[0].path().display();
+            shell(format!("set -- {device}; {} > /dev/null", making.before));
+        }
+        scene
+    }
+
+    fn mount(&self, options: &str) -> Mount {
+        mount(&self.loops, &self.dir.path().join("mnt"), options)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        forget(&self.loops);
+    }
+}
+
+/// Makes the kernel forget devices: it would take them for parts of what comes next.
+fn forget(loops: &[LoopDevice]) {
+    for device in loops {
+        let args = ["device", "scan", "--forget"].map(Path::new);
+        output("btrfs", args.into_iter().chain([device.path()]));
+    }
+}
+
+fn mount(loops: &[LoopDevice], dir: &Path, options: &str) -> Mount {
+    let others = loops[1..].iter();
+    let mut options: Vec<String> = others
+        .map(|device| format!("device={}", device.path().display()))
+        .chain((!options.is_empty()).then(|| options.to_owned()))
+        .collect();
+    options.sort();
+    Mount::new(loops[0].path(), dir, "btrfs", &options.join(","))
+}
+
+/// Fills a mounted filesystem with everything that allocates in its own way.
+fn fill(dir: &Path, rng: &mut Rng, bytes: u64) {
+    let script = |text: &str| shell(format!("set -- {}; cd $1; {text}", dir.display()));
+    populate(dir, rng, bytes / 4);
+    script("btrfs -q subvolume create sub; btrfs -q subvolume create gone");
+    populate(&dir.join("sub"), rng, bytes / 2);
+    populate(&dir.join("gone"), rng, bytes / 8);
+    script("head -c 1M /dev/urandom > sub/large; sync -f .");
+    script("btrfs -q subvolume snapshot -r sub snapshot; btrfs -q subvolume create sub/nested");
+    populate(&dir.join("sub/nested"), rng, bytes / 8);
+    script(
+        "mkdir packed; btrfs property set packed compression zstd
+        seq 300000 > packed/numbers
+        mkdir plain; chattr +C plain; head -c 600K /dev/urandom > plain/written; sync -f .
+        head -c 20K /dev/urandom | dd of=plain/written conv=notrunc bs=4K seek=7 status=none
+        head -c 1 /dev/urandom | dd of=sub/large conv=notrunc bs=1 seek=500001 status=none
+        fallocate -l 2M room; head -c 70K /dev/urandom | dd of=room conv=notrunc bs=4K seek=9 status=none
+        cp --reflink=always sub/large sub/nested/shared
+        rm -r sub/folder3; btrfs -q subvolume delete gone; sync -f .; rm -r folder5",
+    );
+}
+
+/// The number behind a name in a line of text.
+fn number_after(line: &str, name: &str) -> Option<u64> {
+    let mut words = line.split_whitespace();
+    words.find(|word| *word == name)?;
+    words.next()?.parse().ok()
+}
+
+/// What is in use on each device, by what the filesystem's own tools print of its trees.
+fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
+    let dump = |tree: &str| {
+        let args = ["inspect-internal", "dump-tree", "-t", tree].map(Path::new);
+        run("btrfs", args.into_iter().chain(devices.iter().copied()))
+    };
+    let of_super = |device: &Path, name: &str| {
+        let args = ["inspect-internal", "dump-super"].map(Path::new);
+        let text = run("btrfs", args.into_iter().chain([device]));
+        let mut lines = text.lines();
+        lines
+            .find_map(|line| number_after(line, name))
+            .unwrap_or_else(|| panic!("no {name}: {text}"))
+    };
+    let node = of_super(devices[0], "nodesize");
+    let ids: Vec<u64> = devices
+        .iter()
+        .map(|device| of_super(device, "dev_item.devid"))
+        .collect();
+    let mut used: Vec<ExtentSet> = devices
+        .iter()
+        .map(|device| {
+            let len = FileSource::open(device).len().0;
+            let total = of_super(device, "dev_item.total_bytes");
+            let mut used = ExtentSet::new();
+            used.insert(Extent::new(0, 1 << 20));
+            used.insert(Extent::new(64 << 20, 4096));
+            used.insert(Extent::new(total, len - total));
+            used
+        })
+        .collect();
+    // Start, end, profile, devices and places.
+    let mut chunks: Vec<(u64, u64, String, Vec<(u64, u64)>)> = Vec::new();
+    for line in dump("chunk").lines() {
+        if let Some((_, start)) = line.split_once(" CHUNK_ITEM ") {
+            let start = start.split(')').next().unwrap().parse().unwrap();
+            chunks.push((start, 0, String::new(), Vec::new()));
+        } else if let Some(len) = number_after(line, "length") {
+            let chunk = chunks.last_mut().unwrap();
+            let (_, kind) = line.split_once(" type ").unwrap();
+            chunk.1 = chunk.0 + len;
+            chunk.2 = kind.split('|').next_back().unwrap().to_lowercase();
+        } else if line.trim_start().starts_with("stripe ") {
+            let place = ["devid", "offset"].map(|name| number_after(line, name).unwrap());
+            chunks.last_mut().unwrap().3.push((place[0], place[1]));
+        }
+    }
+    let mut add = |devid: u64, at: u64, len: u64| {
+        let index = ids.iter().position(|id| *id == devid).unwrap();
+        used[index].insert(Extent::new(at, len));
+    };
+    for line in dump("extent").lines() {
+        let Some((_, key)) = line.split_once(" key (") else {
+            continue;
+        };
+        let words: Vec<&str> = key.split([' ', ')']).collect();
+        let start: u64 = words[0].parse().unwrap_or(0);
+        let len = match words[1] {
+            "EXTENT_ITEM" => words[2].parse().unwrap(),
+            "METADATA_ITEM" => node,
+            _ => continue,
+        };
+        let chunk = chunks
+            .iter()
+            .find(|chunk| (chunk.0..chunk.1).contains(&start));
+        let (first, _, profile, places) = chunk.unwrap();
+        let count = places.len() as u64;
+        // Sector by sector, as simple as can be.
+        for at in (start..start + len).step_by(4096) {
+            let offset = at - first;
+            let (piece, within) = (offset >> 16, offset & 0xffff);
+            match profile.as_str() {
+                "raid0" => {
+                    let (devid, place) = places[(piece % count) as usize];
+                    add(devid, place + (piece / count << 16) + within, 4096);
+                }
+                "raid10" => {
+                    let columns = count / 2;
+                    let column = (piece % columns) as usize;
+                    for (devid, place) in &places[2 * column..2 * column + 2] {
+                        add(*devid, place + (piece / columns << 16) + within, 4096);
+                    }
+                }
+                "single" | "dup" | "raid1" | "raid1c3" | "raid1c4" => {
+                    for (devid, place) in places {
+                        add(*devid, place + offset, 4096);
+                    }
+                }
+                other => panic!("profile {other}"),
+            }
+        }
+    }
+    used
+}
+
+/// Our map of each device.
+fn maps(devices: &[&Path]) -> Vec<ExtentSet> {
+    let sources: Vec<Arc<dyn ReadAt>> = devices
+        .iter()
+        .map(|path| Arc::new(FileSource::open(path)) as Arc<dyn ReadAt>)
+        .collect();
+    let one = |own: usize| {
+        let others = sources.iter().enumerate().filter(|(n, _)| *n != own);
+        let others: Vec<_> = others.map(|(_, source)| Arc::clone(source)).collect();
+        let opened = fs::open_with(sources[own].as_ref(), &others).unwrap();
+        let Opened::Known(filesystem) = opened else {
+            panic!("{opened:?}");
+        };
+        assert_eq!(filesystem.condition(), Condition::Clean);
+        let (used, result) = walk(filesystem.as_ref(), sources[own].as_ref());
+        assert_eq!(result.unwrap().warnings, [""; 0]);
+        used
+    };
+    (0..sources.len()).map(one).collect()
+}
+
+/// Bytes in use by the kernel's account, each copy counted.
+fn used_by_kernel(dir: &Path) -> u64 {
+    let args = ["filesystem", "usage", "-b"].map(Path::new);
+    let text = run("btrfs", args.into_iter().chain([dir]));
+    let line = text.lines().find_map(|line| number_after(line, "Used:"));
+    line.unwrap_or_else(|| panic!("{text}"))
+}
+
+/// Nothing is wrong with a filesystem, and its files are what they should be.
+fn check_whole(loops: &[LoopDevice], dir: &Path, expected: &BTreeMap<PathBuf, String>) {
+    let args = ["check", "--readonly", "--check-data-csum"].map(Path::new);
+    run("btrfs", args.into_iter().chain([loops[0].path()]));
+    {
+        let mount = mount(loops, dir, "ro");
+        let args = ["scrub", "start", "-B", "-r"].map(Path::new);
+        let scrub = run("btrfs", args.into_iter().chain([mount.dir()]));
+        assert!(scrub.contains("no errors found"), "{scrub}");
+        assert_eq!(&digests(mount.dir()), expected);
+    }
+    forget(loops);
+}
+
+/// Makes, fills, images and restores a filesystem.
+fn check(making: &Making, rng: &mut Rng, bytes: u64) {
+    println!("{}", making.name);
+    let mut scene = Scene::make(making);
+    let (expected, used) = {
+        let mount = scene.mount(making.mount);
+        fill(mount.dir(), rng, bytes);
+        if !making.after.is_empty() {
+            let dir = mount.dir().display();
+            shell(format!("set -- {dir}; {{ {}; }} > /dev/null", making.after));
+        }
+        let expected = digests(mount.dir());
+        run("sync", [Path::new("-f"), mount.dir()]);
+        (expected, used_by_kernel(mount.dir()))
+    };
+    // One may have been removed.
+    let is_member = |path: &&Path| fs::member(&FileSource::open(path)).unwrap().is_some();
+    let paths = scene.loops.iter().map(LoopDevice::path);
+    let devices: Vec<&Path> = paths.filter(is_member).collect();
+    let ours = maps(&devices);
+    assert_eq!(ours, used_by_dump_tree(&devices), "{}", making.name);
+
+    let image = scene.path("image");
+    let args = [
+        "backup".as_ref(),
+        devices[0],
+        "-o".as_ref(),
+        &image,
+        "--json".as_ref(),
+    ];
+    let report = program::run(args).expect(0).last();
+    assert_eq!(
+        (&report["grade"], &report["freeze"]),
+        (&"clean".into(), &"offline".into())
+    );
+    assert_eq!(report["warnings"], serde_json::json!([]));
+    let volumes = report["volumes"].as_array().unwrap();
+    assert_eq!(volumes.len(), devices.len());
+    for (volume, ours) in volumes.iter().zip(&ours) {
+        assert_eq!(volume["used_bytes"], ours.bytes().0);
+        assert_eq!(
+            (&volume["fs"], &volume["label"]),
+            (&"btrfs".into(), &"label".into())
+        );
+    }
+    // Reserved, superblocks, and what is behind the end of a smaller filesystem, are not counted.
+    let fixed: u64 = ours
+        .iter()
+        .map(|used| {
+            let end = used.runs().last().filter(|run| run.end().0 == SIZE);
+            (1 << 20) + 4096 + end.map_or(0, |run| run.len.0)
+        })
+        .sum();
+    let copied: u64 = ours.iter().map(|used| used.bytes().0).sum();
+    assert!(
+        copied - fixed <= used + used / 50,
+        "{copied}, {fixed}, {used}"
+    );
+
+    let count = devices.len();
+    forget(&scene.loops);
+    scene.loops.clear();
+    let mut args: Vec<OsString> = vec!["restore".into(), "--yes".into(), "--verify".into()];
+    args.push(image.clone().into());
+    let mut targets = Vec::new();
+    for number in 1..=count {
+        let target = scene.path(&format!("target{number}"));
+        poisoned_file(&target, SIZE);
+        args.extend([
+            "--map".into(),
+            format!("{number}={}", target.display()).into(),
+        ]);
+        targets.push(target);
+    }
+    program::run(args).expect(0);
+    let loops: Vec<LoopDevice> = targets
+        .iter()
+        .map(|path| LoopDevice::attach(path))
+        .collect();
+    check_whole(&loops, &scene.path("mnt"), &expected);
+}
+
+#[test]
+fn privileged_the_map_is_what_dump_tree_says_and_a_restore_is_whole() {
+    needs_root!();
+    let mut rng = Rng(seed());
+    for making in EACH_ONCE {
+        check(making, &mut rng, count(5, 40) << 20);
+    }
+}
+
+#[test]
+fn privileged_every_feature_by_itself() {
+    needs_root!();
+    let mut rng = Rng(seed());
+    for making in rng.clone().some(ALL, count(1, 1000)) {
+        check(making, &mut rng, count(5, 40) << 20);
+    }
+}
