@@ -17,8 +17,16 @@ use crate::common::{
     shell, sparse_file, temp_dir,
 };
 
-/// Not a whole number of sectors.
-const SIZE: u64 = (256 << 20) + 3 * 512;
+/// Bytes of a device: not a whole number of sectors. Large tree blocks take large chunks, and none
+/// becomes smaller than 256 MiB.
+fn size_for(making: &Making) -> u64 {
+    let is_large = making.options.contains("65536") || making.after.contains("resize");
+    let mib = match is_large {
+        true => 512,
+        false => 256,
+    };
+    (mib << 20) + 3 * 512
+}
 
 /// How a filesystem is made.
 struct Making {
@@ -130,26 +138,23 @@ const ALL: &[Making] = &[
 /// Devices of one filesystem over files, attached.
 struct Scene {
     dir: tempfile::TempDir,
-    files: Vec<PathBuf>,
     loops: Vec<LoopDevice>,
 }
 
 impl Scene {
     fn make(making: &Making) -> Self {
         let dir = temp_dir();
-        let mut files = Vec::new();
         let mut loops = Vec::new();
         for number in 1..=making.devices {
             let file = dir.path().join(format!("device{number}"));
-            sparse_file(&file, SIZE);
+            sparse_file(&file, size_for(making));
             loops.push(LoopDevice::attach(&file));
-            files.push(file);
         }
         let mut args: Vec<OsString> = vec!["-q".into(), "-f".into(), "-L".into(), "label".into()];
         args.extend(making.options.split_whitespace().map(OsString::from));
         args.extend(loops.iter().map(|device| device.path().into()));
         run("mkfs.btrfs", args);
-        let scene = Self { dir, files, loops };
+        let scene = Self { dir, loops };
         if !making.before.is_empty() {
             let device = scene.loops[0].path().display();
             shell(format!("set -- {device}; {} > /dev/null", making.before));
@@ -208,7 +213,7 @@ fn fill(dir: &Path, rng: &mut Rng, bytes: u64) {
         head -c 1 /dev/urandom | dd of=sub/large conv=notrunc bs=1 seek=500001 status=none
         fallocate -l 2M room; head -c 70K /dev/urandom | dd of=room conv=notrunc bs=4K seek=9 status=none
         cp --reflink=always sub/large sub/nested/shared
-        rm -r sub/folder3; btrfs -q subvolume delete gone; sync -f .; rm -r folder5",
+        rm -rf sub/folder3; btrfs -q subvolume delete gone; sync -f .; rm -rf folder5",
     );
 }
 
@@ -271,7 +276,9 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
         used[index].insert(Extent::new(at, len));
     };
     for line in dump("extent").lines() {
-        let Some((_, key)) = line.split_once(" key (") else {
+        // Keys stand in other lines, too: of nodes, and of what a listed block begins with.
+        let item = line.trim_start().starts_with("item ").then_some(line);
+        let Some((_, key)) = item.and_then(|line| line.split_once(" key (")) else {
             continue;
         };
         let words: Vec<&str> = key.split([' ', ')']).collect();
@@ -360,6 +367,7 @@ fn check_whole(loops: &[LoopDevice], dir: &Path, expected: &BTreeMap<PathBuf, St
 /// Makes, fills, images and restores a filesystem.
 fn check(making: &Making, rng: &mut Rng, bytes: u64) {
     println!("{}", making.name);
+    let size = size_for(making);
     let mut scene = Scene::make(making);
     let (expected, used) = {
         let mount = scene.mount(making.mount);
@@ -406,7 +414,7 @@ fn check(making: &Making, rng: &mut Rng, bytes: u64) {
     let fixed: u64 = ours
         .iter()
         .map(|used| {
-            let end = used.runs().last().filter(|run| run.end().0 == SIZE);
+            let end = used.runs().last().filter(|run| run.end().0 == size);
             (1 << 20) + 4096 + end.map_or(0, |run| run.len.0)
         })
         .sum();
@@ -424,7 +432,7 @@ fn check(making: &Making, rng: &mut Rng, bytes: u64) {
     let mut targets = Vec::new();
     for number in 1..=count {
         let target = scene.path(&format!("target{number}"));
-        poisoned_file(&target, SIZE);
+        poisoned_file(&target, size);
         args.extend([
             "--map".into(),
             format!("{number}={}", target.display()).into(),
@@ -455,4 +463,323 @@ fn privileged_every_feature_by_itself() {
     for making in rng.clone().some(ALL, count(1, 1000)) {
         check(making, &mut rng, count(5, 40) << 20);
     }
+}
+
+/// One device, filled, whose superblock and trees tests then change; kept as a file.
+fn filled(options: &'static str, rng: &mut Rng) -> (Scene, PathBuf) {
+    let mut scene = Scene::make(&making("", 1, options));
+    {
+        let mount = scene.mount("");
+        fill(mount.dir(), rng, 3 << 20);
+    }
+    forget(&scene.loops);
+    scene.loops.clear();
+    let file = scene.path("device1");
+    (scene, file)
+}
+
+fn patch(file: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(file).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+/// Changes the first superblock of a filesystem with CRC-32C, its checksum included.
+fn change_super(file: &Path, offset: usize, bytes: &[u8]) {
+    let opened = File::open(file).unwrap();
+    let mut block = vec![0; 4096];
+    opened.read_exact_at(&mut block, 64 << 10).unwrap();
+    block[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let sum = crc32c::crc32c(&block[32..]);
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+    patch(file, 64 << 10, &block);
+}
+
+/// Why all blocks of a file are copied.
+fn why_all_blocks(file: &Path) -> String {
+    match fs::open(&FileSource::open(file)).unwrap() {
+        Opened::AllBlocks { info, why } => {
+            assert_eq!(info.kind, fs::Kind::Btrfs);
+            why
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn privileged_what_is_not_understood_is_copied_as_a_whole() {
+    needs_root!();
+    let (scene, file) = filled("", &mut Rng(seed()));
+    let changed = scene.path("changed");
+    let copy_number = |bit: u32| (1u64 << bit).to_le_bytes();
+    for (offset, bytes, expected) in [
+        (0xbc, copy_number(12), "zoned"),
+        (0xbc, copy_number(13), "incompatible 0x2000"),
+        (0xbc, copy_number(14), "incompatible 0x4000"),
+        (0xbc, copy_number(17), "incompatible 0x20000"),
+        (0xb4, copy_number(4), "read-only compatible 0x10"),
+        (0xbc, copy_number(8), "of an old kind"),
+        (0x38, copy_number(32), "seed"),
+        (0x38, copy_number(33), "metadata alone"),
+        (0x38, copy_number(50), "flags unknown"),
+        (0x88, 2u64.to_le_bytes(), "one of the 2 devices"),
+        (0x70, (1u64 << 40).to_le_bytes(), "larger than the volume"),
+    ] {
+        copy(&file, &changed);
+        // The size of the device is in its own item.
+        let offset = if expected.starts_with("larger") {
+            0xc9 + 8
+        } else {
+            offset
+        };
+        change_super(&changed, offset, &bytes);
+        let why = why_all_blocks(&changed);
+        assert!(why.contains(expected), "{why}");
+    }
+    copy(&file, &changed);
+    patch(&changed, (64 << 10) + 0x12b, b"x");
+    assert!(why_all_blocks(&changed).contains("damaged, or older"));
+    patch(&changed, 64 << 20, &[0; 4096]);
+    assert!(why_all_blocks(&changed).contains("checksum"));
+    // A bad copy alone does not matter.
+    copy(&file, &changed);
+    patch(&changed, 64 << 20, &[0; 4096]);
+    let before = map(&file);
+    let after = map(&changed);
+    assert_eq!(before.used, after.used);
+    assert_eq!(after.walk.warnings.len(), 1, "{:?}", after.walk.warnings);
+}
+
+#[test]
+fn privileged_a_bad_copy_of_a_tree_block_is_made_up_for_by_the_other() {
+    needs_root!();
+    let (scene, file) = filled("-m dup", &mut Rng(seed()));
+    let (single_scene, single) = filled("-m single", &mut Rng(seed()));
+    let expected = map(&file);
+    let extent_root = |file: &Path| {
+        let args = ["inspect-internal", "dump-tree", "-t", "extent"].map(Path::new);
+        let text = run("btrfs", args.into_iter().chain([file]));
+        let mut lines = text.lines();
+        lines
+            .find_map(|line| number_after(line, "leaf").or(number_after(line, "node")))
+            .unwrap()
+    };
+    // Where it lies, by what the tools of the filesystem say.
+    let places = |file: &Path| {
+        let logical = PathBuf::from(extent_root(file).to_string());
+        let text = run("btrfs-map-logical", [Path::new("-l"), &logical, file]);
+        text.lines()
+            .map(|line| number_after(line, "physical").unwrap())
+            .collect::<Vec<_>>()
+    };
+    let copies = places(&file);
+    assert_eq!(copies.len(), 2);
+    for place in &copies {
+        let changed = scene.path("changed");
+        copy(&file, &changed);
+        patch(&changed, place + 150, b"bad");
+        assert_eq!(map(&changed).used, expected.used);
+        patch(&changed, copies[0] + 150, b"bad");
+        patch(&changed, copies[1] + 150, b"bad");
+        let source = FileSource::open(&changed);
+        let Opened::Known(filesystem) = fs::open(&source).unwrap() else {
+            panic!();
+        };
+        let (_, result) = walk(filesystem.as_ref(), &source);
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), holdstill::error::Kind::Damaged);
+        assert!(error.to_string().contains("wrong checksum"), "{error}");
+    }
+    // The whole program then copies all blocks, and says so.
+    let place = places(&single)[0];
+    patch(&single, place + 150, b"bad");
+    let image = single_scene.path("image");
+    let report = program::run([
+        "backup".as_ref(),
+        &*single,
+        "-o".as_ref(),
+        &image,
+        "--json".as_ref(),
+    ]);
+    let report = report.expect(0).last();
+    assert_eq!(report["grade"], "crash");
+    assert!(
+        report["warnings"][0]
+            .as_str()
+            .unwrap()
+            .contains("all blocks are copied")
+    );
+    let target = single_scene.path("target");
+    let args = ["restore".as_ref(), "--yes".as_ref(), &*image, &target];
+    program::run(args).expect(0);
+    assert!(program::same_bytes(&single, &target));
+}
+
+#[test]
+fn privileged_a_log_is_not_passed_over() {
+    needs_root!();
+    let scene = Scene::make(&making("", 1, ""));
+    let copied = scene.path("copied");
+    let frozen = scene.path("frozen");
+    let written = {
+        let mount = scene.mount("commit=300");
+        populate(mount.dir(), &mut Rng(seed()), 2 << 20);
+        run("sync", [Path::new("-f"), mount.dir()]);
+        let file = File::create(mount.dir().join("flushed")).unwrap();
+        let mut content = vec![0; 5 << 20];
+        Rng(seed()).fill(&mut content);
+        file.write_all_at(&content, 0).unwrap();
+        file.sync_all().unwrap();
+        direct_copy(scene.loops[0].path(), &copied);
+        {
+            let _frozen = mount.freeze();
+            direct_copy(scene.loops[0].path(), &frozen);
+        }
+        blake3::hash(&content).to_string()
+    };
+    let conditions = [&copied, &frozen].map(|path| {
+        let Opened::Known(filesystem) = fs::open(&FileSource::open(path)).unwrap() else {
+            panic!();
+        };
+        filesystem.condition()
+    });
+    let reason = DirtyReason::Log;
+    assert_eq!(conditions, [Condition::Dirty { reason }, Condition::Clean]);
+
+    let image = scene.path("image");
+    let run = program::run(["backup".as_ref(), &*copied, "-o".as_ref(), &image]);
+    run.expect(0)
+        .says("would have to be replayed")
+        .says("all blocks");
+    let target = scene.path("target");
+    poisoned_file(&target, size_for(&making("", 1, "")));
+    program::run(["restore".as_ref(), "--yes".as_ref(), &*image, &target]).expect(0);
+    forget(&scene.loops);
+    let mut scene = scene;
+    scene.loops.clear();
+    let device = LoopDevice::attach(&target);
+    {
+        let mount = Mount::new(device.path(), &scene.path("mnt"), "btrfs", "");
+        assert_eq!(digests(mount.dir())[Path::new("flushed")], written);
+    }
+    forget(&[device]);
+}
+
+#[test]
+fn privileged_devices_are_imaged_together_or_by_themselves() {
+    needs_root!();
+    let mut rng = Rng(seed());
+    let mut scene = Scene::make(&making("", 3, "-d raid1 -m raid1"));
+    let [first, second] = [0, 1].map(|n| scene.loops[n].path().to_owned());
+    let image = scene.path("image");
+    let backup = |more: &[&Path]| {
+        let args = [
+            "backup".as_ref(),
+            "-o".as_ref(),
+            &*image,
+            "--force".as_ref(),
+            "--json".as_ref(),
+        ];
+        program::run(args.into_iter().chain(more.iter().copied()))
+    };
+    {
+        let mount = scene.mount("");
+        fill(mount.dir(), &mut rng, 3 << 20);
+        // Whichever is named: all are in use.
+        for device in [&first, &second] {
+            backup(&[device]).expect(3);
+        }
+    }
+    // Naming two of them is naming all of them once; what is named comes first.
+    let report = backup(&[&second, &first]).expect(0).last();
+    let volumes = report["volumes"].as_array().unwrap();
+    let paths: Vec<_> = volumes
+        .iter()
+        .map(|volume| volume["path"].as_str().unwrap())
+        .collect();
+    let third = scene.loops[2].path().to_str().unwrap().to_owned();
+    assert_eq!(
+        paths,
+        [second.to_str().unwrap(), first.to_str().unwrap(), &third]
+    );
+    let inspected = program::run(["inspect".as_ref(), &*image, "--json".as_ref()])
+        .expect(0)
+        .last();
+    for volume in inspected["manifest"]["volumes"].as_array().unwrap() {
+        assert_eq!(volume["group"], volume["uuid"]);
+    }
+    let inspected = program::run(["inspect".as_ref(), &*first, "--json".as_ref()])
+        .expect(0)
+        .last();
+    assert_eq!(
+        inspected["siblings"].as_array().unwrap().len(),
+        2,
+        "{inspected}"
+    );
+    assert_eq!(inspected["used_bytes"], volumes[1]["used_bytes"]);
+
+    // A clone has one target.
+    let clone = scene.path("clone");
+    let run = program::run(["clone".as_ref(), &*first, &clone, "--yes".as_ref()]);
+    run.expect(3).says("3 devices");
+    // Somebody writes to another device than the one that is named.
+    {
+        let _writer = OpenOptions::new().write(true).open(&second).unwrap();
+        backup(&[&first]).expect(3);
+    }
+    // One is missing: what is named is copied whole, and said not to be whole.
+    forget(&scene.loops);
+    scene.loops.pop();
+    let report = backup(&[&first]).expect(0).last();
+    assert_eq!(report["grade"], "crash");
+    assert_eq!(report["volumes"].as_array().unwrap().len(), 1);
+    let warning = report["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("one of the 3 devices"), "{warning}");
+}
+
+#[test]
+fn privileged_a_twin_is_refused() {
+    needs_root!();
+    let (scene, file) = filled("", &mut Rng(seed()));
+    let image = scene.path("image");
+    let (target, clone) = (scene.path("target"), scene.path("clone"));
+    program::run(["backup".as_ref(), &*file, "-o".as_ref(), &image]).expect(0);
+    let restore = |target: &Path, more: &[&str]| {
+        let args = ["restore".as_ref(), "--yes".as_ref(), &*image, target];
+        program::run(args.into_iter().chain(more.iter().map(Path::new)))
+    };
+    sparse_file(&clone, FileSource::open(&file).len().0);
+    let device = LoopDevice::attach(&clone);
+    // The only one that is visible.
+    restore(device.path(), &[]).expect(0);
+    // Onto itself.
+    restore(device.path(), &[]).expect(0);
+    // A file that is not attached is not visible.
+    restore(&target, &[]).expect(0);
+    let other = LoopDevice::attach(&file);
+    let name = other.path().to_str().unwrap();
+    for place in [device.path(), &clone] {
+        let run = restore(place, &[])
+            .expect(3)
+            .says("must not be there twice")
+            .says(name);
+        drop(run);
+        restore(place, &["--dry-run"]).expect(3);
+    }
+    let run = program::run([
+        "clone".as_ref(),
+        other.path(),
+        device.path(),
+        "--yes".as_ref(),
+    ]);
+    run.expect(3).says("must not be there twice");
+    let args = ["clone".as_ref(), other.path(), &*target, "--yes".as_ref()];
+    program::run(args).expect(0);
+    {
+        let _mount = Mount::new(other.path(), &scene.path("mnt"), "btrfs", "");
+        restore(device.path(), &[]).expect(3);
+    }
+    restore(device.path(), &["--allow-twin"]).expect(0);
+    let args = ["clone", "--yes", "--allow-twin"].map(Path::new);
+    program::run(args.into_iter().chain([other.path(), device.path()])).expect(0);
+    forget(&[device, other]);
 }

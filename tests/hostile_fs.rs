@@ -349,3 +349,134 @@ fn xfs() {
         .collect();
     run_all(&victims, count(300, 20_000));
 }
+
+/// Small btrfs with trees of more than one level, all with CRC-32C.
+fn btrfs_victims() -> Vec<Victim> {
+    let dir = temp_dir();
+    let tree = dir.path().join("tree");
+    populate(&tree, &mut Rng(3), 1 << 20);
+    let mut content = vec![0; 5000];
+    for number in 0..300 {
+        Rng(number).fill(&mut content);
+        std::fs::write(tree.join(format!("small{number}")), &content).unwrap();
+    }
+    let kinds: &[(&str, &str)] = &[
+        ("mixed", "-M"),
+        ("single", "-m single -n 4096"),
+        ("dup", "-m dup -n 4096"),
+    ];
+    let victims = kinds.iter().map(|&(name, options)| {
+        let make = |image: &Path| {
+            sparse_file(image, 32 << 20);
+            let mut args = vec!["-q", "--rootdir", tree.to_str().unwrap()];
+            args.extend(options.split_whitespace());
+            args.push(image.to_str().unwrap());
+            run("mkfs.btrfs", args);
+        };
+        victim(name, true, make, btrfs_metadata)
+    });
+    victims.collect()
+}
+
+/// Superblocks, and whatever looks like a tree block of the filesystem and has the right checksum: older
+/// ones, too.
+fn btrfs_metadata(bytes: &[u8]) -> Vec<Extent> {
+    const SUPER: usize = 64 << 10;
+    let uuid = &bytes[SUPER + 0x20..][..16];
+    let node = u32::from_le_bytes(bytes[SUPER + 0x94..][..4].try_into().unwrap()) as usize;
+    let is_block = |at: usize| {
+        let block = bytes.get(at..at + node)?;
+        let sum = u32::from_le_bytes(block[..4].try_into().unwrap());
+        (&block[0x20..0x30] == uuid && crc32c::crc32c(&block[32..]) == sum).then_some(())
+    };
+    let mut places = vec![Extent::new(SUPER as u64, 4096); 8];
+    places.push(Extent::new(64 << 20, 4096));
+    places.retain(|place| place.end().0 <= bytes.len() as u64);
+    let blocks = (1 << 20..bytes.len())
+        .step_by(4096)
+        .filter(|at| is_block(*at).is_some());
+    places.extend(blocks.map(|at| Extent::new(at as u64, node as u64)));
+    places
+}
+
+#[test]
+fn btrfs() {
+    run_all(&btrfs_victims(), count(300, 20_000));
+}
+
+/// What checksums cannot tell: they are right again after each change.
+#[test]
+fn btrfs_with_forged_metadata() {
+    let seed = seed();
+    for victim in btrfs_victims() {
+        for number in 0..count(300, 20_000) {
+            let mut rng = Rng(seed.wrapping_add(number));
+            let mut bytes: Vec<(u64, Vec<u8>)> = Vec::new();
+            for _ in 0..1 + rng.below(3) {
+                let places = &victim.metadata;
+                let place = places[rng.below(places.len() as u64) as usize];
+                let old = |place: Extent| {
+                    let start = place.start.0 as usize;
+                    victim.bytes[start..start + place.len.0 as usize].to_vec()
+                };
+                let mut block = old(place);
+                let within = block.len() - 8;
+                // Mostly where headers and the first entries are.
+                let at = match rng.below(3) {
+                    0 => rng.below(within as u64),
+                    1 => 0x20 + rng.below(0x100),
+                    _ => 0x58 + rng.below(0x60),
+                } as usize;
+                match rng.below(5) {
+                    0 => block[at] ^= 1 << rng.below(8),
+                    1 => {
+                        let number = NASTY[rng.below(NASTY.len() as u64) as usize];
+                        block[at..at + 4].copy_from_slice(&number.to_le_bytes());
+                    }
+                    2 => {
+                        // The address, generation or first key of another block, or of itself.
+                        let other = places[rng.below(places.len() as u64) as usize];
+                        let from = [0x30, 0x50, 0x65][rng.below(3) as usize];
+                        let field = &old(other)[from..from + 8];
+                        block[at..at + 8].copy_from_slice(field);
+                    }
+                    3 => {
+                        // A pointer of a node leads elsewhere, loops included.
+                        let other = places[rng.below(places.len() as u64) as usize];
+                        let pointer = 0x65 + 17 + 33 * rng.below(8) as usize;
+                        block[pointer..pointer + 8].copy_from_slice(&old(other)[0x30..0x38]);
+                    }
+                    _ => {
+                        // Another block's content under this one's address.
+                        let other = places[rng.below(places.len() as u64) as usize];
+                        let address = block[0x30..0x38].to_vec();
+                        let len = block.len().min(other.len.0 as usize);
+                        block[..len].copy_from_slice(&old(other)[..len]);
+                        block[0x30..0x38].copy_from_slice(&address);
+                    }
+                }
+                let sum = crc32c::crc32c(&block[32..]);
+                block[..4].copy_from_slice(&sum.to_le_bytes());
+                // In all copies: else the other one would be taken.
+                let copies = places.iter().filter(|other| old(**other) == old(place));
+                bytes.extend(copies.map(|copy| (copy.start.0, block.clone())));
+            }
+            let source = Changed {
+                base: &victim.bytes,
+                len: ByteLen(victim.bytes.len() as u64),
+                patches: bytes,
+                broken: None,
+                read: AtomicU64::new(0),
+            };
+            let shown = format!(
+                "{}, HOLDSTILL_SEED={}",
+                victim.name,
+                seed.wrapping_add(number)
+            );
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                attack(&victim, &source, false);
+            }));
+            assert!(result.is_ok(), "failed on {shown}");
+        }
+    }
+}

@@ -294,8 +294,7 @@ fn members(
         return Err(Error::new(
             Kind::NotApplicable,
             format!(
-                "it is one of the {devices} devices of its filesystem, and {} of the others are here",
-                members.len()
+                "it is one of the {devices} devices of its filesystem, and not all of them are here"
             ),
         ));
     }
