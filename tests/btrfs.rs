@@ -224,6 +224,14 @@ fn number_after(line: &str, name: &str) -> Option<u64> {
     words.next()?.parse().ok()
 }
 
+/// A chunk as it is printed.
+struct PrintedChunk {
+    logical: std::ops::Range<u64>,
+    profile: String,
+    /// Device and place of each stripe.
+    places: Vec<(u64, u64)>,
+}
+
 /// What is in use on each device, by what the filesystem's own tools print of its trees.
 fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
     let dump = |tree: &str| {
@@ -255,20 +263,23 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
             used
         })
         .collect();
-    // Start, end, profile, devices and places.
-    let mut chunks: Vec<(u64, u64, String, Vec<(u64, u64)>)> = Vec::new();
+    let mut chunks: Vec<PrintedChunk> = Vec::new();
     for line in dump("chunk").lines() {
         if let Some((_, start)) = line.split_once(" CHUNK_ITEM ") {
             let start = start.split(')').next().unwrap().parse().unwrap();
-            chunks.push((start, 0, String::new(), Vec::new()));
+            chunks.push(PrintedChunk {
+                logical: start..start,
+                profile: String::new(),
+                places: Vec::new(),
+            });
         } else if let Some(len) = number_after(line, "length") {
             let chunk = chunks.last_mut().unwrap();
             let (_, kind) = line.split_once(" type ").unwrap();
-            chunk.1 = chunk.0 + len;
-            chunk.2 = kind.split('|').next_back().unwrap().to_lowercase();
+            chunk.logical.end += len;
+            chunk.profile = kind.split('|').next_back().unwrap().to_lowercase();
         } else if line.trim_start().starts_with("stripe ") {
             let place = ["devid", "offset"].map(|name| number_after(line, name).unwrap());
-            chunks.last_mut().unwrap().3.push((place[0], place[1]));
+            chunks.last_mut().unwrap().places.push((place[0], place[1]));
         }
     }
     let mut add = |devid: u64, at: u64, len: u64| {
@@ -288,25 +299,28 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
             "METADATA_ITEM" => node,
             _ => continue,
         };
-        let chunk = chunks
-            .iter()
-            .find(|chunk| (chunk.0..chunk.1).contains(&start));
-        let (first, _, profile, places) = chunk.unwrap();
+        let mut chunks = chunks.iter();
+        let chunk = chunks.find(|chunk| chunk.logical.contains(&start));
+        let PrintedChunk {
+            logical,
+            profile,
+            places,
+        } = chunk.unwrap();
         let count = places.len() as u64;
         // Sector by sector, as simple as can be.
         for at in (start..start + len).step_by(4096) {
-            let offset = at - first;
+            let offset = at - logical.start;
             let (piece, within) = (offset >> 16, offset & 0xffff);
             match profile.as_str() {
                 "raid0" => {
                     let (devid, place) = places[(piece % count) as usize];
-                    add(devid, place + (piece / count << 16) + within, 4096);
+                    add(devid, place + ((piece / count) << 16) + within, 4096);
                 }
                 "raid10" => {
                     let columns = count / 2;
                     let column = (piece % columns) as usize;
                     for (devid, place) in &places[2 * column..2 * column + 2] {
-                        add(*devid, place + (piece / columns << 16) + within, 4096);
+                        add(*devid, place + ((piece / columns) << 16) + within, 4096);
                     }
                 }
                 "single" | "dup" | "raid1" | "raid1c3" | "raid1c4" => {
