@@ -16,7 +16,7 @@ use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
 mod bitmap;
-mod btrfs;
+pub(crate) mod btrfs;
 mod emit;
 mod ext4;
 mod probe;

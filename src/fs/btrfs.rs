@@ -10,12 +10,12 @@ use crate::extent::Extent;
 use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
-mod checksum;
-mod chunks;
-pub(super) mod format;
+pub(crate) mod checksum;
+pub(crate) mod chunks;
+pub(crate) mod format;
 mod map;
-mod superblock;
-mod tree;
+pub(crate) mod superblock;
+pub(crate) mod tree;
 
 use chunks::{ChunkMap, Devices, damaged};
 use format::{DevExtent, DevItem, DevReplaceItem, Key, RootItem, SuperBlock};

@@ -269,7 +269,7 @@ impl Walk<'_> {
     }
 }
 
-/// The greatest key below `key`.
+/// The greatest key below `key`, which is not the least of all: it follows another one.
 fn before(key: Key) -> Key {
     match (key.offset, key.kind, key.objectid) {
         (0, 0, objectid) => Key::new(objectid.saturating_sub(1), u8::MAX, u64::MAX),
@@ -286,4 +286,272 @@ fn entry_of<T: FromBytes>(body: &[u8], number: usize) -> Option<T> {
 
 fn cut_short() -> Error {
     damaged("a tree block is cut short")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::checksum::Checksum;
+    use super::*;
+
+    const NODE: u64 = 4096;
+    const OWNER: u64 = 5;
+    const GENERATION: u64 = 9;
+    const LEN: u64 = 1 << 20;
+
+    /// A device whose bytes are its logical addresses, once or twice.
+    struct Scene {
+        geometry: Geometry,
+        chunks: ChunkMap,
+        volume: Vec<u8>,
+    }
+
+    impl Scene {
+        fn new(kind: u64) -> Self {
+            let copies = if kind == format::DUP { 2u16 } else { 1 };
+            let mut item = Vec::new();
+            for number in [LEN, 2, format::STRIPE_LEN, kind | format::METADATA] {
+                item.extend(number.to_le_bytes());
+            }
+            item.extend([0; 12]);
+            item.extend(copies.to_le_bytes());
+            item.extend(1u16.to_le_bytes());
+            for copy in 0..u64::from(copies) {
+                item.extend(1u64.to_le_bytes());
+                item.extend((copy * LEN).to_le_bytes());
+                item.extend([0; 16]);
+            }
+            let mut chunks = ChunkMap::default();
+            let key = Key::new(format::CHUNKS, format::CHUNK_ITEM, 0);
+            chunks.add(key, &item, NODE as u32).unwrap();
+            Self {
+                geometry: Geometry {
+                    sector_size: NODE as u32,
+                    node_size: NODE as u32,
+                    checksum: Checksum::Crc32c,
+                    metadata_uuid: [7; 16],
+                    generation: GENERATION,
+                },
+                chunks,
+                volume: vec![0; (LEN * u64::from(copies)) as usize],
+            }
+        }
+
+        /// Writes a block, to all its copies: a leaf with an item of 8 bytes for each key, or a node.
+        fn write(&mut self, block: &Pointer, keys: &[u64], children: &[Pointer]) {
+            let mut bytes = vec![0; NODE as usize];
+            bytes[0x20..0x30].copy_from_slice(&self.geometry.metadata_uuid);
+            bytes[0x30..0x38].copy_from_slice(&block.bytenr.to_le_bytes());
+            bytes[0x38] = 1;
+            bytes[0x50..0x58].copy_from_slice(&block.generation.to_le_bytes());
+            bytes[0x58..0x60].copy_from_slice(&OWNER.to_le_bytes());
+            let count = (keys.len() + children.len()) as u32;
+            bytes[0x60..0x64].copy_from_slice(&count.to_le_bytes());
+            bytes[0x64] = block.level;
+            let body = &mut bytes[0x65..];
+            for (number, key) in keys.iter().enumerate() {
+                let item = &mut body[25 * number..][..25];
+                item[..8].copy_from_slice(&key.to_le_bytes());
+                let start = NODE as usize - 0x65 - 8 * (number + 1);
+                item[17..21].copy_from_slice(&(start as u32).to_le_bytes());
+                item[21] = 8;
+                body[start..start + 8].copy_from_slice(&key.to_le_bytes());
+            }
+            for (number, child) in children.iter().enumerate() {
+                let entry = &mut body[33 * number..][..33];
+                let first = child.first.unwrap().objectid;
+                entry[..8].copy_from_slice(&first.to_le_bytes());
+                entry[17..25].copy_from_slice(&child.bytenr.to_le_bytes());
+                entry[25..].copy_from_slice(&child.generation.to_le_bytes());
+            }
+            self.seal(block.bytenr, bytes);
+        }
+
+        fn seal(&mut self, bytenr: u64, mut bytes: Vec<u8>) {
+            let sum = self.geometry.checksum.of(&bytes[32..]);
+            bytes[..32].copy_from_slice(&sum);
+            for at in (bytenr..self.volume.len() as u64).step_by(LEN as usize) {
+                self.volume[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+
+        /// Changes a sealed block.
+        fn forge(&mut self, bytenr: u64, at: usize, change: &[u8]) {
+            let mut bytes = self.volume[bytenr as usize..][..NODE as usize].to_vec();
+            bytes[at..at + change.len()].copy_from_slice(change);
+            self.seal(bytenr, bytes);
+        }
+
+        /// A tree of two leaves with the keys 10 to 13 and 20 to 23, the second one older.
+        fn with_tree(kind: u64) -> (Self, Root) {
+            let mut scene = Self::new(kind);
+            let root = Root::of(OWNER, NODE, GENERATION, 1);
+            let leaf = |number: u64, generation| Pointer {
+                bytenr: NODE * (1 + number),
+                generation,
+                level: 0,
+                first: Some(Key::new(10 * number, 0, 0)),
+            };
+            let leaves = [leaf(1, GENERATION), leaf(2, 4)];
+            scene.write(&root.block, &[], &leaves);
+            scene.write(&leaves[0], &[10, 11, 12, 13], &[]);
+            scene.write(&leaves[1], &[20, 21, 22, 23], &[]);
+            (scene, root)
+        }
+
+        fn walk(&self, root: &Root, range: std::ops::RangeInclusive<u64>) -> Result<Seen> {
+            let mut seen = Seen::default();
+            self.visit(root, range, &mut seen)?;
+            Ok(seen)
+        }
+
+        fn visit(
+            &self,
+            root: &Root,
+            range: std::ops::RangeInclusive<u64>,
+            visitor: &mut dyn Visit,
+        ) -> Result<()> {
+            let mut devices = Devices::default();
+            devices.add(1, &self.volume);
+            let reader = Reader {
+                geometry: &self.geometry,
+                chunks: &self.chunks,
+                devices: &devices,
+            };
+            let first = Key::new(*range.start(), 0, 0);
+            let last = Key::new(*range.end(), 0, 0);
+            reader.walk(root, first..=last, visitor)
+        }
+
+        #[track_caller]
+        fn is_damaged(&self, root: &Root, why: &str) {
+            let error = self.walk(root, 0..=u64::MAX).unwrap_err();
+            assert_eq!(error.kind(), Kind::Damaged);
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[derive(Debug, Default)]
+    struct Seen {
+        /// Blocks older than this are not entered.
+        from: u64,
+        blocks: Vec<u64>,
+        keys: Vec<u64>,
+    }
+
+    impl Visit for Seen {
+        fn enters(&mut self, block: &Pointer) -> bool {
+            block.generation >= self.from
+        }
+
+        fn block(&mut self, pointer: &Pointer, bytes: &[u8]) -> Result<()> {
+            assert_eq!(bytes.len() as u64, NODE);
+            self.blocks.push(pointer.bytenr / NODE);
+            Ok(())
+        }
+
+        fn item(&mut self, key: Key, data: &[u8]) -> Result<()> {
+            assert_eq!(data, key.objectid.to_le_bytes());
+            self.keys.push(key.objectid);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_range_is_read_and_no_block_beside_it() {
+        let (scene, root) = Scene::with_tree(0);
+        let all = scene.walk(&root, 0..=u64::MAX).unwrap();
+        assert_eq!(all.keys, [10, 11, 12, 13, 20, 21, 22, 23]);
+        assert_eq!(all.blocks, [1, 2, 3]);
+        let some = scene.walk(&root, 12..=19).unwrap();
+        assert_eq!((some.keys, some.blocks), (vec![12, 13], vec![1, 2]));
+        let some = scene.walk(&root, 20..=20).unwrap();
+        assert_eq!((some.keys, some.blocks), (vec![20], vec![1, 3]));
+        let none = scene.walk(&root, 0..=9).unwrap();
+        assert_eq!((none.keys, none.blocks), (vec![], vec![1]));
+    }
+
+    #[test]
+    fn what_is_older_can_be_left_out() {
+        let (scene, root) = Scene::with_tree(0);
+        let mut newer = Seen {
+            from: 5,
+            ..Seen::default()
+        };
+        scene.visit(&root, 0..=u64::MAX, &mut newer).unwrap();
+        assert_eq!(
+            (newer.keys, newer.blocks),
+            (vec![10, 11, 12, 13], vec![1, 2])
+        );
+    }
+
+    #[test]
+    fn a_bad_copy_is_made_up_for_by_the_other() {
+        for bad in [0, LEN] {
+            let (mut scene, root) = Scene::with_tree(format::DUP);
+            scene.volume[(bad + 2 * NODE) as usize + 500] ^= 1;
+            assert_eq!(scene.walk(&root, 0..=u64::MAX).unwrap().keys.len(), 8);
+            scene.volume[(LEN - bad + 2 * NODE) as usize + 500] ^= 1;
+            scene.is_damaged(&root, "at logical 8192 has a wrong checksum");
+        }
+    }
+
+    #[test]
+    fn forged_blocks_are_damage() {
+        let number = u64::to_le_bytes;
+        // By place in the block: the fields of the header, then the first entry.
+        for (at, change, why) in [
+            (0x20, number(1), "belongs elsewhere"),
+            (0x30, number(3 * NODE), "belongs elsewhere"),
+            (0x38, number(0), "never written"),
+            (0x50, number(GENERATION - 1), "another commit"),
+            (0x58, number(OWNER + 1), "another tree"),
+            (0x60, number(0), "is empty"),
+            (0x60, number(1 << 31), "more entries than room"),
+            (0x60, number(1 << 32 | 4), "another level"),
+            (0x65, number(9), "keys where they do not belong"),
+            (0x65 + 25, number(10), "keys where they do not belong"),
+            (0x65 + 75, number(20), "keys where they do not belong"),
+            (0x65 + 17, number(u64::MAX), "items that overlap"),
+        ] {
+            let (mut scene, root) = Scene::with_tree(0);
+            scene.forge(2 * NODE, at, &change);
+            scene.is_damaged(&root, why);
+        }
+        let pointer = 0x65 + 17;
+        for (at, change, why) in [
+            (pointer, number(LEN), "in no chunk"),
+            (pointer, number(u64::MAX - 100), "in no chunk"),
+            (pointer, number(LEN - 100), "leaves its chunk"),
+            (pointer, number(3 * NODE), "another commit"),
+            (
+                pointer + 8,
+                number(GENERATION + 1),
+                "older than what it leads to",
+            ),
+        ] {
+            let (mut scene, root) = Scene::with_tree(0);
+            scene.forge(NODE, at, &change);
+            scene.is_damaged(&root, why);
+        }
+        // A node that leads to itself, and claims to be of any level.
+        let (mut scene, mut root) = Scene::with_tree(0);
+        scene.forge(NODE, pointer, &number(NODE));
+        scene.forge(NODE, pointer + 8, &number(GENERATION));
+        scene.is_damaged(&root, "another level");
+        root.block.level = 8;
+        scene.forge(NODE, 0x64, &[8]);
+        scene.is_damaged(&root, "another level");
+        // Twice the same child: its keys would not ascend.
+        let (mut scene, root) = Scene::with_tree(0);
+        scene.forge(NODE, pointer + 33, &number(2 * NODE));
+        scene.forge(NODE, pointer + 33 + 8, &number(GENERATION));
+        scene.is_damaged(&root, "keys where they do not belong");
+    }
+
+    #[test]
+    fn the_key_before_is_the_next_smaller_one() {
+        assert_eq!(before(Key::new(5, 3, 7)), Key::new(5, 3, 6));
+        assert_eq!(before(Key::new(5, 3, 0)), Key::new(5, 2, u64::MAX));
+        assert_eq!(before(Key::new(5, 0, 0)), Key::new(4, u8::MAX, u64::MAX));
+    }
 }
