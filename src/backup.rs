@@ -297,6 +297,7 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
     let mut watched = Watched::of(&planned.volumes, &options.run_id)?;
     for name in &planned.datasets {
         watched.is_guarded = true;
+        watched.freezes += 1;
         watched.undo.extend(dataset::undo(name, &options.run_id)?);
     }
     let freezes = watched.is_guarded;

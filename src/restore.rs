@@ -198,7 +198,8 @@ pub fn run(
         progress.event(&Event::Plan(&what));
     }
     let reports = planned.reports();
-    let twins: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
+    let mut notes: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
+    notes.extend(part_warning(&planned, &manifest));
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
@@ -255,7 +256,7 @@ pub fn run(
     // Without damage there is an end.
     let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
     let mut warnings = verify::grade_warnings(&end.trailer);
-    warnings.extend(twins);
+    warnings.extend(notes);
     for warning in &warnings {
         progress.warn(warning);
     }
@@ -282,6 +283,19 @@ fn twin_warning((volume, target, _): &(VolumeManifest, PathBuf, Candidate)) -> O
             other.display()
         )
     })
+}
+
+/// Names a filesystem of several volumes of which not all are restored.
+fn part_warning(planned: &Planned, manifest: &Manifest) -> Option<String> {
+    let is_chosen = |n| planned.volumes.iter().any(|(volume, ..)| volume.n == n);
+    let groups = planned.volumes.iter().map(|(volume, ..)| &volume.group);
+    let left_out = manifest.volumes.iter().find(|volume| {
+        volume.group.is_some() && !is_chosen(volume.n) && groups.clone().any(|g| *g == volume.group)
+    })?;
+    Some(format!(
+        "volume {} is not restored, and holds a filesystem together with one that is",
+        left_out.n
+    ))
 }
 
 /// Checks, once everything is read, that it is the content it should be.

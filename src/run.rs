@@ -65,6 +65,9 @@ pub struct Watched {
     pub is_guarded: bool,
     /// What the guard may have to undo.
     pub undo: Vec<Undo>,
+    /// How often something is frozen or held for the last time: after so many the post-freeze command
+    /// runs.
+    pub freezes: usize,
 }
 
 impl Watched {
@@ -77,6 +80,7 @@ impl Watched {
         Ok(Self {
             is_guarded: plans.iter().any(|plan| plan.step.needs_guard()),
             undo: undo.collect::<Result<Vec<_>>>()?.concat(),
+            freezes: plans.len(),
         })
     }
 }
@@ -110,12 +114,13 @@ struct HookState {
 }
 
 impl Run {
-    /// Begins a run over `sources`, each of which is frozen once at the end.
+    /// Begins a run over `sources`.
     ///
     /// # Errors
     /// If the guard cannot be started, or the record not be written.
     pub fn begin(id: &str, hooks: Hooks, sources: &[String], watched: Watched) -> Result<Self> {
         let sources_text = sources.join("\n");
+        let freezes = watched.freezes;
         let guarded = if watched.is_guarded || hooks.post.is_some() {
             Some(Guarded::begin(id, &hooks, &sources_text, watched.undo)?)
         } else {
@@ -127,7 +132,7 @@ impl Run {
             sources: sources_text,
             guarded,
             hook_state: Mutex::new(HookState {
-                freezes_left: sources.len(),
+                freezes_left: freezes,
                 is_owed: false,
             }),
         })))
