@@ -11,7 +11,9 @@ use holdstill::extent::{Extent, ExtentSet};
 use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
 
-use crate::common::volume::{copy, digests, direct_copy, map, poisoned_file, populate, walk};
+use crate::common::volume::{
+    copy, digests, direct_copy, map, poison, poisoned_file, populate, walk,
+};
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, output, run, seed,
     shell, sparse_file, temp_dir,
@@ -588,28 +590,142 @@ fn privileged_what_is_not_understood_is_copied_as_a_whole() {
     assert_eq!(after.walk.warnings.len(), 1, "{:?}", after.walk.warnings);
 }
 
+/// The logical address of the root of a tree.
+fn root_of(file: &Path, tree: &str) -> u64 {
+    let args = ["inspect-internal", "dump-tree", "-t", tree].map(Path::new);
+    let text = run("btrfs", args.into_iter().chain([file]));
+    let mut lines = text.lines();
+    let root = lines.find_map(|line| number_after(line, "leaf").or(number_after(line, "node")));
+    root.unwrap_or_else(|| panic!("{text}"))
+}
+
+/// Where a tree block lies on the only device.
+fn places_of(file: &Path, logical: u64) -> Vec<u64> {
+    let logical = PathBuf::from(logical.to_string());
+    let text = run("btrfs-map-logical", [Path::new("-l"), &logical, file]);
+    let lines = text.lines();
+    lines
+        .map(|line| number_after(line, "physical").unwrap())
+        .collect()
+}
+
+/// Changes the leaf that is all of a tree, its checksum (a CRC-32C) included.
+fn change_leaf(file: &Path, tree: &str, change: impl FnOnce(&mut [u8])) {
+    let mut block = vec![0; 16 << 10];
+    let places = places_of(file, root_of(file, tree));
+    let opened = File::open(file).unwrap();
+    opened.read_exact_at(&mut block, places[0]).unwrap();
+    assert_eq!(block[0x64], 0, "it has more levels");
+    change(&mut block);
+    let sum = crc32c::crc32c(&block[32..]);
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+    for place in places {
+        patch(file, place, &block);
+    }
+}
+
+#[test]
+fn privileged_what_has_not_ended_is_copied_as_a_whole() {
+    needs_root!();
+    let (scene, file) = filled("", &mut Rng(seed()));
+    let changed = scene.path("changed");
+    let key = |objectid: u64, kind: u8| [&objectid.to_le_bytes()[..], &[kind], &[0; 8]].concat();
+    // The last item of the root tree becomes that of a balance.
+    copy(&file, &changed);
+    change_leaf(&changed, "root", |leaf| {
+        let count = u32::from_le_bytes(leaf[0x60..0x64].try_into().unwrap()) as usize;
+        let last = &mut leaf[0x65 + 25 * (count - 1)..][..17];
+        assert!(u64::from_le_bytes(last[..8].try_into().unwrap()) < -4i64 as u64);
+        last.copy_from_slice(&key(-4i64 as u64, 248));
+    });
+    assert!(why_all_blocks(&changed).contains("balance"));
+    // The statistics of the device become its replacement: started, finished.
+    for (state, is_refused) in [(1u64, true), (4, true), (2, false)] {
+        copy(&file, &changed);
+        change_leaf(&changed, "dev", |leaf| {
+            assert_eq!(&leaf[0x65..0x65 + 9], &key(0, 249)[..9]);
+            leaf[0x65..0x65 + 17].copy_from_slice(&key(0, 250));
+            let data = u32::from_le_bytes(leaf[0x65 + 17..][..4].try_into().unwrap()) as usize;
+            leaf[0x65 + data + 32..][..8].copy_from_slice(&state.to_le_bytes());
+        });
+        if is_refused {
+            assert!(why_all_blocks(&changed).contains("replacement"));
+        } else {
+            map(&changed);
+        }
+    }
+    // A stripe that its device does not know.
+    copy(&file, &changed);
+    change_leaf(&changed, "dev", |leaf| {
+        let second = 0x65 + 25;
+        let data = u32::from_le_bytes(leaf[second + 17..][..4].try_into().unwrap()) as usize;
+        leaf[0x65 + data + 24] ^= 1;
+    });
+    assert!(why_all_blocks(&changed).contains("no chunk"));
+}
+
+#[test]
+fn privileged_seeds_and_parity_are_copied_as_a_whole() {
+    needs_root!();
+    let mut scene = Scene::make(&making("", 2, "-d single -m single"));
+    let first = scene.loops[0].path().to_owned();
+    run(
+        "btrfs",
+        ["device", "scan", "--forget"]
+            .map(Path::new)
+            .into_iter()
+            .chain([scene.loops[1].path()]),
+    );
+    run(
+        "mkfs.btrfs",
+        ["-q", "-f"].map(Path::new).into_iter().chain([&*first]),
+    );
+    run(
+        "btrfstune",
+        ["-S", "1"].map(Path::new).into_iter().chain([&*first]),
+    );
+    assert!(why_all_blocks(&first).contains("seed"));
+    {
+        let mount = Mount::new(&first, &scene.path("mnt"), "btrfs", "");
+        let args = ["device", "add", "-f"].map(Path::new).into_iter();
+        run("btrfs", args.chain([scene.loops[1].path(), mount.dir()]));
+        run(
+            "mount",
+            ["-o", "remount,rw"]
+                .map(Path::new)
+                .into_iter()
+                .chain([mount.dir()]),
+        );
+    }
+    let why = why_all_blocks(scene.loops[1].path());
+    assert!(why.contains("seed") || why.contains("devices"), "{why}");
+    forget(&scene.loops);
+    scene.loops.clear();
+
+    let scene = Scene::make(&making("", 3, "-d raid5 -m raid1"));
+    let image = scene.path("image");
+    let args = [
+        "backup".as_ref(),
+        scene.loops[0].path(),
+        "-o".as_ref(),
+        &image,
+        "--json".as_ref(),
+    ];
+    let report = program::run(args).expect(0).last();
+    assert_eq!(report["grade"], "crash");
+    assert_eq!(report["volumes"].as_array().unwrap().len(), 3);
+    for warning in report["warnings"].as_array().unwrap() {
+        assert!(warning.as_str().unwrap().contains("RAID5"), "{warning}");
+    }
+}
+
 #[test]
 fn privileged_a_bad_copy_of_a_tree_block_is_made_up_for_by_the_other() {
     needs_root!();
     let (scene, file) = filled("-m dup", &mut Rng(seed()));
     let (single_scene, single) = filled("-m single", &mut Rng(seed()));
     let expected = map(&file);
-    let extent_root = |file: &Path| {
-        let args = ["inspect-internal", "dump-tree", "-t", "extent"].map(Path::new);
-        let text = run("btrfs", args.into_iter().chain([file]));
-        let mut lines = text.lines();
-        lines
-            .find_map(|line| number_after(line, "leaf").or(number_after(line, "node")))
-            .unwrap()
-    };
-    // Where it lies, by what the tools of the filesystem say.
-    let places = |file: &Path| {
-        let logical = PathBuf::from(extent_root(file).to_string());
-        let text = run("btrfs-map-logical", [Path::new("-l"), &logical, file]);
-        text.lines()
-            .map(|line| number_after(line, "physical").unwrap())
-            .collect::<Vec<_>>()
-    };
+    let places = |file: &Path| places_of(file, root_of(file, "extent"));
     let copies = places(&file);
     assert_eq!(copies.len(), 2);
     for place in &copies {
@@ -683,10 +799,14 @@ fn privileged_a_log_is_not_passed_over() {
     });
     let reason = DirtyReason::Log;
     assert_eq!(conditions, [Condition::Dirty { reason }, Condition::Clean]);
+    let used = map(&frozen);
+    assert_eq!(used.walk.warnings, [""; 0]);
+    poison(&frozen, &used.used, used.volume.len);
 
     let image = scene.path("image");
-    let run = program::run(["backup".as_ref(), &*copied, "-o".as_ref(), &image]);
-    run.expect(0)
+    let ended = program::run(["backup".as_ref(), &*copied, "-o".as_ref(), &image]);
+    ended
+        .expect(0)
         .says("would have to be replayed")
         .says("all blocks");
     let target = scene.path("target");
@@ -695,12 +815,18 @@ fn privileged_a_log_is_not_passed_over() {
     forget(&scene.loops);
     let mut scene = scene;
     scene.loops.clear();
-    let device = LoopDevice::attach(&target);
-    {
-        let mount = Mount::new(device.path(), &scene.path("mnt"), "btrfs", "");
-        assert_eq!(digests(mount.dir())[Path::new("flushed")], written);
+    // With its log, or frozen: what was flushed is there.
+    for file in [&target, &frozen] {
+        let device = LoopDevice::attach(file);
+        {
+            let mount = Mount::new(device.path(), &scene.path("mnt"), "btrfs", "");
+            assert_eq!(digests(mount.dir())[Path::new("flushed")], written);
+            let args = ["scrub", "start", "-B"].map(Path::new);
+            let scrub = run("btrfs", args.into_iter().chain([mount.dir()]));
+            assert!(scrub.contains("no errors found"), "{scrub}");
+        }
+        forget(&[device]);
     }
-    forget(&[device]);
 }
 
 #[test]
@@ -761,18 +887,18 @@ fn privileged_devices_are_imaged_together_or_by_themselves() {
 
     // What is not restored is missed.
     let target = scene.path("target");
-    let run = program::run([
+    let ended = program::run([
         "restore".as_ref(),
         &*image,
         "--map".as_ref(),
         &PathBuf::from(format!("2={}", target.display())),
     ]);
-    run.expect(0).says("volume 1 is not restored");
+    ended.expect(0).says("volume 1 is not restored");
 
     // A clone has one target.
     let clone = scene.path("clone");
-    let run = program::run(["clone".as_ref(), &*first, &clone, "--yes".as_ref()]);
-    run.expect(3).says("3 devices");
+    let ended = program::run(["clone".as_ref(), &*first, &clone, "--yes".as_ref()]);
+    ended.expect(3).says("3 devices");
     // Somebody writes to another device than the one that is named.
     {
         let _writer = OpenOptions::new().write(true).open(&second).unwrap();
@@ -810,20 +936,19 @@ fn privileged_a_twin_is_refused() {
     let other = LoopDevice::attach(&file);
     let name = other.path().to_str().unwrap();
     for place in [device.path(), &clone] {
-        let run = restore(place, &[])
+        restore(place, &[])
             .expect(3)
             .says("must not be there twice")
             .says(name);
-        drop(run);
         restore(place, &["--dry-run"]).expect(3);
     }
-    let run = program::run([
+    let ended = program::run([
         "clone".as_ref(),
         other.path(),
         device.path(),
         "--yes".as_ref(),
     ]);
-    run.expect(3).says("must not be there twice");
+    ended.expect(3).says("must not be there twice");
     let args = ["clone".as_ref(), other.path(), &*target, "--yes".as_ref()];
     program::run(args).expect(0);
     {
@@ -831,7 +956,12 @@ fn privileged_a_twin_is_refused() {
         restore(device.path(), &[]).expect(3);
     }
     restore(device.path(), &["--allow-twin"]).expect(0);
+    // The copies of a superblock that are left of one that was there are not one.
+    run("wipefs", ["-q", "-a", name]);
+    restore(device.path(), &[]).expect(0);
+    restore(&clone, &[]).expect(0);
+    let source = device.path();
     let args = ["clone", "--yes", "--allow-twin"].map(Path::new);
-    program::run(args.into_iter().chain([other.path(), device.path()])).expect(0);
+    program::run(args.into_iter().chain([source, other.path()])).expect(0);
     forget(&[device, other]);
 }

@@ -35,19 +35,18 @@ pub struct Member {
     pub devices: u64,
 }
 
-/// Finds out which device of which btrfs this is, by its superblocks alone; `None` if it is none.
+/// Finds out which device of which btrfs this is; `None` if it is none. Only the first superblock
+/// counts, as it does for the kernel: copies of it outlive what was there.
 ///
 /// # Errors
 /// If reading fails for another reason than bad blocks.
 pub fn member(source: &dyn ReadAt) -> Result<Option<Member>> {
-    Ok(superblock::read(source)?.ok().map(|found| {
-        let superblock = &found.newest;
-        Member {
-            fsid: uuid::Uuid::from_bytes(superblock.fsid),
-            devid: superblock.dev_item.devid.get(),
-            device_uuid: uuid::Uuid::from_bytes(superblock.dev_item.uuid),
-            devices: superblock.num_devices.get(),
-        }
+    let first = superblock::read_copy(source, format::SUPER_OFFSETS[0])?;
+    Ok(first.ok().map(|superblock| Member {
+        fsid: uuid::Uuid::from_bytes(superblock.fsid),
+        devid: superblock.dev_item.devid.get(),
+        device_uuid: uuid::Uuid::from_bytes(superblock.dev_item.uuid),
+        devices: superblock.num_devices.get(),
     }))
 }
 

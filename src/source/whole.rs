@@ -40,14 +40,19 @@ pub fn siblings(source: &Source) -> Result<Vec<Source>> {
     sources.collect()
 }
 
-/// What of which btrfs a source is, if it can be told.
+/// What of which btrfs a source is, if that is what it holds.
 ///
 /// # Errors
 /// If it cannot be opened.
 pub fn member(source: &Source) -> Result<Option<Member>> {
     let disk = Disk::open(&source.path, Access::Read)?;
-    // What cannot be read there is for the copy itself to find.
-    Ok(fs::member(&disk).unwrap_or_default())
+    // What cannot be read there is for the copy itself to find. What another filesystem left of one is
+    // none.
+    let holds_btrfs = matches!(fs::probe(&disk), Ok(Some(info)) if info.kind == fs::Kind::Btrfs);
+    match holds_btrfs {
+        true => Ok(fs::member(&disk).unwrap_or_default()),
+        false => Ok(None),
+    }
 }
 
 /// All block devices of this machine that belong to a btrfs, and what of it they are. Not what other

@@ -66,8 +66,11 @@ pub(crate) fn read(source: &dyn ReadAt) -> Result<std::result::Result<Found, &'s
     }))
 }
 
-/// One copy, if it is valid by itself.
-fn read_copy(
+/// One copy, if it is valid by itself; else why not, as text.
+///
+/// # Errors
+/// If reading fails for another reason than that it cannot be read.
+pub(super) fn read_copy(
     source: &dyn ReadAt,
     at: u64,
 ) -> Result<std::result::Result<SuperBlock, &'static str>> {
