@@ -52,6 +52,7 @@ fn maps(criterion: &mut Criterion) {
             &["-q", "-E", "nodiscard,lazy_itable_init=1"][..],
         ),
         ("xfs", "mkfs.xfs", &["-q", "-K"]),
+        ("btrfs", "mkfs.btrfs", &["-q", "-K"]),
     ] {
         let path = dir.path().join(name);
         let file = File::create(&path).expect("a file");

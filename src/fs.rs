@@ -162,7 +162,8 @@ pub struct Info {
 /// Whether the allocation map on disk tells the truth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Unmounted cleanly, or an ext4 with a journal that is or was frozen: the two look alike.
+    /// Unmounted cleanly, or what looks like it: an ext4 with a journal that is or was frozen; a btrfs
+    /// whose newest commit has no log behind it.
     Clean,
     /// An XFS whose log holds, behind its tail, nothing but the record a freeze leaves on purpose.
     Frozen,

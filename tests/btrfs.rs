@@ -12,7 +12,7 @@ use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
 
 use crate::common::volume::{
-    copy, digests, direct_copy, map, poison, poisoned_file, populate, walk,
+    copy, digests, digests_in_ext4, direct_copy, ext4, map, poison, poisoned_file, populate, walk,
 };
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, output, run, seed,
@@ -263,7 +263,11 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
             let total = of_super(device, "dev_item.total_bytes");
             let mut used = ExtentSet::new();
             used.insert(Extent::new(0, 1 << 20));
-            used.insert(Extent::new(64 << 20, 4096));
+            for copy in [64 << 20, 256 << 30] {
+                if copy < total {
+                    used.insert(Extent::new(copy, 4096));
+                }
+            }
             used.insert(Extent::new(total, len - total));
             used
         })
@@ -504,6 +508,40 @@ fn privileged_every_feature_by_itself() {
     for making in rng.clone().some(ALL, count(1, 1000)) {
         check(making, &mut rng, count(5, 40) << 20);
     }
+}
+
+#[test]
+fn a_sparse_volume_has_its_third_superblock() {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    sparse_file(&image, (256 << 30) + (9 << 20));
+    let args = ["-q", "-K"].map(Path::new).into_iter();
+    run("mkfs.btrfs", args.chain([&*image]));
+    let ours = maps(&[&image]);
+    assert_eq!(ours, used_by_dump_tree(&[&image]));
+    assert!(ours[0].covers(Extent::new(256 << 30, 4096)));
+    assert!(ours[0].bytes().0 < 16 << 20);
+}
+
+#[test]
+fn a_filesystem_converted_from_ext4_is_mapped_and_goes_back() {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    let tree = dir.path().join("tree");
+    std::fs::create_dir(&tree).unwrap();
+    populate(&tree, &mut Rng(seed()), 6 << 20);
+    ext4(&image, 256 << 20, "-b 4096", Some(&tree));
+    let expected = digests_in_ext4(&image, dir.path());
+    run("btrfs-convert", [Path::new("--no-progress"), &image]);
+    let ours = maps(&[&image]);
+    assert_eq!(ours, used_by_dump_tree(&[&image]));
+    poison(&image, &ours[0], FileSource::open(&image).len());
+    let args = ["check", "--readonly", "--check-data-csum"].map(Path::new);
+    run("btrfs", args.into_iter().chain([&*image]));
+    // Back to what it was: all of that has to be there, too.
+    run("btrfs-convert", [Path::new("--rollback"), &image]);
+    run("e2fsck", [Path::new("-fn"), &image]);
+    assert_eq!(digests_in_ext4(&image, dir.path()), expected);
 }
 
 /// One device, filled, whose superblock and trees tests then change; kept as a file.

@@ -270,6 +270,11 @@ impl BlockDevice {
         }
     }
 
+    /// Whether it is a mapped device that is suspended: whoever reads it waits until it is resumed.
+    pub fn is_suspended(&self) -> bool {
+        read_number::<u32>(&self.disk_sysfs().join("dm/suspended")).is_ok_and(|flag| flag == 1)
+    }
+
     /// The usual node, `/dev/NAME`. It need not exist.
     pub fn path(&self) -> PathBuf {
         // sysfs writes `!` for the slash of a few old drivers' names (cciss!c0d0).

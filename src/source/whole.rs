@@ -56,7 +56,7 @@ pub fn member(source: &Source) -> Result<Option<Member>> {
 }
 
 /// All block devices of this machine that belong to a btrfs, and what of it they are. Not what other
-/// devices are built on: it shows the same a second time.
+/// devices are built on, which shows the same a second time, nor what is suspended, which cannot be read.
 ///
 /// # Errors
 /// If the disks cannot be listed.
@@ -66,7 +66,7 @@ pub fn devices_of(fsid: Uuid) -> Result<Vec<(BlockDevice, Member)>> {
         // A disk that vanishes meanwhile has no partitions either.
         let partitions = disk.partitions().unwrap_or_default();
         for device in std::iter::once(disk).chain(partitions) {
-            if !device.holders().unwrap_or_default().is_empty() {
+            if device.is_suspended() || !device.holders().unwrap_or_default().is_empty() {
                 continue;
             }
             // Without a medium, without permission, broken: nothing that could be imaged.
