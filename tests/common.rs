@@ -3,6 +3,7 @@
 
 #![allow(dead_code)]
 
+pub(crate) mod btrfs;
 pub(crate) mod holdstill;
 pub(crate) mod live;
 pub(crate) mod reseal;

@@ -2,6 +2,8 @@
 
 mod backup;
 mod btrfs;
+mod btrfs_devices;
+mod btrfs_whole;
 mod clone;
 mod common;
 mod damage;
