@@ -8,7 +8,7 @@ use std::sync::Arc;
 use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
-use crate::error::{IoContext, Result};
+use crate::error::{IoContext, Kind, Result};
 use crate::freeze::Step;
 use crate::fs::{self, Condition, Opened};
 use crate::image::content::to_hex;
@@ -179,9 +179,16 @@ fn source(source: &Source) -> Result<SourceReport> {
                 Condition::Dirty { reason } => format!("dirty: {reason}"),
             };
             if filesystem.condition().is_settled() && source.mount.is_none() {
-                let walk = filesystem.walk_used(&disk, &mut |_| Ok(()))?;
-                report.used_bytes = Some(walk.used.0);
-                report.warnings = walk.warnings;
+                match filesystem.walk_used(&disk, &mut |_| Ok(())) {
+                    Ok(walk) => {
+                        report.used_bytes = Some(walk.used.0);
+                        report.warnings = walk.warnings;
+                    }
+                    Err(error) if error.kind() == Kind::Damaged => report.warnings.push(format!(
+                        "all blocks would be copied: the filesystem contradicts itself ({error})"
+                    )),
+                    Err(error) => return Err(error),
+                }
             }
             Some(filesystem.info().clone())
         }

@@ -222,6 +222,11 @@ fn privileged_a_bad_copy_of_a_tree_block_is_made_up_for_by_the_other() {
     // The whole program then copies all blocks, and says so.
     let place = places(&single)[0];
     patch(&single, place + 150, b"bad");
+    let inspected = program::run(["inspect".as_ref(), &*single, "--json".as_ref()]);
+    let inspected = inspected.expect(0).last();
+    assert_eq!(inspected["used_bytes"], serde_json::Value::Null);
+    let warning = inspected["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("wrong checksum"), "{warning}");
     let image = single_scene.path("image");
     let report = program::run([
         "backup".as_ref(),
