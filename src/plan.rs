@@ -52,12 +52,8 @@ impl Plan {
         };
         let mut passed_over = Vec::new();
         for step in candidates {
-            let siblings = match step {
-                Step::Offline => whole::siblings(&source)?,
-                _ => Vec::new(),
-            };
-            match objection_to_all(step, &source, &siblings)? {
-                None => {
+            match siblings_or_objection(step, &source)? {
+                Ok(siblings) => {
                     return Ok(Self {
                         source,
                         siblings,
@@ -65,7 +61,7 @@ impl Plan {
                         passed_over,
                     });
                 }
-                Some(why) => passed_over.push((step, why)),
+                Err(why) => passed_over.push((step, why)),
             }
         }
         Err(nothing_applies(&source, named, &passed_over))
@@ -150,7 +146,7 @@ pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
     let reports = Step::LADDER.into_iter().map(|step| {
         Ok(StepReport {
             step: step.name().to_owned(),
-            objection: objection(step, source)?,
+            objection: siblings_or_objection(step, source)?.err(),
         })
     });
     reports.collect()
@@ -167,17 +163,25 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     }
 }
 
-/// What speaks against a step for a source, or for another device of its filesystem.
-fn objection_to_all(step: Step, source: &Source, siblings: &[Source]) -> Result<Option<String>> {
+/// What is imaged with a source by a step; or what speaks against that step, for the source or for
+/// one of those.
+fn siblings_or_objection(
+    step: Step,
+    source: &Source,
+) -> Result<std::result::Result<Vec<Source>, String>> {
     if let Some(why) = objection(step, source)? {
-        return Ok(Some(why));
+        return Ok(Err(why));
     }
-    for sibling in siblings {
+    let siblings = match step {
+        Step::Offline => whole::siblings(source)?,
+        _ => Vec::new(),
+    };
+    for sibling in &siblings {
         if let Some(why) = objection(step, sibling)? {
-            return Ok(Some(format!("{}: {why}", sibling.path.display())));
+            return Ok(Err(format!("{}: {why}", sibling.path.display())));
         }
     }
-    Ok(None)
+    Ok(Ok(siblings))
 }
 
 fn nothing_applies(source: &Source, named: Option<Step>, passed_over: &[(Step, String)]) -> Error {
