@@ -1,6 +1,8 @@
 //! Btrfs on several devices, and twice on one machine.
 
 use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use holdstill::read_at::ReadAt;
@@ -8,6 +10,7 @@ use holdstill::read_at::ReadAt;
 use crate::common::btrfs::{Scene, fill, filled, forget, making};
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, holdstill as program, needs_root, run, seed, sparse_file,
+    spawn,
 };
 
 #[test]
@@ -85,6 +88,28 @@ fn privileged_devices_are_imaged_together_or_by_themselves() {
         let _writer = OpenOptions::new().write(true).open(&second).unwrap();
         backup(&[&first]).expect(3);
     }
+    // Or comes while they are copied.
+    let slowly = ["backup", "--force", "--json", "--rate", "8M", "-o"].map(Path::new);
+    let mut command = program::command(slowly.into_iter().chain([&*image, &*first]));
+    let mut child = spawn(&mut command);
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || lines.next().expect("another line").unwrap();
+    while !next().contains("\"progress\"") {}
+    {
+        let file = OpenOptions::new().read(true).write(true).open(&second);
+        let file = file.unwrap();
+        let mut sector = [0; 512];
+        file.read_exact_at(&mut sector, 0).unwrap();
+        file.write_all_at(&sector, 0).unwrap();
+        file.sync_all().unwrap();
+    }
+    let mut last = next();
+    while !last.contains("\"error\"") {
+        last = next();
+    }
+    assert!(last.contains("somebody wrote to the source"), "{last}");
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+
     // One is missing: what is named is copied whole, and said not to be whole.
     forget(&scene.loops);
     scene.loops.pop();
