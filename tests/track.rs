@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use holdstill::backup::{self, Options, Report};
+use holdstill::backup::{self, Options};
 use holdstill::extent::Extent;
 use holdstill::freeze::CowRoom;
 use holdstill::fs;
@@ -21,7 +21,7 @@ use holdstill::units::{ByteLen, Offset};
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
-use crate::common::live::{LiveWriter, judge};
+use crate::common::live::{LiveWriter, judge, patiently};
 use crate::common::volume::{poisoned_file, populate};
 use crate::common::{
     self, LoopDevice, Mount, Partition, Rng, needs_root, run, sparse_file, threads,
@@ -148,7 +148,7 @@ fn track_on(device: &Path, dir: &Path, fs_type: &str, seed: u64, orphans: bool) 
     let writer = LiveWriter::start(&mount.dir().join("busy"), &journal, seed, writer_options);
     let oracle = Oracle::new(device);
     let image = dir.join("image.still");
-    let report: Report = backup::run(&options(mount.dir(), &image), &oracle).unwrap();
+    let report = patiently(|| backup::run(&options(mount.dir(), &image), &oracle));
     writer.stop();
     assert_eq!(
         (report.freeze.as_str(), report.grade.name()),
