@@ -14,7 +14,7 @@ use holdstill_platform::lvm::{self, MetadataSnapshot};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::records::Records;
 use holdstill_platform::trace::{PREFIX, Tracefs};
-use holdstill_platform::zfs::{self, Made, Named, Snapdev};
+use holdstill_platform::zfs::{self, Made, Named, Reach, Snapdev};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -138,9 +138,10 @@ fn remove_snapshot(snapshot: &str, report: &mut Report) -> Result<()> {
 
 fn destroy_snapshot(snapshot: &zfs::Found, report: &mut Report) -> Result<()> {
     if snapshot.is_held {
-        Made::Hold(snapshot.name.clone(), snapshot.run_id.clone()).undo()?;
+        let run_id = snapshot.run_id.clone();
+        Made::Hold(snapshot.name.clone(), run_id, Reach::Alone).undo()?;
     }
-    Made::Snapshot(snapshot.name.clone()).undo()?;
+    Made::Snapshot(snapshot.name.clone(), Reach::Alone).undo()?;
     report.removed.push(snapshot.name.clone());
     Ok(())
 }

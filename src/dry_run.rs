@@ -62,8 +62,8 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         .volumes
         .iter()
         .map(|plan| Action::new(plan, target.clone(), overwrites));
-    let datasets = planned.datasets.iter().map(|name| Action {
-        source: name.clone(),
+    let datasets = planned.datasets.iter().map(|wanted| Action {
+        source: wanted.name.clone(),
         target: target.clone(),
         overwrites,
         step: Some(Step::Zfs.name().to_owned()),

@@ -105,6 +105,7 @@ impl ReadAt for Seen<'_> {
 fn options(source: &Path, image: &Path) -> Options {
     Options {
         sources: vec![source.display().to_string()],
+        recursive: false,
         output: Some(image.to_owned()),
         freeze: None,
         cow: CowRoom::default(),

@@ -113,6 +113,9 @@ pub(super) struct BackupArgs {
     /// The image to write; `-` streams it to standard output
     #[arg(short, long, value_name = "IMAGE")]
     output: PathBuf,
+    /// Of datasets of ZFS, take all below, too, at one instant
+    #[arg(short, long)]
+    recursive: bool,
     #[command(flatten)]
     freeze: FreezeArgs,
     /// How to compress: zstd, zstd:LEVEL (-7 to 19, default 1) or none
@@ -223,6 +226,7 @@ impl BackupArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<backup::Options> {
         Ok(backup::Options {
             sources: self.sources.clone(),
+            recursive: self.recursive,
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
             freeze: self.freeze.step()?,
             cow: self.freeze.cow()?,
