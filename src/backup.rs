@@ -263,7 +263,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     }
     let mut numbers = manifest.streams.iter().map(|stream| stream.n);
     for group in datasets {
-        for (n, description) in numbers.by_ref().zip(&group.descriptions) {
+        // In this order: the other way round it would take a number too many.
+        for (description, n) in group.descriptions.iter().zip(numbers.by_ref()) {
             let (sent, mut reader) = Datasets::send(description)?;
             let Options {
                 compression,

@@ -137,12 +137,17 @@ pub fn abort_receive(dataset: &str) -> Result<()> {
     zfs(&["receive", "-A", dataset]).map(drop)
 }
 
-/// Gives a dataset another name, in the same pool.
+/// Gives a dataset or volume another name, in the same pool. What is not mounted stays so.
 ///
 /// # Errors
 /// If the tool fails.
 pub fn rename(dataset: &str, to: &str) -> Result<()> {
-    zfs(&["rename", "-u", dataset, to]).map(drop)
+    // The option is for what can be mounted, and refused for the rest.
+    let option: &[&str] = match get("value", "type", dataset)?.trim() {
+        "filesystem" => &["-u"],
+        _ => &[],
+    };
+    zfs(&[&["rename"], option, &[dataset, to]].concat()).map(drop)
 }
 
 /// Destroys a dataset with its snapshots; whatever is below it or cloned from it keeps it.
