@@ -44,10 +44,13 @@
 //! copies made for snapshots), for they map to nothing. *Lost* is never negative, so equality proves
 //! that it is none. For that the copies have to be as many everywhere on the device, which is demanded,
 //! and no sector of a leaf may belong to two places of the top. A write behind the top's back (through
-//! a lower device, or a resynchronisation) is traced and not counted; a write that failed may be
-//! traced and sent again: then the sums differ the other way, which is refused as well. A write is
-//! counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if none is
-//! under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
+//! a lower device, or a resynchronisation) is traced and not counted, and one that failed may be sent
+//! again: then the sums differ the other way, which is refused as well. Only together with a loss of
+//! exactly the same size could such a write go unnoticed: whoever copies sees to it that nobody has
+//! a device of the stack open for writing, and a mirror that is being written to is refused.
+//!
+//! A write is counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if
+//! none is under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
 //!
 //! dm's `raid` is the exception: a bio sent to it is counted by dm and once more by md, which finds the
 //! same device in it. Not it but its members are compared then, each with its own counters: they are
@@ -75,6 +78,35 @@ impl Stack {
     /// Why its writes cannot be followed to disks: in words, with the device that is in the way.
     pub fn of(device: &BlockDevice) -> Result<Self, String> {
         resolve::resolve(device.number, &seen::look)
+    }
+}
+
+#[cfg(test)]
+impl Stack {
+    /// One device that is a stretch of another, from its sector `start`, for tests on real devices.
+    pub(crate) fn of_stretch(top: DeviceNumber, leaf: DeviceNumber, start: u64) -> Self {
+        let look = |number: DeviceNumber| {
+            let sectors = BlockDevice::of(number).unwrap().sectors;
+            let piece = Piece {
+                start: 0,
+                sectors,
+                lower: leaf,
+                lower_start: start,
+                stripe: None,
+            };
+            let (makeup, counts) = match number == leaf {
+                true => (Makeup::Leaf, Counts::Requests),
+                false => (Makeup::Joined(vec![piece]), Counts::Bios),
+            };
+            Ok(Seen {
+                label: number.to_string(),
+                sectors,
+                makeup,
+                counts,
+                facts: String::new(),
+            })
+        };
+        resolve::resolve(top, &look).unwrap()
     }
 }
 

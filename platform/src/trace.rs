@@ -649,4 +649,6 @@ fn read_page_format(root: &File) -> Result<PageFormat> {
 #[cfg(test)]
 mod live_tests;
 #[cfg(test)]
+mod stack_tests;
+#[cfg(test)]
 mod tests;

@@ -2,7 +2,9 @@
 # and /dev/vdc; each becomes $top. A disk for images is given by `images DEVICE`; restored is to /dev/vdd.
 . ./snapshot-common.sh
 export LVM_SUPPRESS_FD_WARNINGS=1
-modprobe dm-crypt
+modprobe -a dm-crypt raid1
+set -E
+trap 'echo "failed: $BASH_COMMAND (line $LINENO)"' ERR
 echo "not a secret" >/dev/shm/key
 
 # part DISK [SIZE]: one partition, of all or of the size.
@@ -45,7 +47,7 @@ stack() {
     beside=''
     case $1 in
         luks)
-            part /dev/vdb
+            part /dev/vdb 336MiB
             luks /dev/vdb1 secret
             top=/dev/mapper/secret ;;
         lvm-luks)
@@ -58,7 +60,7 @@ stack() {
             dmsetup create striped --table "0 $((320 << 11)) striped 2 128 /dev/vdb 2048 /dev/vdc 4096"
             top=/dev/mapper/striped ;;
         md)
-            mirror /dev/vdb /dev/vdc
+            mirror --size=320M /dev/vdb /dev/vdc
             top=/dev/md0 ;;
         md-part)
             # A partition of an array with a bitmap, on partitions.
@@ -107,17 +109,24 @@ no_stack() {
         [ ! -e /dev/mapper/$name ] || dmsetup remove --retry $name
     done
     [ ! -e /dev/md0 ] || mdadm --stop --quiet /dev/md0
-    wipefs -q -a /dev/vdb1 /dev/vdc1 2>/dev/null || true
-    wipefs -q -a /dev/vdb /dev/vdc
-    # What the next one finds there are zeros.
-    blkdiscard /dev/vdb
-    blkdiscard /dev/vdc
+    blank /dev/vdb
+    blank /dev/vdc
     udevadm settle
+}
+# blank DISK: as new. What the next one finds there are zeros.
+blank() {
+    # udev may still look at it.
+    for _ in $(seq 50); do
+        sfdisk -q --delete "$1" >/dev/null 2>&1 || true
+        wipefs -q -a -f "$1" >/dev/null 2>&1 && blkdiscard -f "$1" 2>/dev/null && return
+        sleep 0.1
+    done
+    fail "$1 is still in use"
 }
 
 # All layers.
 picture() {
     dmsetup table | sort
     grep -v '^unused\|check' /proc/mdstat || true
-    lvs -a --noheadings -o vg_name,lv_name,lv_attr,lv_size,origin 2>/dev/null
+    lvs -a --noheadings -o vg_name,lv_name,lv_layout,lv_size,origin,devices 2>/dev/null
 }

@@ -72,10 +72,12 @@ for case in "$@"; do
 
     # Onto a copy of what the device was: hardly anything may change.
     cp --sparse=always /run/images/oracle /run/images/copy
-    timeout "$limit" holdstill restore "$image" /run/images/copy --yes --quiet --force
-    differing=$(cmp -l /run/images/oracle /run/images/copy | awk '{ print int(($1 - 1) / 4096) }' | uniq | xargs)
+    timeout "$limit" holdstill restore "$image" /run/images/copy --yes --quiet
+    differing=$({ cmp -l /run/images/oracle /run/images/copy || true; } |
+        awk '{ print int(($1 - 1) / 4096) }' | uniq | xargs)
     rm "$image" /run/images/oracle /run/images/copy
-    echo "differing blocks: $differing"
+    echo "differing: ${differing:-none}"
+    [ "$(wc -w <<<"$differing")" -le 8 ] || fail "the copy differs from the device"
 
     wipefs -q -a /dev/vdd
     timeout "$limit" holdstill restore /run/images/live.still /dev/vdd --yes --quiet
