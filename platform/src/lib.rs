@@ -24,6 +24,7 @@ pub mod node;
 pub mod output;
 pub mod records;
 pub mod signals;
+pub mod stack;
 pub mod stream;
 pub mod swap_file;
 pub mod trace;
