@@ -12,6 +12,7 @@ pub mod offline;
 mod snapshot;
 mod stale;
 pub mod track;
+mod watch;
 mod write_trace;
 pub mod zfs;
 
