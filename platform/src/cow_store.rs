@@ -70,6 +70,15 @@ pub struct Place {
 }
 
 impl Place {
+    /// So much room on disk, in a folder that was looked at otherwise.
+    pub fn new(folder: PathBuf, room: u64) -> Self {
+        Self {
+            folder,
+            room,
+            is_memory: false,
+        }
+    }
+
     /// Looks at a folder. `None` if it is not there, lies on a filesystem on which a loop device is no
     /// good, or rests on `source`, whose writers would wait for themselves.
     ///

@@ -22,7 +22,7 @@ mod takeover;
 
 pub use fill::{Fill, fill};
 pub use suspension::{Suspended, SuspensionWatch};
-pub use takeover::{Leftover, Prepared, Takeover};
+pub use takeover::{Leftover, Prepared, Refusal, Takeover};
 
 /// The control node.
 const CONTROL: &CStr = c"/dev/mapper/control";

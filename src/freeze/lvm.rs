@@ -361,21 +361,8 @@ impl Still for Lvm {
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        self.source.watch.look()?;
-        let Some(purpose) = self.passes.next() else {
-            return Ok(None);
-        };
-        let (source, survey) = (&self.source, &self.survey);
-        Ok(Some(Pass {
-            source,
-            walk: Box::new(move |sink| {
-                survey.walk(&source.disk, &mut |run| {
-                    source.watch.check()?;
-                    sink(run)
-                })
-            }),
-            purpose,
-        }))
+        let purpose = self.passes.next();
+        self.source.pass(&self.survey, purpose)
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::{Pass, Purpose};
 use crate::read_at::ReadAt;
+use crate::survey::Survey;
 use crate::units::{ByteLen, Offset};
 
 /// How often to look.
@@ -44,7 +46,7 @@ pub(super) struct Watch {
 struct Shared {
     watching: Box<dyn Watching>,
     /// Why the snapshot was given up.
-    trouble: OnceLock<String>,
+    trouble: OnceLock<(Kind, String)>,
     is_over: Mutex<bool>,
     wake: Condvar,
 }
@@ -79,9 +81,9 @@ impl Watch {
     /// # Errors
     /// [`Kind::NoSpace`] if so.
     pub(super) fn check(&self) -> Result<()> {
-        self.shared.trouble.get().map_or(Ok(()), |why| {
+        self.shared.trouble.get().map_or(Ok(()), |(kind, why)| {
             Err(
-                Error::new(Kind::NoSpace, format!("the snapshot was given up: {why}"))
+                Error::new(*kind, format!("the snapshot was given up: {why}"))
                     .on(self.shared.watching.name())
                     .hint("make room, or image it when less is written (a thick one: --cow-size)"),
             )
@@ -95,7 +97,7 @@ impl Watch {
     pub(super) fn look(&self) -> Result<()> {
         self.check()?;
         if let Some(why) = self.shared.watching.look(None)? {
-            let _ = self.shared.trouble.set(why);
+            let _ = self.shared.trouble.set((Kind::NoSpace, why));
         }
         self.check()
     }
@@ -110,11 +112,11 @@ impl Shared {
             match self.watching.look(Some(&mut may_extend)) {
                 Ok(None) => {}
                 Ok(Some(why)) => {
-                    let _ = self.trouble.set(why);
+                    let _ = self.trouble.set((Kind::NoSpace, why));
                     return;
                 }
                 Err(error) => {
-                    let _ = self.trouble.set(error.to_string());
+                    let _ = self.trouble.set((error.kind(), error.to_string()));
                     return;
                 }
             }
@@ -144,6 +146,27 @@ impl Drop for Watch {
 pub(super) struct Watched {
     pub(super) disk: Disk,
     pub(super) watch: Watch,
+}
+
+impl Watched {
+    /// A pass over the snapshot, if there is one left.
+    pub(super) fn pass<'a>(
+        &'a self,
+        survey: &'a Survey,
+        purpose: Option<Purpose>,
+    ) -> Result<Option<Pass<'a>>> {
+        self.watch.look()?;
+        Ok(purpose.map(|purpose| Pass {
+            source: self,
+            walk: Box::new(move |sink| {
+                survey.walk(&self.disk, &mut |run| {
+                    self.watch.check()?;
+                    sink(run)
+                })
+            }),
+            purpose,
+        }))
+    }
 }
 
 impl ReadAt for Watched {

@@ -95,6 +95,15 @@ pub struct Prepared {
     pub snapshot: DeviceNumber,
 }
 
+/// Why a device cannot be taken over at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its table names a key that cannot be had any more.
+    Key,
+    /// Its table, or its state, does not allow it.
+    Table,
+}
+
 /// A takeover that a run has left.
 #[derive(Clone, Debug)]
 pub struct Leftover {
@@ -154,7 +163,7 @@ impl Takeover {
     /// is left to [`undo`](Self::undo), also if it fails.
     ///
     /// # Errors
-    /// ENOKEY if the table names a key that cannot be had any more; whatever the device mapper says.
+    /// Whatever the device mapper says; see [`refusal`](Self::refusal).
     pub fn prepare(&self, store: DeviceNumber) -> Result<Prepared> {
         let control = open_control()?;
         let what = path_of(self.device);
@@ -219,6 +228,17 @@ impl Takeover {
             real,
             snapshot,
         })
+    }
+
+    /// What an error of [`prepare`](Self::prepare) means: that it cannot be done; `None`: that it failed.
+    pub fn refusal(error: &Error) -> Option<Refusal> {
+        match (error.errno(), error.kind()) {
+            (Some(libc::ENOKEY), _) => Some(Refusal::Key),
+            (Some(libc::EBUSY | libc::EINVAL), _) | (None, io::ErrorKind::Other) => {
+                Some(Refusal::Table)
+            }
+            _ => None,
+        }
     }
 
     fn table(&self, who: Who<'_>) -> Result<Secret> {
