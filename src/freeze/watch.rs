@@ -85,7 +85,7 @@ impl Watch {
             Err(
                 Error::new(*kind, format!("the snapshot was given up: {why}"))
                     .on(self.shared.watching.name())
-                    .hint("make room, or image it when less is written (a thick one: --cow-size)"),
+                    .hint("make room, or image it when less is written (but for a thin pool: --cow-size)"),
             )
         })
     }

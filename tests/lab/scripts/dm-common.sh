@@ -5,7 +5,7 @@ volume=/dev/mapper/volume
 size=320M
 sectors=$((320 << 11))
 head -c 32 /dev/urandom >/dev/shm/key
-# Where all that a mapping lies on is to be quick, hashing a pass phrase is not.
+# With next to no hashing of a key that is random anyway.
 luks() {
     cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 \
         --key-file /dev/shm/key "$1"
@@ -19,8 +19,9 @@ mapping() {
     case $1 in
         crypt)
             luks /dev/vdb
-            cryptsetup open --disable-keyring --key-file /dev/shm/key --size "$sectors" \
-                /dev/vdb volume ;;
+            cryptsetup open --disable-keyring --key-file /dev/shm/key /dev/vdb volume
+            cryptsetup resize --disable-keyring --key-file /dev/shm/key --size "$sectors" volume
+            [ "$(blockdev --getsz $volume)" = "$sectors" ] || fail "of another size" ;;
         linear)
             dmsetup create volume <<TABLE
 0 $half linear /dev/vdb $((half + 4096))
@@ -42,7 +43,7 @@ picture() {
     dmsetup info -c --noheadings -o name,uuid,suspended,tables_loaded,readonly | sort
     losetup --noheadings --list --output name,back-file | sort
     sort /proc/self/mounts
-    find -L /dev/mapper /dev/disk -type b -printf '%p\n' 2>/dev/null | sort
+    find -L /dev/mapper /dev/disk/by-id /dev/disk/by-uuid -type b 2>/dev/null | sort
 }
 
 # The node of the snapshot of ours that there is now. No link leads to it.
