@@ -281,14 +281,14 @@ fn swap(
         .guard()?
         .freeze(point, DEADLINE)
         .map_err(|error| mounted::explain(error, source))?;
-    let drain_ms = milliseconds(frozen.freeze_call());
     let instant = jiff::Timestamp::now();
     let swapped = prepared.swap();
+    let read_ms = milliseconds(frozen.held());
     let thawed = frozen
         .thaw()
         .map_err(|error| mounted::explain(error, source))?;
     swapped.map_err(explain)?;
-    Ok((instant, mounted::times("snapshot", &thawed, drain_ms, 0.0)))
+    Ok((instant, mounted::times("snapshot", &thawed, 0.0, read_ms)))
 }
 
 impl Made {
@@ -329,8 +329,8 @@ impl Made {
             Error::from(error).hint("holdstill cleanup removes it when nobody uses it any more")
         })?;
         self.run.undone(owed);
-        if let Some(store) = &self.store {
-            store.forget_head()?;
+        if let Some(Err(error)) = self.store.as_ref().map(CowStore::forget_head) {
+            log::warn!("{error}");
         }
         Ok(())
     }

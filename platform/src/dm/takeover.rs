@@ -32,7 +32,7 @@
 //! is found by uuids that hold the run's id; the device gets its table back only if its own is an
 //! origin of that real. A swap that fails when the device is already suspended inside of it (the
 //! kernel cannot combine the limits of the queues) is the one case in which the device has to be
-//! resumed: undoing looks for that, too.
+//! resumed: that is done at once, and undoing looks for it, too.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -357,10 +357,18 @@ impl Prepared {
     /// by this: that is left to the caller. Allocates nothing.
     ///
     /// # Errors
-    /// What the device mapper says: then the device has its old table, and may be suspended until the
-    /// takeover is undone.
+    /// What the device mapper says: then the device has its old table.
     pub fn swap(&self) -> io::Result<()> {
-        resume(&self.control, Who::Number(self.device), 0)
+        let device = Who::Number(self.device);
+        let swapped = resume(&self.control, device, 0);
+        // Whoever thaws its filesystem would wait for it.
+        if swapped.is_err()
+            && let Ok(Some((_, flags))) = find(&self.control, device)
+            && flags & SUSPEND != 0
+        {
+            let _ = resume(&self.control, device, 0);
+        }
+        swapped
     }
 
     /// Whether the device still has the table that was swapped in. If not, the snapshot does not show

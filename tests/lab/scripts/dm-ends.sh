@@ -13,10 +13,6 @@ ready() {
     sync
     picture >/run/before
 }
-done_with() {
-    umount /run/volume
-    no_mapping
-}
 writable() {
     timeout 60 sh -c 'date >/run/volume/date && sync -f /run/volume' || fail "the filesystem is stuck"
 }
@@ -51,7 +47,12 @@ killed() {
     wait $run 2>/dev/null || true
     guard_done
     rm -f $image
-    all_as_before
+    writable
+    unchanged
+    # All but its record was taken away by its guard.
+    holdstill cleanup --json >/dev/shm/cleanup
+    grep -q '"removed":\[\]' /dev/shm/cleanup || fail "cleanup had work: $(cat /dev/shm/cleanup)"
+    nothing_left
 }
 # Soon after the snapshot is there: new content where the old one was, as fast as it goes.
 overwrite='(sleep 1; exec dd if=/dev/zero of=/run/volume/content bs=1M count=110 conv=notrunc oflag=direct) >/dev/null 2>&1 &'
@@ -148,6 +149,7 @@ mkdir -p /run/store
 mount /dev/vdc /run/store
 unmade 3 "in use" /run/volume --cow-device /dev/vdc
 umount /run/store
+wipefs -q -a /dev/vdc
 unmade 3 "nowhere" /run/volume --cow-size 100G
 unmade 2 "whole" /run/volume --cow-device /dev/vdc --cow-size 10M
 ends 3 "output" holdstill backup /run/volume -o /run/volume/image.still --freeze dm
@@ -171,48 +173,51 @@ exec 9>&-
 rm $image /run/images/volume
 no_mapping
 
-echo "killed, and stopped, in the swap itself, which waits for reads that take long"
-offsets="/dev/vdb 2048"
-dmsetup create volume --table "0 $sectors delay $offsets 0 $offsets 0"
+echo "killed, and stopped, in the swap itself, which waits for reads that take long below"
+dmsetup create slow --table "0 $sectors delay /dev/vdb 2048 0 /dev/vdb 2048 0"
+dmsetup create volume --table "0 $sectors linear /dev/mapper/slow 0"
 mkfs.ext4 -q -F $volume
 mount $volume /run/volume
 dd if=/dev/zero of=/run/volume/content bs=1M count=20 conv=fsync status=none
-dmsetup load volume --table "0 $sectors delay $offsets 3000 $offsets 0"
-dmsetup resume volume
 picture >/run/before
-: >/run/reading
-readers=()
-for number in 1 2 3; do
-    while [ -e /run/reading ]; do
-        dd if=$volume of=/dev/null bs=4k count=1 skip=$((number * 1000)) iflag=direct status=none
-    done &
-    readers+=($!)
-    sleep 1
-done
+# reads MILLISECONDS: so long does each take.
+reads() {
+    dmsetup load slow --table "0 $sectors delay /dev/vdb 2048 $1 /dev/vdb 2048 0"
+    dmsetup resume slow
+}
 for signal in KILL STOP; do
-    rm -f /run/now
-    start --pre-freeze ': >/run/now'
-    until_there /run/now
-    sleep 1
-    touch /run/volume/blocked &
-    sleep 0.5
-    ! kill -0 $! 2>/dev/null || echo "$signal: writers wait"
+    reads 2000
+    : >/run/reading
+    readers=()
+    for number in 1 2 3; do
+        while [ -e /run/reading ]; do
+            dd if=$volume of=/dev/null bs=4k count=1 skip=$((number * 1000)) iflag=direct status=none
+        done &
+        readers+=($!)
+        sleep 0.7
+    done
+    start
+    until grep -qs dm_suspend /proc/$run/task/*/stack; do
+        kill -0 $run || fail "never seen in the swap: $(cat /dev/shm/said)"
+    done
     kill -$signal $run
+    rm /run/reading
+    reads 0
+    wait "${readers[@]}"
     if [ $signal = STOP ]; then
         # By its guard, after 10 s.
         writable
         kill -CONT $run
         status=0
         wait $run || status=$?
-        [ $status = 0 ] || [ $status = 3 ] || fail "status $status: $(cat /dev/shm/said)"
-        echo "stopped: status $status"
+        [ $status = 3 ] || fail "status $status: $(cat /dev/shm/said)"
         tail -n 1 /dev/shm/said
     fi
     killed
 done
-rm /run/reading
-wait "${readers[@]}"
-done_with
+umount /run/volume
+no_mapping
+dmsetup remove --retry slow
 
 echo "what cannot be slid under: a key in the keyring, swap space, a logical volume, several paths"
 luks /dev/vdb
