@@ -7,6 +7,7 @@ pub mod beneath;
 pub mod buffer;
 pub mod command;
 pub mod counters;
+pub mod cow_store;
 pub mod device;
 pub mod dirty;
 pub mod dm;

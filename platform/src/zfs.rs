@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::{Output, Tool};
 use crate::error::{Error, Result};
-use crate::guard::Undo;
+use crate::guard::{Undo, Way};
 use crate::node::{self, BlockDevice};
 
 /// A tool waits for the pool to write out what it holds: on a busy one that takes long.
@@ -227,7 +227,7 @@ impl Made {
     pub fn to_undo(&self) -> Result<Undo> {
         Ok(Undo {
             name: self.name(),
-            words: Tool::find("zfs")?.args(self.words()).words(),
+            way: Way::Command(Tool::find("zfs")?.args(self.words()).words()),
             patience: UNDO_PATIENCE,
         })
     }
