@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use holdstill_platform::guard::LeftoverKind;
 use holdstill_platform::output::{Output, part_file_of};
+use holdstill_platform::zfs::Reach;
 use serde::Serialize;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::zfs::dataset::{self, Dataset};
+use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
 use crate::freeze::{Context, CowRoom, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
@@ -36,6 +37,8 @@ pub struct Options {
     pub sources: Vec<String>,
     /// The image; `None` for standard output.
     pub output: Option<PathBuf>,
+    /// Of datasets of ZFS, all below, too.
+    pub recursive: bool,
     /// A step by name, or `None` for the first that applies.
     pub freeze: Option<Step>,
     /// Room for a snapshot.
@@ -141,8 +144,8 @@ impl Report {
 pub struct Planned {
     /// What is copied block by block.
     pub volumes: Vec<Plan>,
-    /// Datasets of ZFS that leave as streams, by name; numbered behind the volumes.
-    pub datasets: Vec<String>,
+    /// Datasets of ZFS that leave as streams; numbered behind the volumes.
+    pub datasets: Vec<Wanted>,
 }
 
 /// Says what a backup would do; changes nothing.
@@ -163,7 +166,11 @@ pub fn plan(options: &Options) -> Result<Planned> {
                 }
             }
             Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
-                planned.datasets.push(name);
+                let reach = match options.recursive {
+                    true => Reach::Below,
+                    false => Reach::Alone,
+                };
+                planned.datasets.push(Wanted { name, reach });
             }
             Named::Dataset(name) => {
                 return Err(Error::new(
@@ -173,6 +180,10 @@ pub fn plan(options: &Options) -> Result<Planned> {
                 .on(name));
             }
         }
+    }
+    if options.recursive && planned.datasets.is_empty() {
+        let what = "--recursive is for datasets of ZFS, and none was named";
+        return Err(Error::new(Kind::Usage, what));
     }
     if let Some(path) = &options.output {
         check_output(path, options.force, &planned.volumes)?;
@@ -191,8 +202,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     for plan in plans {
         progress.event(&Event::Plan(&plan.to_string()));
     }
-    for name in &planned.datasets {
-        progress.event(&Event::Plan(&format!("{name}: zfs, as a stream")));
+    for wanted in &planned.datasets {
+        progress.event(&Event::Plan(&wanted.to_string()));
     }
     let run = begin(options, &planned)?;
     let output = match &options.output {
@@ -221,8 +232,13 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         }
     }
     let mut datasets = Vec::new();
-    for name in &planned.datasets {
-        datasets.push(Dataset::snapshot(name, &run, progress)?);
+    for wanted in &planned.datasets {
+        let group = Datasets::snapshot(wanted, &run, progress)?;
+        for warning in group.warnings() {
+            progress.warn(&warning);
+            warnings.push(warning);
+        }
+        datasets.push(group);
     }
     let manifest = manifest(options, plans, &stills, &datasets)?;
     progress.total(manifest.used_bytes());
@@ -251,15 +267,27 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         });
         proofs.push(proof);
     }
-    for (stream, dataset) in manifest.streams.iter().zip(datasets) {
-        let (proof, len) = send(stream.n, dataset, options, &mut image, progress)?;
-        streams.push(StreamTrailer {
-            n: stream.n,
-            grade: proof.grade,
-            instant: proof.instant.to_string(),
-            len: len.0,
-        });
-        proofs.push(proof);
+    let mut numbers = manifest.streams.iter().map(|stream| stream.n);
+    for group in datasets {
+        // In this order: the other way round it would take a number too many.
+        for (description, n) in group.descriptions.iter().zip(numbers.by_ref()) {
+            let (sent, mut reader) = Datasets::send(description)?;
+            let Options {
+                compression,
+                bounds,
+                ..
+            } = *options;
+            let len = store_stream(&mut reader, n, compression, bounds, &mut image, progress)?;
+            let proof = group.sent(description, sent)?;
+            streams.push(StreamTrailer {
+                n,
+                grade: proof.grade,
+                instant: proof.instant.to_string(),
+                len: len.0,
+            });
+            proofs.push(proof);
+        }
+        group.finish(progress);
     }
     let content_id = image.content_id()?.map(|id| to_hex(&id));
     let trailer = Trailer {
@@ -295,10 +323,10 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
 /// it is whole and this user may keep records.
 fn begin(options: &Options, planned: &Planned) -> Result<Run> {
     let mut watched = Watched::of(&planned.volumes, &options.run_id)?;
-    for name in &planned.datasets {
+    for wanted in &planned.datasets {
         watched.is_guarded = true;
         watched.freezes += 1;
-        watched.undo.extend(dataset::undo(name, &options.run_id)?);
+        watched.undo.extend(dataset::undo(wanted, &options.run_id)?);
     }
     let freezes = watched.is_guarded;
     let part = options.output.as_deref().and_then(part_file_of);
@@ -354,38 +382,19 @@ fn copy(
     Ok((still.finish(progress)?, unreadable, used))
 }
 
-/// Stores the stream of one dataset, then lets it go.
-fn send(
-    number: u32,
-    dataset: Dataset,
-    options: &Options,
-    image: &mut ImageWriter<OutputSink<'_>>,
-    progress: &dyn Progress,
-) -> Result<(Proof, ByteLen)> {
-    let (sent, mut reader) = dataset.send()?;
-    let len = store_stream(
-        &mut reader,
-        number,
-        options.compression,
-        options.bounds,
-        image,
-        progress,
-    )?;
-    Ok((dataset.finish(sent, progress)?, len))
-}
-
 fn manifest(
     options: &Options,
     plans: &[Plan],
     stills: &[Box<dyn Still>],
-    datasets: &[Dataset],
+    datasets: &[Datasets],
 ) -> Result<Manifest> {
-    let streams = (1 + plans.len() as u32..).zip(datasets);
-    let streams = streams.map(|(n, dataset)| StreamManifest {
+    let descriptions = datasets.iter().flat_map(|group| &group.descriptions);
+    let streams = (1 + stills.len() as u32..).zip(descriptions);
+    let streams = streams.map(|(n, description)| StreamManifest {
         n,
-        path: dataset.description.dataset.clone(),
+        path: description.dataset.clone(),
         kind: ZFS_SEND.to_owned(),
-        zfs: Some(dataset.description.clone()),
+        zfs: Some(description.clone()),
     });
     let streams = streams.collect();
     let sources = plans

@@ -7,19 +7,24 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::time::Duration;
 
+use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::records::Records;
 use holdstill_platform::trace::{PREFIX, Tracefs};
-use holdstill_platform::zfs::{self, Made, Named, Snapdev};
+use holdstill_platform::zfs::{self, Made, Named, Reach, Snapdev};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::run::RunRecord;
+
+/// For how long what is busy is tried to be removed.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What was found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -96,6 +101,17 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     for file in &record.part_files {
         remove_part_file(file, report)?;
     }
+    if !record.dm_devices.is_empty() {
+        for left in Takeover::leftovers()? {
+            if record
+                .dm_devices
+                .iter()
+                .any(|name| name == left.takeover.name())
+            {
+                undo_takeover(&left.takeover, report)?;
+            }
+        }
+    }
     for pool in &record.thin_pools {
         release_metadata_snapshot(pool, report)?;
     }
@@ -130,6 +146,12 @@ fn release_metadata_snapshot(pool: &str, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+fn undo_takeover(takeover: &Takeover, report: &mut Report) -> Result<()> {
+    takeover.undo_patiently(PATIENCE)?;
+    report.removed.push(takeover.name().to_owned());
+    Ok(())
+}
+
 fn remove_snapshot(snapshot: &str, report: &mut Report) -> Result<()> {
     lvm::remove(snapshot)?;
     report.removed.push(snapshot.to_owned());
@@ -138,9 +160,10 @@ fn remove_snapshot(snapshot: &str, report: &mut Report) -> Result<()> {
 
 fn destroy_snapshot(snapshot: &zfs::Found, report: &mut Report) -> Result<()> {
     if snapshot.is_held {
-        Made::Hold(snapshot.name.clone(), snapshot.run_id.clone()).undo()?;
+        let run_id = snapshot.run_id.clone();
+        Made::Hold(snapshot.name.clone(), run_id, Reach::Alone).undo()?;
     }
-    Made::Snapshot(snapshot.name.clone()).undo()?;
+    Made::Snapshot(snapshot.name.clone(), Reach::Alone).undo()?;
     report.removed.push(snapshot.name.clone());
     Ok(())
 }
@@ -170,6 +193,11 @@ fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
         matches!(lock::is_held(locks, run_id), Ok(false))
     };
     let mut trouble = Ok(());
+    for left in Takeover::leftovers()? {
+        if is_dead(&left.run_id) {
+            trouble = undo_takeover(&left.takeover, report).and(trouble);
+        }
+    }
     for snapshot in lvm::snapshots()? {
         if is_dead(&snapshot.run_id) {
             trouble = remove_snapshot(&snapshot.name, report).and(trouble);

@@ -63,6 +63,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
     let image = scene.path("image.still");
     let options = backup::Options {
         sources: vec![scene.live().display().to_string()],
+        recursive: false,
         output: Some(image.clone()),
         freeze: None,
         cow: CowRoom::default(),

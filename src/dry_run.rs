@@ -63,8 +63,8 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         let action = |source| Action::new(plan, source, target.clone(), overwrites);
         plan.sources().map(action).collect::<Vec<_>>()
     });
-    let datasets = planned.datasets.iter().map(|name| Action {
-        source: name.clone(),
+    let datasets = planned.datasets.iter().map(|wanted| Action {
+        source: wanted.name.clone(),
         target: target.clone(),
         overwrites,
         step: Some(Step::Zfs.name().to_owned()),

@@ -2,6 +2,7 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+pub mod dm;
 mod final_read;
 pub mod hold;
 mod live_map;
@@ -12,6 +13,7 @@ pub mod offline;
 mod snapshot;
 mod stale;
 pub mod track;
+mod watch;
 mod write_trace;
 pub mod zfs;
 
@@ -43,6 +45,8 @@ pub enum Step {
     Lvm,
     /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
     Track,
+    /// A snapshot slid under the live mapping of a device-mapper device.
+    Dm,
     /// Its filesystem is frozen for the whole copy.
     Hold,
     /// It is read as it is, while it may change.
@@ -54,18 +58,19 @@ impl Step {
     pub const LADDER: [Self; 4] = [Self::Offline, Self::Zfs, Self::Lvm, Self::Track];
 
     /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Offline,
         Self::Zfs,
         Self::Lvm,
         Self::Track,
+        Self::Dm,
         Self::Hold,
         Self::None,
     ];
 
     /// Whether the step freezes or creates something that a guard has to watch over.
     pub fn needs_guard(self) -> bool {
-        matches!(self, Self::Zfs | Self::Lvm | Self::Track | Self::Hold)
+        !matches!(self, Self::Offline | Self::None)
     }
 
     /// The name on the command line.
@@ -75,6 +80,7 @@ impl Step {
             Self::Zfs => "zfs",
             Self::Lvm => "lvm",
             Self::Track => "track",
+            Self::Dm => "dm",
             Self::Hold => "hold",
             Self::None => "none",
         }
@@ -131,7 +137,7 @@ pub struct Context<'a> {
 pub struct CowRoom {
     /// How much, at first and at last: it is not extended.
     pub size: Option<ByteLen>,
-    /// On which device: a physical volume of the volume group.
+    /// On which device: a physical volume of the volume group, or any free one (`dm`).
     pub device: Option<PathBuf>,
 }
 

@@ -9,6 +9,7 @@ use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::dm::{self, Dm};
 use crate::freeze::hold::{self, Hold};
 use crate::freeze::lvm::{self, Lvm};
 use crate::freeze::none::Moving;
@@ -81,6 +82,7 @@ impl Plan {
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
             Step::Lvm => Box::new(Lvm::snapshot(&self.source, context)?),
             Step::Track => Box::new(Track::begin(&self.source, context)?),
+            Step::Dm => Box::new(Dm::snapshot(&self.source, context)?),
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
         };
@@ -100,6 +102,7 @@ impl Plan {
         match self.step {
             Step::Zfs => zfs::undo(&self.source, run_id),
             Step::Lvm => lvm::undo(&self.source, run_id),
+            Step::Dm => dm::undo(&self.source, run_id),
             _ => Ok(Vec::new()),
         }
     }
@@ -158,6 +161,7 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
         Step::Zfs => zfs::objection(source),
         Step::Lvm => lvm::objection(source),
         Step::Track => track::objection(source),
+        Step::Dm => dm::objection(source),
         Step::Hold => hold::objection(source),
         Step::None => Ok(None),
     }

@@ -125,10 +125,9 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
     for (part, path) in choose(manifest, &options.targets)? {
         match part {
             Part::Volume(volume) => {
-                refuse_image_as_target(&options.image, path)?;
-                let candidate = Candidate::examine(path, ByteLen(volume.size))?;
-                let volume = (volume.clone(), path.clone(), candidate);
-                planned.volumes.push(volume);
+                refuse_image_as_target(&options.image, &path)?;
+                let candidate = Candidate::examine(&path, ByteLen(volume.size))?;
+                planned.volumes.push((volume.clone(), path, candidate));
             }
             Part::Stream(stream) => {
                 for (is_set, name) in [
@@ -143,10 +142,11 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
                         ));
                     }
                 }
-                planned.streams.push(WantedStream::examine(stream, path)?);
+                planned.streams.push(WantedStream::examine(stream, &path)?);
             }
         }
     }
+    WantedStream::keep_apart(&mut planned.streams);
     if !options.allow_twin {
         refuse_twins(&planned.volumes)?;
     }
@@ -247,9 +247,8 @@ pub fn run(
     for (_, target) in targets.volumes {
         target.finish(options.verify)?;
     }
-    for stream in targets.streams {
-        stream.finish()?;
-    }
+    let received = targets.streams.into_iter().map(Receiving::finish);
+    stream::place(received.collect::<Result<_>>()?)?;
     damages
         .as_failure("all that is whole was written; lost blocks are zeros")
         .map_err(|error| error.on(input::name(&options.image)))?;
@@ -339,8 +338,16 @@ enum Part<'a> {
 /// not exist or is named twice.
 fn choose<'a>(
     manifest: &'a Manifest,
-    targets: &'a [(u32, PathBuf)],
-) -> Result<Vec<(Part<'a>, &'a PathBuf)>> {
+    targets: &[(u32, PathBuf)],
+) -> Result<Vec<(Part<'a>, PathBuf)>> {
+    if let [(0, root)] = targets
+        && let Some(tree) = stream::tree(manifest, root)
+    {
+        let parts = tree.into_iter();
+        return Ok(parts
+            .map(|(stream, target)| (Part::Stream(stream), target))
+            .collect());
+    }
     let volumes = manifest.volumes.len();
     let mut chosen = Vec::new();
     let mut taken: Vec<(usize, &PathBuf)> = Vec::new();
@@ -371,7 +378,7 @@ fn choose<'a>(
             return Err(Error::new(Kind::Usage, "a volume or a target is named twice").on(path));
         }
         taken.push((index, path));
-        chosen.push((part, path));
+        chosen.push((part, path.clone()));
     }
     Ok(chosen)
 }

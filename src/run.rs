@@ -50,6 +50,9 @@ pub struct RunRecord {
     /// Thin pools whose metadata it may have made a snapshot of, by their names in /dev/mapper.
     #[serde(default)]
     pub thin_pools: Vec<String>,
+    /// Devices of the device mapper it may have made, by name.
+    #[serde(default)]
+    pub dm_devices: Vec<String>,
     /// Snapshots of ZFS it may have made: `POOL/NAME@SNAPSHOT`.
     #[serde(default)]
     pub zfs_snapshots: Vec<String>,

@@ -125,6 +125,39 @@ impl CounterFile {
     }
 }
 
+/// How many writes to one device are under way (`/sys/dev/block/M:m/inflight`), kept open likewise. For
+/// devices without queues they are those that have begun and not ended.
+#[derive(Debug)]
+pub struct InFlightFile {
+    file: File,
+}
+
+impl InFlightFile {
+    /// Opens the count of a device.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn open(device: DeviceNumber) -> Result<Self> {
+        let path = PathBuf::from(format!("/sys/dev/block/{device}/inflight"));
+        let file = File::open(&path).context("cannot open", &path)?;
+        Ok(Self { file })
+    }
+
+    /// Writes under way just now. Allocates nothing.
+    ///
+    /// # Errors
+    /// If the device is gone; `InvalidData` if this kernel counts in another way.
+    pub fn writes(&self) -> io::Result<u64> {
+        let mut text = [0; 64];
+        let length = self.file.read_at(&mut text, 0)?;
+        let text = std::str::from_utf8(text.get(..length).unwrap_or_default());
+        // Reads come first.
+        let words = text.ok().map(str::split_ascii_whitespace);
+        let writes = words.and_then(|mut words| words.nth(1)?.parse().ok());
+        writes.ok_or(io::ErrorKind::InvalidData.into())
+    }
+}
+
 /// Whether the kernel counts at all for this device: `queue/iostats` of its disk.
 ///
 /// # Errors

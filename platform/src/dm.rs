@@ -5,35 +5,49 @@
 //! pipe. The table of a `crypt` target may carry its key; it is read into locked memory that is wiped
 //! (by the kernel on its side, too), and only a placeholder leaves this module.
 
-use std::fs::{File, OpenOptions};
+use std::ffi::CStr;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
 
 use crate::error::{Context, Error, Result};
 use crate::memory::Arena;
 use crate::node::{BlockDevice, DeviceNumber};
 
+mod fill;
 mod suspension;
+mod takeover;
 
+pub use fill::{Fill, fill};
 pub use suspension::{Suspended, SuspensionWatch};
+pub use takeover::{Leftover, Prepared, Refusal, Takeover};
 
 /// The control node.
-const CONTROL: &str = "/dev/mapper/control";
+const CONTROL: &CStr = c"/dev/mapper/control";
 
 /// The oldest interface with everything used here: 4.0 has all but `DM_SECURE_DATA_FLAG`, which older
 /// kernels ignore.
 const VERSION: [u32; 3] = [4, 0, 0];
 
+/// `DM_READONLY_FLAG`: the device, or the table to be loaded, refuses to be written.
+const READ_ONLY: u32 = 1 << 0;
 /// `DM_STATUS_TABLE_FLAG`: the table instead of the status.
 const STATUS_TABLE: u32 = 1 << 4;
 /// `DM_ACTIVE_PRESENT_FLAG`: there is a table at all.
 const ACTIVE_PRESENT: u32 = 1 << 5;
+/// `DM_INACTIVE_PRESENT_FLAG`: another one is loaded, and will be live at the next resume.
+const INACTIVE_PRESENT: u32 = 1 << 6;
 /// `DM_BUFFER_FULL_FLAG`: the answer did not fit.
 const BUFFER_FULL: u32 = 1 << 8;
+/// `DM_SKIP_LOCKFS_FLAG`: the filesystem on the device is not frozen for this.
+const SKIP_LOCKFS: u32 = 1 << 10;
 /// `DM_NOFLUSH_FLAG`: a thin pool is not made to write out its metadata for this question.
 const NOFLUSH: u32 = 1 << 11;
-/// `DM_SECURE_DATA_FLAG`: the kernel wipes its copies of this message.
+/// `DM_QUERY_INACTIVE_TABLE_FLAG`: of the table that is loaded and not live yet.
+const QUERY_INACTIVE: u32 = 1 << 12;
+/// `DM_SECURE_DATA_FLAG`: the kernel wipes its copies of this message, and ours.
 const SECURE_DATA: u32 = 1 << 15;
 /// `DM_SUSPEND_FLAG`: the device is suspended.
 const SUSPEND: u32 = 1 << 1;
@@ -51,7 +65,11 @@ mod header {
     pub(super) const DATA_START: usize = 16;
     pub(super) const TARGET_COUNT: usize = 20;
     pub(super) const FLAGS: usize = 28;
+    pub(super) const EVENT_NR: usize = 32;
     pub(super) const DEV: usize = 40;
+    pub(super) const NAME: usize = 48;
+    pub(super) const NAME_LEN: usize = 128;
+    pub(super) const UUID: usize = NAME + NAME_LEN;
 }
 
 /// `struct dm_target_spec`.
@@ -66,12 +84,32 @@ mod spec {
 }
 
 mod ioctl {
-    /// `DM_TABLE_STATUS`: `_IOWR(0xfd, 12, struct dm_ioctl)`.
-    pub(super) const TABLE_STATUS: libc::Ioctl =
-        nix::request_code_readwrite!(0xfd, 12, super::HEADER_LEN) as libc::Ioctl;
-    /// `DM_TARGET_MSG`: `_IOWR(0xfd, 14, struct dm_ioctl)`.
-    pub(super) const TARGET_MSG: libc::Ioctl =
-        nix::request_code_readwrite!(0xfd, 14, super::HEADER_LEN) as libc::Ioctl;
+    //! `_IOWR(0xfd, NUMBER, struct dm_ioctl)`.
+    const fn request(number: u8) -> libc::Ioctl {
+        nix::request_code_readwrite!(0xfd, number, super::HEADER_LEN) as libc::Ioctl
+    }
+
+    pub(super) const DEV_CREATE: libc::Ioctl = request(3);
+    pub(super) const DEV_REMOVE: libc::Ioctl = request(4);
+    /// Suspends or, without that flag, resumes; a table that was loaded is live then.
+    pub(super) const DEV_SUSPEND: libc::Ioctl = request(6);
+    pub(super) const DEV_STATUS: libc::Ioctl = request(7);
+    pub(super) const TABLE_LOAD: libc::Ioctl = request(9);
+    pub(super) const TABLE_CLEAR: libc::Ioctl = request(10);
+    pub(super) const TABLE_STATUS: libc::Ioctl = request(12);
+    pub(super) const TARGET_MSG: libc::Ioctl = request(14);
+}
+
+/// Which mapped device is meant.
+#[derive(Clone, Copy, Debug)]
+enum Who<'a> {
+    Number(DeviceNumber),
+    Uuid(&'a str),
+    /// One that is to be made.
+    New {
+        name: &'a str,
+        uuid: &'a str,
+    },
 }
 
 /// One target of a mapped device.
@@ -126,7 +164,7 @@ pub fn message(device: DeviceNumber, text: &str) -> Result<()> {
     let control = open_control()?;
     let mut room = Arena::new(FIRST_ROOM)?;
     let bytes = room.bytes_mut();
-    write_header(bytes, device, 0);
+    write_header(bytes, Who::Number(device), 0);
     // `struct dm_target_msg`: a sector, then the text, ended by a zero byte.
     bytes
         .get_mut(HEADER_LEN + 8..)
@@ -137,27 +175,48 @@ pub fn message(device: DeviceNumber, text: &str) -> Result<()> {
     exchange(&control, ioctl::TARGET_MSG, bytes).context("cannot send a message to", what)
 }
 
+/// The kernel's answer, which may hold a key: wiped when dropped.
+#[derive(Debug)]
+struct Secret(Arena);
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        wipe(self.0.bytes_mut());
+    }
+}
+
+fn wipe(bytes: &mut [u8]) {
+    bytes.fill(0);
+    // The hint keeps the compiler from leaving this out.
+    std::hint::black_box(&*bytes);
+}
+
 fn ask(device: DeviceNumber, flags: u32) -> Result<Table> {
     let what = path_of(device);
+    let answer = fetch(Who::Number(device), flags, &what)?;
+    parse(answer.0.bytes())
+        .ok_or_else(|| Error::invalid("cannot understand", what, "its answer makes no sense"))
+}
+
+/// Asks for the table or the state of all targets, in a buffer large enough for it. `what` is what the
+/// device is called in an error.
+fn fetch(who: Who<'_>, flags: u32, what: &Path) -> Result<Secret> {
     let control = open_control()?;
     let mut room = FIRST_ROOM;
     loop {
-        let mut arena = Arena::new(room)?;
-        let bytes = arena.bytes_mut();
-        write_header(bytes, device, flags);
-        let answered = exchange(&control, ioctl::TABLE_STATUS, bytes);
-        let parsed = answered.map(|()| parse(bytes));
-        // It may hold a key. The hint keeps the compiler from leaving this out.
-        bytes.fill(0);
-        std::hint::black_box(&*bytes);
-        match parsed.context("cannot ask the device mapper about", &what)? {
-            Some(Answer::Table(table)) => return Ok(table),
-            Some(Answer::TooLong) if room < MOST_ROOM => room *= 2,
-            Some(Answer::TooLong) | None => {
-                let why = "its answer makes no sense";
-                return Err(Error::invalid("cannot understand", what, why));
-            }
+        let mut answer = Secret(Arena::new(room)?);
+        let bytes = answer.0.bytes_mut();
+        write_header(bytes, who, flags);
+        exchange(&control, ioctl::TABLE_STATUS, bytes)
+            .context("cannot ask the device mapper about", what)?;
+        if u32_at(bytes, header::FLAGS).is_some_and(|flags| flags & BUFFER_FULL == 0) {
+            return Ok(answer);
         }
+        if room >= MOST_ROOM {
+            let why = "its answer is too long";
+            return Err(Error::invalid("cannot understand", what, why));
+        }
+        room *= 2;
     }
 }
 
@@ -165,16 +224,25 @@ fn path_of(device: DeviceNumber) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{device}"))
 }
 
-fn open_control() -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(CONTROL)
-        .context("cannot open", CONTROL)
+fn open_control() -> Result<OwnedFd> {
+    control().context("cannot open", "/dev/mapper/control")
 }
 
-fn write_header(bytes: &mut [u8], device: DeviceNumber, flags: u32) {
+/// Opens the control node. Allocates nothing.
+fn control() -> io::Result<OwnedFd> {
+    // SAFETY: a terminated path.
+    let fd = unsafe { libc::open(CONTROL.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: just opened, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Begins a message that is as long as `bytes`. Allocates nothing.
+fn write_header(bytes: &mut [u8], who: Who<'_>, flags: u32) {
     let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    if let Some(header) = bytes.get_mut(..HEADER_LEN) {
+        header.fill(0);
+    }
     for (at, part) in VERSION.iter().enumerate() {
         put(bytes, header::VERSION + at * 4, &part.to_ne_bytes());
     }
@@ -185,10 +253,29 @@ fn write_header(bytes: &mut [u8], device: DeviceNumber, flags: u32) {
         &(HEADER_LEN as u32).to_ne_bytes(),
     );
     put(bytes, header::FLAGS, &flags.to_ne_bytes());
-    // `huge_encode_dev` of include/linux/kdev_t.h: 8 bits of minor, 12 of major, the other minor bits.
+    match who {
+        Who::Number(device) => put(bytes, header::DEV, &encode(device).to_ne_bytes()),
+        Who::Uuid(uuid) => put(bytes, header::UUID, uuid.as_bytes()),
+        Who::New { name, uuid } => {
+            put(bytes, header::NAME, name.as_bytes());
+            put(bytes, header::UUID, uuid.as_bytes());
+        }
+    }
+}
+
+/// `huge_encode_dev` of include/linux/kdev_t.h: 8 bits of minor, 12 of major, the other minor bits.
+fn encode(device: DeviceNumber) -> u64 {
     let (major, minor) = (device.major, device.minor);
-    let encoded = u64::from((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12));
-    put(bytes, header::DEV, &encoded.to_ne_bytes());
+    u64::from((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
+}
+
+/// `huge_decode_dev`.
+fn decode(encoded: u64) -> DeviceNumber {
+    let encoded = encoded as u32;
+    DeviceNumber {
+        major: (encoded & 0xf_ff00) >> 8,
+        minor: (encoded & 0xff) | ((encoded >> 12) & 0xf_ff00),
+    }
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
@@ -197,25 +284,17 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     }
 }
 
-fn exchange(control: &File, request: libc::Ioctl, bytes: &mut [u8]) -> io::Result<()> {
+/// Allocates nothing.
+fn exchange(control: &OwnedFd, request: libc::Ioctl, bytes: &mut [u8]) -> io::Result<()> {
+    debug_assert!(bytes.len() >= HEADER_LEN, "no room for a header");
     // SAFETY: the kernel reads and writes `data_size` bytes of `bytes`, which is its length.
     let done = unsafe { libc::ioctl(control.as_raw_fd(), request, bytes.as_mut_ptr()) };
-    nix::errno::Errno::result(done)
-        .map(drop)
-        .map_err(Into::into)
-}
-
-enum Answer {
-    Table(Table),
-    TooLong,
+    Errno::result(done).map(drop).map_err(Into::into)
 }
 
 /// Understands an answer of the kernel's: `None` if it makes no sense.
-fn parse(bytes: &[u8]) -> Option<Answer> {
+fn parse(bytes: &[u8]) -> Option<Table> {
     let flags = u32_at(bytes, header::FLAGS)?;
-    if flags & BUFFER_FULL != 0 {
-        return Some(Answer::TooLong);
-    }
     let start = usize::try_from(u32_at(bytes, header::DATA_START)?).ok()?;
     let count = match flags & ACTIVE_PRESENT {
         0 => 0,
@@ -251,10 +330,10 @@ fn parse(bytes: &[u8]) -> Option<Answer> {
         at = next;
     }
     let is_suspended = flags & SUSPEND != 0;
-    (targets.len() == usize::try_from(count).ok()?).then_some(Answer::Table(Table {
+    (targets.len() == usize::try_from(count).ok()?).then_some(Table {
         targets,
         is_suspended,
-    }))
+    })
 }
 
 /// The parameters of `crypt` are `cipher key iv_offset device offset ...`
@@ -291,7 +370,7 @@ mod tests {
     use super::*;
 
     /// An answer as the kernel gives it.
-    fn answer(flags: u32, targets: &[(u64, u64, &str, &str)]) -> Vec<u8> {
+    pub(super) fn answer(flags: u32, targets: &[(u64, u64, &str, &str)]) -> Vec<u8> {
         let mut bytes = vec![0; HEADER_LEN];
         put(
             &mut bytes,
@@ -320,13 +399,6 @@ mod tests {
         bytes
     }
 
-    fn table(bytes: &[u8]) -> Option<Table> {
-        match parse(bytes)? {
-            Answer::Table(table) => Some(table),
-            Answer::TooLong => None,
-        }
-    }
-
     #[test]
     fn a_table_is_read() {
         let bytes = answer(
@@ -336,13 +408,22 @@ mod tests {
                 (2048, 4096, "striped", "2 128 254:17 0 254:32 0"),
             ],
         );
-        let table = table(&bytes).unwrap();
+        let table = parse(&bytes).unwrap();
         assert!(!table.is_suspended);
         assert_eq!(table.targets.len(), 2);
         assert_eq!(table.targets[1].start, 2048);
         assert_eq!(table.targets[1].sectors, 4096);
         assert_eq!(table.targets[0].kind, "linear");
         assert_eq!(table.targets[1].params, "2 128 254:17 0 254:32 0");
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_kernel() {
+        for (major, minor, encoded) in [(254, 3, 0xfe03), (253, 0x1_0203, 0x1020_fd03)] {
+            let number = DeviceNumber { major, minor };
+            assert_eq!(encode(number), encoded);
+            assert_eq!(decode(encoded), number);
+        }
     }
 
     #[test]
@@ -360,23 +441,19 @@ mod tests {
             ("aes 0011", "aes -"),
         ] {
             let bytes = answer(ACTIVE_PRESENT, &[(0, 8, "crypt", params)]);
-            assert_eq!(table(&bytes).unwrap().targets[0].params, expected);
+            assert_eq!(parse(&bytes).unwrap().targets[0].params, expected);
         }
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        assert!(matches!(
-            parse(&answer(BUFFER_FULL, &[])),
-            Some(Answer::TooLong)
-        ));
         let none = answer(SUSPEND, &[(0, 8, "linear", "1:1 0")]);
-        let none = table(&none).unwrap();
+        let none = parse(&none).unwrap();
         assert!(none.targets.is_empty() && none.is_suspended);
         let overlapping = [(0, 8, "linear", "1:1 0"), (4, 8, "linear", "1:1 8")];
-        assert!(table(&answer(ACTIVE_PRESENT, &overlapping)).is_none());
+        assert!(parse(&answer(ACTIVE_PRESENT, &overlapping)).is_none());
         let endless = [(u64::MAX, 8, "linear", "1:1 0")];
-        assert!(table(&answer(ACTIVE_PRESENT, &endless)).is_none());
+        assert!(parse(&answer(ACTIVE_PRESENT, &endless)).is_none());
         // Any cut, and any one field that says something else, is an error at worst.
         let good = answer(
             ACTIVE_PRESENT,

@@ -27,8 +27,10 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::command::{self, Ending};
+use crate::dm::Takeover;
 use crate::error::{Context, Error, Result};
 use crate::freeze::{FreezeError, MountPoint};
+use crate::memory::Arena;
 use wire::{Ask, Counts, Reply, Request};
 
 /// How long the guard may take to answer before it counts as lost.
@@ -49,16 +51,25 @@ pub struct Hook {
     pub deadline: Duration,
 }
 
-/// A command that takes away what a run makes with the help of other tools: a snapshot. The guard
-/// cannot prepare one later, so it is named before there is anything to take away.
+/// How something that a run makes is taken away: a snapshot. The guard cannot prepare that later, so it is
+/// named before there is anything to take away.
 #[derive(Clone, Debug)]
 pub struct Undo {
     /// What it takes away, by a name that nothing else of the run has.
     pub name: String,
-    /// Program, with its whole path, and arguments.
-    pub words: Vec<OsString>,
+    /// How.
+    pub way: Way,
     /// For how long it is tried: what it takes away may be busy, or about to be made.
     pub patience: Duration,
+}
+
+/// How something is undone.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// By a command: program, with its whole path, and arguments.
+    Command(Vec<OsString>),
+    /// By giving a mapped device its table back.
+    Takeover(Takeover),
 }
 
 /// What a guard is given for its life.
@@ -150,7 +161,7 @@ impl Guard {
         }
         let names = config.undo.iter().map(|undo| undo.name.clone()).collect();
         let hook = config.hook.map(prepare).transpose()?;
-        let undo: Vec<_> = config
+        let mut undo: Vec<_> = config
             .undo
             .into_iter()
             .map(prepare_undo)
@@ -168,7 +179,7 @@ impl Guard {
         // SAFETY: the child runs `child::run`, which allocates nothing, takes no lock and never
         // returns, so the state of other threads (in tests) does not matter to it.
         match unsafe { fork() }.context("cannot start", "the guard process")? {
-            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref(), &undo),
+            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref(), &mut undo),
             ForkResult::Parent { child } => {
                 drop(theirs);
                 let guard = Self(Arc::new(Inner {
@@ -547,9 +558,20 @@ fn prepare(hook: Hook) -> Result<child::Prepared> {
     prepared(args, env, hook.deadline)
 }
 
-fn prepare_undo(undo: Undo) -> Result<child::Prepared> {
+fn prepare_undo(undo: Undo) -> Result<child::PreparedUndo> {
     let env = command::ENVIRONMENT.map(|(name, value)| (name.into(), value.into()));
-    prepared(undo.words, env, undo.patience)
+    Ok(child::PreparedUndo {
+        way: match undo.way {
+            Way::Command(words) => {
+                child::PreparedWay::Command(prepared(words, env, undo.patience)?)
+            }
+            Way::Takeover(takeover) => {
+                let room = Arena::new(takeover.room())?;
+                child::PreparedWay::Takeover(takeover, room)
+            }
+        },
+        patience: undo.patience,
+    })
 }
 
 fn prepared(

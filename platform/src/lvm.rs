@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::command::{Output, Tool};
 use crate::dm;
 use crate::error::{Error, Result};
-use crate::guard::Undo;
+use crate::guard::{Undo, Way};
 use crate::node::{BlockDevice, DeviceNumber};
 
 mod thin_map;
@@ -144,7 +144,7 @@ impl LogicalVolume {
     pub fn undo(&self, run_id: &str) -> Result<Undo> {
         let snapshot = format!("{}/{}", self.group, self.snapshot_name(run_id));
         Ok(Undo {
-            words: removal(&snapshot)?.words(),
+            way: Way::Command(removal(&snapshot)?.words()),
             name: snapshot,
             patience: UNDO_PATIENCE,
         })
@@ -342,45 +342,6 @@ fn parse_volume(line: &str) -> Option<LogicalVolume> {
     })
 }
 
-/// How full the copy-on-write store of a thick snapshot is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fill {
-    /// In sectors of 512 bytes.
-    Used {
-        /// What is taken.
-        sectors: u64,
-        /// Of how many.
-        of: u64,
-    },
-    /// It overflowed, or its store failed: what it held is lost.
-    Lost,
-}
-
-/// Asks the kernel how full a thick snapshot is. Needs no tool, and takes no time.
-///
-/// # Errors
-/// If the device is gone or is no snapshot.
-pub fn fill(snapshot: DeviceNumber) -> Result<Fill> {
-    let status = dm::status(snapshot)?;
-    let parsed = match &status.targets[..] {
-        [target] if target.kind == "snapshot" => parse_fill(&target.params),
-        _ => None,
-    };
-    parsed
-        .ok_or_else(|| Error::invalid("cannot understand", "the snapshot's status", "no snapshot"))
-}
-
-/// `USED/TOTAL METADATA`, or a word (drivers/md/dm-snap.c: `snapshot_status`).
-fn parse_fill(status: &str) -> Option<Fill> {
-    let Some((used, rest)) = status.split_once('/') else {
-        return (!status.is_empty()).then_some(Fill::Lost);
-    };
-    Some(Fill::Used {
-        sectors: used.parse().ok()?,
-        of: rest.split(' ').next()?.parse().ok()?,
-    })
-}
-
 /// How full a thin pool is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolFill {
@@ -528,18 +489,6 @@ mod tests {
 
     #[test]
     fn status_lines_are_read() {
-        assert_eq!(
-            parse_fill("16/8192 16"),
-            Some(Fill::Used {
-                sectors: 16,
-                of: 8192
-            })
-        );
-        for lost in ["Invalid", "Overflow", "Merge failed", "Unknown"] {
-            assert_eq!(parse_fill(lost), Some(Fill::Lost));
-        }
-        assert_eq!(parse_fill(""), None);
-        assert_eq!(parse_fill("a/b 1"), None);
         let pool =
             parse_pool_fill("1 12/1024 7/160 - rw discard_passdown queue_if_no_space - 1024");
         let pool = pool.unwrap();

@@ -33,6 +33,10 @@
 //! there is no such writer. A request that was traced and not yet counted when the last balance is
 //! taken: of a frozen filesystem there is none, as it knows of the completion of all it wrote; for
 //! others (swap space) a balance is taken only where it stays the same for a while.
+//!
+//! Of a device that is built of others ([`Stack`]) all disks below are traced, and what their requests
+//! wrote is mapped to it; its own counters, of bios, are what has to be met. Why that proves the same,
+//! without any border, is said in [`crate::stack`].
 
 mod format;
 mod page;
@@ -43,18 +47,20 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{Mode, fstat, fstatat, mkdirat};
 
-use crate::counters::{self, CounterFile};
+use crate::counters::{self, CounterFile, InFlightFile};
+use crate::dm;
 use crate::error::{Context, Error, Result};
 use crate::node::{BlockDevice, DeviceNumber};
+use crate::stack::Stack;
 use format::{EventFormat, PageFormat};
-use reader::{DeviceTally, Reader, Shared};
+use reader::{DeviceTally, Reader, Shared, StackTally};
 pub use tracefs::{PREFIX, Tracefs, instance_name};
 use tracefs::{names, open, open_folder, read, write};
 
@@ -62,7 +68,7 @@ use tracefs::{names, open, open_folder, read, write};
 const EVENT: &str = "events/block/block_rq_complete";
 
 /// Devices traced at a time.
-const MAX_DEVICES: usize = 16;
+pub(crate) const MAX_DEVICES: usize = 16;
 
 /// What sort of request changed the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,19 +99,37 @@ pub struct Write {
 /// What to trace.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Whole disks and partitions.
-    pub devices: Vec<DeviceNumber>,
+    /// What is written to.
+    pub subject: Subject,
     /// Room for events, in KiB for each processor.
     pub buffer_kib: u32,
     /// How often the reader looks for events.
     pub poll: Duration,
 }
 
+/// Devices whose writes are traced.
+#[derive(Clone, Debug)]
+pub enum Subject {
+    /// Whole disks and partitions.
+    Devices(Vec<DeviceNumber>),
+    /// A device that is built of others.
+    Stack(Arc<Stack>),
+}
+
 impl Options {
     /// For these devices: 8 MiB for each processor, looked at every millisecond.
     pub fn new(devices: Vec<DeviceNumber>) -> Self {
+        Self::of(Subject::Devices(devices))
+    }
+
+    /// The same for a device that is built of others.
+    pub fn of_stack(stack: Arc<Stack>) -> Self {
+        Self::of(Subject::Stack(stack))
+    }
+
+    fn of(subject: Subject) -> Self {
         Self {
-            devices,
+            subject,
             buffer_kib: 8192,
             poll: Duration::from_millis(1),
         }
@@ -184,7 +208,8 @@ impl From<io::Error> for TraceError {
     }
 }
 
-/// Counted minus traced sectors of each device at a quiet moment. It depends on when the trace began
+/// Counted minus traced sectors of each device at a quiet moment (of a stack: of each device whose
+/// counters are looked at, counted once for each copy). It depends on when the trace began
 /// and means nothing by itself: between two moments it must not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Balance([u64; MAX_DEVICES]);
@@ -199,6 +224,45 @@ impl Balance {
     }
 }
 
+/// What is compared with the trace.
+#[derive(Debug)]
+struct Counted {
+    file: CounterFile,
+    /// Where writes are counted when they begin: none must be under way.
+    in_flight: Option<InFlightFile>,
+    /// How often each sector that is counted is traced.
+    copies: u64,
+    /// Sectors counted before the trace began.
+    before: u64,
+}
+
+impl Counted {
+    fn open(device: DeviceNumber, in_flight: Option<InFlightFile>, copies: u64) -> Result<Self> {
+        let file = CounterFile::open(device)?;
+        let what = || format!("the counters of device {device}");
+        let now = file.read().context("cannot read", what())?;
+        Ok(Self {
+            file,
+            in_flight,
+            copies,
+            before: now.writes.sectors.wrapping_add(now.discards.sectors),
+        })
+    }
+
+    /// Sectors counted so far; `None` while that is not final.
+    fn read(&self) -> io::Result<Option<u64>> {
+        let is_quiet = || match &self.in_flight {
+            Some(file) => file.writes().map(|writes| writes == 0),
+            None => Ok(true),
+        };
+        let quiet_before = is_quiet()?;
+        let now = self.file.read()?;
+        let sectors = now.writes.sectors.wrapping_add(now.discards.sectors);
+        let is_final = quiet_before && is_quiet()?;
+        Ok(is_final.then(|| sectors.wrapping_mul(self.copies)))
+    }
+}
+
 /// A running trace. Dropped, it is taken down.
 #[derive(Debug)]
 pub struct Tracker {
@@ -206,7 +270,7 @@ pub struct Tracker {
     name: String,
     instance: File,
     filter: String,
-    counters: Vec<CounterFile>,
+    counters: Vec<Counted>,
     shared: Arc<Shared>,
     reader: Option<JoinHandle<()>>,
     cpus: Vec<String>,
@@ -231,7 +295,10 @@ impl Tracker {
             let why = "only little-endian machines are understood";
             return Err(Error::other("cannot read", "the trace", why));
         }
-        let (devices, counters) = look_up(&options.devices)?;
+        let (shared, counters) = match &options.subject {
+            Subject::Devices(numbers) => look_up(numbers)?,
+            Subject::Stack(stack) => look_up_stack(stack)?,
+        };
         let page_format = read_page_format(&tracefs.root)?;
         let name = instance_name(run_id);
         mkdirat(
@@ -253,7 +320,7 @@ impl Tracker {
             name,
             filter: String::new(),
             counters,
-            shared: Arc::new(Shared::new(&devices)),
+            shared: Arc::new(shared),
             reader: None,
             cpus: Vec::new(),
         };
@@ -297,8 +364,8 @@ impl Tracker {
         write(instance, "tracing_on", "0")?;
         write(instance, "buffer_size_kb", &options.buffer_kib.to_string())?;
         let filter_file = format!("{EVENT}/filter");
-        let of_disk = |tally: &DeviceTally| format!("dev == {}", tally.disk.to_kernel());
-        let disks: Vec<_> = self.shared.devices.iter().map(of_disk).collect();
+        let of_disk = |disk: DeviceNumber| format!("dev == {}", disk.to_kernel());
+        let disks: Vec<_> = self.shared.disks().map(of_disk).collect();
         let filter = format!("({}) && !(rwbs ~ \"R*\")", disks.join(" || "));
         write(instance, &filter_file, &filter)?;
         self.filter = read(instance, &filter_file)?;
@@ -348,19 +415,7 @@ impl Tracker {
 
     /// What was handed on so far.
     pub fn tally(&self) -> Tally {
-        let sum = |of: fn(&DeviceTally) -> &AtomicU64| {
-            let devices = self.shared.devices.iter();
-            devices
-                .map(|device| of(device).load(Ordering::Acquire))
-                .sum()
-        };
-        Tally {
-            requests: sum(|device| &device.requests),
-            written: sum(|device| &device.written),
-            discarded: sum(|device| &device.discarded),
-            flushes: sum(|device| &device.flushes),
-            passthrough: self.shared.passthrough.load(Ordering::Acquire),
-        }
+        self.shared.tally()
     }
 
     /// Waits for a moment in which nothing on the devices completes, and compares what they counted
@@ -377,12 +432,12 @@ impl Tracker {
             // everything they counted has been handed on.
             let before = self.counted()?;
             self.drain(patience)?;
-            let traced = self.traced();
-            let mut balance = self.counted()?;
-            if before != balance {
+            let traced = self.shared.traced();
+            let after = self.counted()?;
+            let Some(mut balance) = after.filter(|_| before == after) else {
                 last = None;
                 continue;
-            }
+            };
             for (counted, traced) in balance.iter_mut().zip(traced) {
                 *counted = counted.wrapping_sub(traced);
             }
@@ -396,22 +451,32 @@ impl Tracker {
         Err(TraceError::NoQuiet)
     }
 
-    fn counted(&self) -> io::Result<[u64; MAX_DEVICES]> {
-        let mut counted = [0u64; MAX_DEVICES];
-        for (counted, file) in counted.iter_mut().zip(&self.counters) {
-            let now = file.read()?;
-            *counted = now.writes.sectors.wrapping_add(now.discards.sectors);
+    /// Whether something was traced of a device and nothing counted since the trace began: then the two
+    /// will never agree.
+    ///
+    /// # Errors
+    /// If the counters cannot be read.
+    pub fn counts_nothing(&self) -> io::Result<bool> {
+        for (of, traced) in self.counters.iter().zip(self.shared.traced()) {
+            let now = of.file.read()?;
+            let counted = now.writes.sectors.wrapping_add(now.discards.sectors);
+            if traced > 0 && counted == of.before {
+                return Ok(true);
+            }
         }
-        Ok(counted)
+        Ok(false)
     }
 
-    fn traced(&self) -> [u64; MAX_DEVICES] {
-        let mut traced = [0u64; MAX_DEVICES];
-        for (traced, device) in traced.iter_mut().zip(&self.shared.devices) {
-            let written = device.written.load(Ordering::Acquire);
-            *traced = written.wrapping_add(device.discarded.load(Ordering::Acquire));
+    /// What was counted so far; `None` while writes are under way that are counted already.
+    fn counted(&self) -> io::Result<Option<[u64; MAX_DEVICES]>> {
+        let mut counted = [0u64; MAX_DEVICES];
+        for (counted, of) in counted.iter_mut().zip(&self.counters) {
+            match of.read()? {
+                Some(sectors) => *counted = sectors,
+                None => return Ok(None),
+            }
         }
-        traced
+        Ok(Some(counted))
     }
 
     /// Whether everything traced since the start is whole and still as it was set up. For the end,
@@ -509,29 +574,69 @@ impl Drop for Tracker {
     }
 }
 
+/// Whether the kernel may count what is written to a device of a stack. A mapped device says
+/// before Linux 6.3 that it does not, and does all the same (drivers/md/dm.c); whether it really counts
+/// is seen only when something is written: [`Tracker::counts_nothing`].
+///
+/// # Errors
+/// If the device is gone.
+pub fn may_be_counted(device: &BlockDevice) -> Result<bool> {
+    Ok(dm::is_mapped(device) || counters::are_kept(device)?)
+}
+
 /// Looks up devices that are to be traced, and opens their counters.
-fn look_up(numbers: &[DeviceNumber]) -> Result<(Vec<BlockDevice>, Vec<CounterFile>)> {
-    if numbers.is_empty() || numbers.len() > MAX_DEVICES {
-        let why = format!("1 to {MAX_DEVICES} devices can be, not {}", numbers.len());
-        return Err(Error::other("cannot trace", "the disks", why));
-    }
+fn look_up(numbers: &[DeviceNumber]) -> Result<(Shared, Vec<Counted>)> {
+    check_count(numbers.len())?;
     let mut devices = Vec::new();
-    let mut files = Vec::new();
+    let mut counters = Vec::new();
     for &number in numbers {
         let device = BlockDevice::of(number)?;
-        let refuse = |why: &str| Err(Error::other("cannot trace", device.path(), why));
         if !device.is_request_based() {
-            return refuse(
-                "its requests do not pass the block layer's queues under its own number",
-            );
+            let why = "its requests do not pass the block layer's queues under its own number";
+            return Err(Error::other("cannot trace", device.path(), why));
         }
-        if !counters::are_kept(&device)? {
-            return refuse("its counters are switched off (queue/iostats)");
-        }
-        files.push(CounterFile::open(number)?);
-        devices.push(device);
+        check_counters(&device)?;
+        counters.push(Counted::open(number, None, 1)?);
+        devices.push(DeviceTally::new(&device));
     }
-    Ok((devices, files))
+    Ok((Shared::new(devices, None), counters))
+}
+
+/// The same for a stack: counters of those of its devices that are to be compared with the trace.
+fn look_up_stack(stack: &Arc<Stack>) -> Result<(Shared, Vec<Counted>)> {
+    check_count(stack.leaves().count())?;
+    check_count(stack.gauges().count())?;
+    let mut counters = Vec::new();
+    for (number, copies) in stack.gauges() {
+        if !may_be_counted(&BlockDevice::of(number)?)? {
+            let why = "what is written to it is not counted (queue/iostats)";
+            return Err(Error::other(
+                "cannot trace",
+                format!("device {number}"),
+                why,
+            ));
+        }
+        let in_flight = InFlightFile::open(number)?;
+        counters.push(Counted::open(number, Some(in_flight), copies)?);
+    }
+    let tally = StackTally::new(Arc::clone(stack));
+    Ok((Shared::new(Vec::new(), Some(tally)), counters))
+}
+
+fn check_count(devices: usize) -> Result<()> {
+    if devices == 0 || devices > MAX_DEVICES {
+        let why = format!("1 to {MAX_DEVICES} devices can be, not {devices}");
+        return Err(Error::other("cannot trace", "the disks", why));
+    }
+    Ok(())
+}
+
+fn check_counters(device: &BlockDevice) -> Result<()> {
+    if !counters::are_kept(device)? {
+        let why = "its counters are switched off (queue/iostats)";
+        return Err(Error::other("cannot trace", device.path(), why));
+    }
+    Ok(())
 }
 
 fn read_page_format(root: &File) -> Result<PageFormat> {
@@ -543,5 +648,7 @@ fn read_page_format(root: &File) -> Result<PageFormat> {
 
 #[cfg(test)]
 mod live_tests;
+#[cfg(test)]
+mod stack_tests;
 #[cfg(test)]
 mod tests;

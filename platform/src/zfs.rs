@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::{Output, Tool};
 use crate::error::{Error, Result};
-use crate::guard::Undo;
+use crate::guard::{Undo, Way};
 use crate::node::{self, BlockDevice};
 
 /// A tool waits for the pool to write out what it holds: on a busy one that takes long.
@@ -31,7 +31,9 @@ const MAX_NAME: usize = 256;
 
 mod dataset;
 
-pub use dataset::{Facts, abort_receive, exists, facts, guid, receive, send};
+pub use dataset::{
+    Facts, abort_receive, destroy, exists, facts, guid, receive, rename, send, with_below,
+};
 
 mod ioctl {
     //! `BLKZNAME` of module/os/linux/zfs/zvol_os.c: the name of the volume or snapshot.
@@ -128,13 +130,35 @@ pub fn snapshot_name(of: &str, run_id: &str) -> String {
     format!("{of}@{TAG}.{run_id}")
 }
 
+/// How far down a snapshot reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// The volume or dataset alone.
+    Alone,
+    /// With all datasets and volumes below, at one instant.
+    Below,
+}
+
+impl Reach {
+    /// These words with the option that says so behind the first.
+    fn words<'a>(self, words: &[&'a str]) -> Vec<&'a str> {
+        let option: &[&str] = match self {
+            Self::Alone => &[],
+            Self::Below => &["-r"],
+        };
+        let (verb, rest) = words.split_at(1);
+        [verb, option, rest].concat()
+    }
+}
+
 /// Makes that snapshot.
 ///
 /// # Errors
 /// If the tool fails.
-pub fn snapshot(of: &str, run_id: &str) -> Result<()> {
+pub fn snapshot(of: &str, run_id: &str, reach: Reach) -> Result<()> {
     let property = format!("{PROPERTY}={run_id}");
-    change(&["snapshot", "-o", &property, &snapshot_name(of, run_id)])
+    let name = snapshot_name(of, run_id);
+    change(&reach.words(&["snapshot", "-o", &property, &name]))
 }
 
 /// The property `snapdev` of a volume.
@@ -162,9 +186,9 @@ pub enum Made {
     /// `snapdev` of this volume was set; before, it was so.
     Snapdev(Volume, Snapdev),
     /// This snapshot.
-    Snapshot(String),
+    Snapshot(String, Reach),
     /// The hold on this snapshot by this run.
-    Hold(String, String),
+    Hold(String, String, Reach),
 }
 
 impl Made {
@@ -172,8 +196,8 @@ impl Made {
     pub fn name(&self) -> String {
         match self {
             Self::Snapdev(volume, _) => format!("snapdev of {}", volume.name),
-            Self::Snapshot(name) => name.clone(),
-            Self::Hold(name, _) => format!("the hold on {name}"),
+            Self::Snapshot(name, _) => name.clone(),
+            Self::Hold(name, ..) => format!("the hold on {name}"),
         }
     }
 
@@ -186,10 +210,11 @@ impl Made {
                 let set = format!("snapdev={own}");
                 return ["set", &set, &volume.name].map(str::to_owned).to_vec();
             }
-            Self::Snapshot(name) => vec!["destroy", name],
-            Self::Hold(name, run_id) => {
+            Self::Snapshot(name, reach) => reach.words(&["destroy", name]),
+            Self::Hold(name, run_id, reach) => {
                 let tag = hold_tag(run_id);
-                return ["release", &tag, name].map(str::to_owned).to_vec();
+                let words = reach.words(&["release", &tag, name]);
+                return words.into_iter().map(str::to_owned).collect();
             }
         };
         words.into_iter().map(str::to_owned).collect()
@@ -202,7 +227,7 @@ impl Made {
     pub fn to_undo(&self) -> Result<Undo> {
         Ok(Undo {
             name: self.name(),
-            words: Tool::find("zfs")?.args(self.words()).words(),
+            way: Way::Command(Tool::find("zfs")?.args(self.words()).words()),
             patience: UNDO_PATIENCE,
         })
     }
@@ -221,8 +246,8 @@ impl Made {
 ///
 /// # Errors
 /// If the tool fails.
-pub fn hold(snapshot: &str, run_id: &str) -> Result<()> {
-    change(&["hold", &hold_tag(run_id), snapshot])
+pub fn hold(snapshot: &str, run_id: &str, reach: Reach) -> Result<()> {
+    change(&reach.words(&["hold", &hold_tag(run_id), snapshot]))
 }
 
 /// Makes the devices of a volume's snapshots appear.
@@ -352,11 +377,18 @@ mod tests {
             assert_eq!(made.words().join(" "), words);
         }
         assert_eq!(parse_snapdev("hidden"), None);
-        let hold = Made::Hold("tank/vol@holdstill.1".to_owned(), "1".to_owned());
+        let name = || "tank/vol@holdstill.1".to_owned();
+        let hold = |reach| Made::Hold(name(), "1".to_owned(), reach).words().join(" ");
         assert_eq!(
-            hold.words().join(" "),
+            hold(Reach::Alone),
             "release holdstill.1 tank/vol@holdstill.1"
         );
+        assert_eq!(
+            hold(Reach::Below),
+            "release -r holdstill.1 tank/vol@holdstill.1"
+        );
+        let snapshot = Made::Snapshot(name(), Reach::Below).words().join(" ");
+        assert_eq!(snapshot, "destroy -r tank/vol@holdstill.1");
     }
 
     #[test]

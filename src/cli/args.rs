@@ -113,6 +113,9 @@ pub(super) struct BackupArgs {
     /// The image to write; `-` streams it to standard output
     #[arg(short, long, value_name = "IMAGE")]
     output: PathBuf,
+    /// Of datasets of ZFS, take all below, too, at one instant
+    #[arg(short, long)]
+    recursive: bool,
     #[command(flatten)]
     freeze: FreezeArgs,
     /// How to compress: zstd, zstd:LEVEL (-7 to 19, default 1) or none
@@ -132,18 +135,21 @@ pub(super) struct BackupArgs {
 #[derive(Debug, Args)]
 struct FreezeArgs {
     /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
-    /// it), zfs (a snapshot of a zvol), lvm (a snapshot of a logical volume), track (writes are tracked, frozen for milliseconds), hold (frozen for the whole copy, 60 s
-    /// at most; never chosen by auto), or none (see --allow-inconsistent)
+    /// it), zfs (a snapshot of a zvol), lvm (a snapshot of a logical volume), track (writes are tracked,
+    /// frozen for milliseconds); never chosen by auto: dm (a snapshot slid under a device-mapper
+    /// device), hold (frozen for the whole copy, 60 s at most), or none (see --allow-inconsistent)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so
     #[arg(long)]
     allow_inconsistent: bool,
     /// Room for the snapshot of a thick logical volume (default: half of what its volume group has
-    /// free, and more when needed)
+    /// free, and more when needed), or of --freeze dm (default: all that the source can need, or half
+    /// of what is free in /var/tmp, or a quarter of free memory)
     #[arg(long, value_name = "SIZE")]
     cow_size: Option<ByteLen>,
-    /// Make that snapshot on this physical volume of the group
+    /// Make that snapshot on this physical volume of the group; with --freeze dm, keep what is
+    /// overwritten on this free device, whose content is lost
     #[arg(long, value_name = "DEV")]
     cow_device: Option<PathBuf>,
     /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
@@ -185,13 +191,13 @@ impl FreezeArgs {
             size: self.cow_size,
             device: self.cow_device.clone(),
         };
-        let can_need_it = matches!(self.step()?, None | Some(Step::Lvm));
+        let can_need_it = matches!(self.step()?, None | Some(Step::Lvm | Step::Dm));
         if room != CowRoom::default() && !can_need_it {
             return Err(Error::new(
                 Kind::Usage,
                 format!("--freeze {} makes no copy-on-write snapshot", self.freeze),
             )
-            .hint("--cow-size and --cow-device are for --freeze lvm"));
+            .hint("--cow-size and --cow-device are for --freeze lvm and dm"));
         }
         Ok(room)
     }
@@ -223,6 +229,7 @@ impl BackupArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<backup::Options> {
         Ok(backup::Options {
             sources: self.sources.clone(),
+            recursive: self.recursive,
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
             freeze: self.freeze.step()?,
             cow: self.freeze.cow()?,

@@ -24,16 +24,15 @@ use holdstill_platform::node::BlockDevice;
 
 use super::mounted::milliseconds;
 use super::snapshot::Users;
+use super::watch::{Watch, Watched, percent};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::{Context, CowRoom, OnePass, Pass, Proof, Still};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::{Event, Progress};
-use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::{Medium, Source};
 use crate::survey::Survey;
-use crate::units::Offset;
-use watch::{Watch, Watching};
+use watch::Watching;
 
 /// A thick snapshot begins with at least this share of its origin, or with all that the origin can
 /// need: with less it would most likely overflow.
@@ -167,11 +166,6 @@ fn thin_objection(volume: &LogicalVolume, pool: &str) -> Result<Option<String>> 
     })
 }
 
-/// A share in percent, rounded up.
-fn percent((used, of): (u64, u64)) -> u64 {
-    used.saturating_mul(100).div_ceil(of.max(1))
-}
-
 /// Room for a thick snapshot: as the user says; else half of what is free, or all the origin can need,
 /// so that the other half is there to extend it.
 fn room(volume: &LogicalVolume, cow: &CowRoom) -> Result<Room> {
@@ -251,7 +245,7 @@ impl Lvm {
         let watching = Watching::of(&volume, &snapshot, context.cow)?;
         let source = Watched {
             disk: Disk::open(&path, Access::Read)?,
-            watch: Watch::start(watching)?,
+            watch: Watch::start(Box::new(watching))?,
         };
         let mut survey = users.survey(&source.disk, all_blocks)?;
         survey.warnings.extend(uncertainty);
@@ -361,47 +355,14 @@ impl Drop for Made {
     }
 }
 
-/// A snapshot's device, as long as the snapshot is whole.
-#[derive(Debug)]
-struct Watched {
-    disk: Disk,
-    watch: Watch,
-}
-
-impl ReadAt for Watched {
-    fn len(&self) -> crate::units::ByteLen {
-        ReadAt::len(&self.disk)
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
-        self.watch.check()?;
-        let read = ReadAt::read_exact_at(&self.disk, buf, offset);
-        // A snapshot that overflows fails to be read everywhere at once: that is not a bad block.
-        read.or_else(|error| self.watch.look().and(Err(error)))
-    }
-}
-
 impl Still for Lvm {
     fn survey(&self) -> &Survey {
         &self.survey
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        self.source.watch.look()?;
-        let Some(purpose) = self.passes.next() else {
-            return Ok(None);
-        };
-        let (source, survey) = (&self.source, &self.survey);
-        Ok(Some(Pass {
-            source,
-            walk: Box::new(move |sink| {
-                survey.walk(&source.disk, &mut |run| {
-                    source.watch.check()?;
-                    sink(run)
-                })
-            }),
-            purpose,
-        }))
+        let purpose = self.passes.next();
+        self.source.pass(&self.survey, purpose)
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -1,4 +1,5 @@
-//! `track`: a mounted ext4 or XFS on a plain disk, imaged while it is in use, with two short freezes.
+//! `track`: a mounted ext4 or XFS on a disk, or on a stack of devices above disks, imaged while it is
+//! in use, with two short freezes.
 //!
 //! Every write to the disk is traced from the start, and marks its blocks as *stale*: what the copy
 //! has of them, if anything, is out of date. A first freeze of some milliseconds gives an exact map
@@ -15,6 +16,10 @@
 //! The argument, and why the borders of a partition are read in the last freeze whatever the trace
 //! says of them, is in [`holdstill_platform::trace`].
 //!
+//! On a stack (LUKS, LVM, md and what else [`holdstill_platform::stack`] can follow) the disks below are
+//! traced, and their writes mapped to the source; sums are compared with what the source itself counted.
+//! Its layout must be the same when the trace begins, between rounds, and after the last freeze.
+//!
 //! Swap files are the exception: the kernel goes on writing to them while the filesystem is frozen,
 //! and nothing it writes there is worth copying. Their blocks are not read but become zeros, all but
 //! the header. Which blocks these are is decided in the last freeze, and nothing has to have stayed
@@ -23,12 +28,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use holdstill_platform::counters;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::Frozen;
 use holdstill_platform::memory::{self, LockedProcess};
-use holdstill_platform::trace::Tracefs;
+use holdstill_platform::node::BlockDevice;
+use holdstill_platform::stack::Stack;
+use holdstill_platform::trace::{self, Tracefs};
 
 use super::final_read::FinalRead;
 use super::live_map::LiveMap;
@@ -131,18 +139,21 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
         Ok(device) => device,
         Err(why) => return Ok(Some(why)),
     };
-    if !device.is_request_based() {
-        return Ok(Some(
-            "the device is built on others (dm, md), whose writes cannot be tracked yet".to_owned(),
-        ));
-    }
+    let is_counted = if device.is_request_based() {
+        counters::are_kept(device)?
+    } else {
+        match Stack::of(device) {
+            Ok(stack) => is_counted(&stack)?,
+            Err(why) => return Ok(Some(why)),
+        }
+    };
     let mount = source.mount.as_ref();
     if mount.is_some_and(|mount| mount.has_super_option("dax")) {
         return Ok(Some(
             "it is mounted with dax: writes do not pass the block layer".to_owned(),
         ));
     }
-    if !holdstill_platform::counters::are_kept(device)? {
+    if !is_counted {
         return Ok(Some(
             "the kernel does not count what is written to it (queue/iostats is off)".to_owned(),
         ));
@@ -154,6 +165,16 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
         return Ok(Some(format!("writes cannot be traced: {error}")));
     }
     mounted::other_writer(device)
+}
+
+/// Whether the kernel may count what is written to a stack.
+fn is_counted(stack: &Stack) -> Result<bool> {
+    for (number, _) in stack.gauges() {
+        if !trace::may_be_counted(&BlockDevice::of(number)?)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 impl Track {
@@ -288,6 +309,7 @@ impl Track {
     /// Decides what comes after a round: another one, or getting ready for the end.
     fn after_round(&mut self, done: u32, slow: u32, left: u64) -> Result<Phase> {
         self.run.check_guard()?;
+        self.trace.check_layers()?;
         if done > 0 {
             self.sync_within_budget()?;
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use holdstill_platform::dirty::DirtyMap;
 use holdstill_platform::guard::{Leftover, LeftoverKind};
 use holdstill_platform::node::BlockDevice;
+use holdstill_platform::stack::Stack;
 use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
 
 use crate::error::{Error, Kind, Result};
@@ -38,6 +39,8 @@ pub(super) struct WriteTrace {
     leftover: Option<Leftover>,
     source: PathBuf,
     stale: Arc<DirtyMap>,
+    /// The device, and what it was built of when the trace began; `None` for a disk or partition.
+    layers: Option<(BlockDevice, Arc<Stack>)>,
     /// What the trace has to agree with at the end; known since the first freeze.
     balance: Option<Balance>,
     /// So many sectors at either end are beyond proof.
@@ -48,7 +51,7 @@ impl WriteTrace {
     /// Begins to mark in `stale` what is written to the source, a device or partition.
     ///
     /// # Errors
-    /// If its disk cannot be traced.
+    /// If its disks cannot be traced.
     pub(super) fn begin(
         source: &Source,
         device: &BlockDevice,
@@ -59,7 +62,14 @@ impl WriteTrace {
         run.note(|record| record.trace_instance = Some(name.clone()))?;
         let tracefs = Tracefs::open()?;
         let leftover = run.register(tracefs.instances(), &name, LeftoverKind::Folder)?;
-        let mut options = Options::new(vec![device.number]);
+        let layers = match device.is_request_based() {
+            true => None,
+            false => Some((device.clone(), Arc::new(layers_of(source, device)?))),
+        };
+        let mut options = match &layers {
+            None => Options::new(vec![device.number]),
+            Some((_, stack)) => Options::of_stack(Arc::clone(stack)),
+        };
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
         options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
@@ -73,7 +83,11 @@ impl WriteTrace {
             source: source.path.clone(),
             stale: Arc::clone(stale),
             balance: None,
-            border: border(device)?,
+            border: match &layers {
+                None => border(device)?,
+                Some(_) => 0,
+            },
+            layers,
         })
     }
 
@@ -90,9 +104,19 @@ impl WriteTrace {
     /// Proves from here on, as nothing was copied before.
     ///
     /// # Errors
-    /// [`Kind::Inconsistent`] if the source never pauses.
+    /// [`Kind::Inconsistent`] if the source never pauses; [`Kind::NotApplicable`] if it counts nothing.
     pub(super) fn prove_from(&mut self, in_freeze: InFreeze) -> Result<()> {
         self.balance = Some(self.or_later(in_freeze)?);
+        // The freeze has written something.
+        let counts_nothing = self.tracker.counts_nothing();
+        if counts_nothing.map_err(|error| self.untrusted(&error.into()))? {
+            return Err(Error::new(
+                Kind::NotApplicable,
+                "the kernel does not count what is written to it (queue/iostats is off)",
+            )
+            .on(&self.source)
+            .hint("write 1 to queue/iostats of the device in sysfs, and try again"));
+        }
         Ok(())
     }
 
@@ -101,6 +125,10 @@ impl WriteTrace {
     /// # Errors
     /// If the device cannot be examined.
     pub(super) fn mark_borders(&mut self, device: &BlockDevice) -> Result<()> {
+        if self.layers.is_some() {
+            // Bios are added up there, which are for one device each: no border is beyond proof.
+            return Ok(());
+        }
         // It may have grown since the run began.
         self.border = self.border.max(border(device)?);
         let border = self.border.min(device.sectors);
@@ -114,6 +142,7 @@ impl WriteTrace {
     /// # Errors
     /// [`Kind::Inconsistent`] if that cannot be proven.
     pub(super) fn prove(&self, in_freeze: InFreeze) -> Result<()> {
+        self.check_layers()?;
         let balance = self.or_later(in_freeze)?;
         let before = self
             .balance
@@ -129,6 +158,25 @@ impl WriteTrace {
         }
         let whole = self.tracker.check();
         whole.map_err(|error| self.untrusted(&error))
+    }
+
+    /// Checks that the source is still built as it was when the trace began: else marks were made in
+    /// the wrong places.
+    ///
+    /// # Errors
+    /// [`Kind::Inconsistent`] if it is not.
+    pub(super) fn check_layers(&self) -> Result<()> {
+        let Some((device, before)) = &self.layers else {
+            return Ok(());
+        };
+        let changed = Error::new(Kind::Inconsistent, "its layout changed while it was copied")
+            .on(&self.source)
+            .hint("the copy was discarded; try again");
+        match Stack::of(device) {
+            Ok(now) if now.signature() == before.signature() => Ok(()),
+            Ok(_) => Err(changed),
+            Err(why) => Err(changed.because(why)),
+        }
     }
 
     /// A balance that was taken in a freeze; without a pause in there, one of now.
@@ -164,6 +212,15 @@ impl WriteTrace {
         run.forget(self.leftover);
         Ok(())
     }
+}
+
+/// What a source is built of.
+fn layers_of(source: &Source, device: &BlockDevice) -> Result<Stack> {
+    Stack::of(device).map_err(|why| {
+        Error::new(Kind::NotApplicable, "its writes cannot be tracked")
+            .on(&source.path)
+            .because(why)
+    })
 }
 
 /// How far from its ends a write to a partition may be merged with one to its neighbour, in sectors.

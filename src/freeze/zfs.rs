@@ -17,7 +17,7 @@ use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::{Owed, Undo};
 use holdstill_platform::in_use::{self, User};
-use holdstill_platform::zfs::{self, Made, Volume};
+use holdstill_platform::zfs::{self, Made, Reach, Volume};
 
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
@@ -105,8 +105,8 @@ fn plan(volume: &Volume, run_id: &str) -> Result<Vec<Made>> {
     if !snapdev.is_visible {
         plan.push(Made::Snapdev(volume.clone(), snapdev));
     }
-    plan.push(Made::Snapshot(snapshot.clone()));
-    plan.push(Made::Hold(snapshot, run_id.to_owned()));
+    plan.push(Made::Snapshot(snapshot.clone(), Reach::Alone));
+    plan.push(Made::Hold(snapshot, run_id.to_owned(), Reach::Alone));
     Ok(plan)
 }
 
@@ -166,8 +166,8 @@ impl Zvol {
         for made in plan {
             let make = makings.make(made, |made| match made {
                 Made::Snapdev(volume, _) => Ok(zfs::show_snapshots(volume)?),
-                Made::Hold(name, run_id) => Ok(zfs::hold(name, run_id)?),
-                Made::Snapshot(_) => {
+                Made::Hold(name, run_id, reach) => Ok(zfs::hold(name, run_id, *reach)?),
+                Made::Snapshot(..) => {
                     let frozen = freeze_and_snapshot(source, &volume, point.as_ref(), run);
                     run.after_thaw(progress);
                     let (at, times) = frozen?;
@@ -207,7 +207,7 @@ fn freeze_and_snapshot(
     run: &Run,
 ) -> Result<(jiff::Timestamp, Option<FreezeTimes>)> {
     let Some(point) = point else {
-        zfs::snapshot(&volume.name, run.id())?;
+        zfs::snapshot(&volume.name, run.id(), Reach::Alone)?;
         return Ok((jiff::Timestamp::now(), None));
     };
     point.sync()?;
@@ -217,14 +217,15 @@ fn freeze_and_snapshot(
         .freeze(point, DEADLINE)
         .map_err(|error| mounted::explain(error, source))?;
     let instant = jiff::Timestamp::now();
-    let made = zfs::snapshot(&volume.name, run.id());
+    let made = zfs::snapshot(&volume.name, run.id(), Reach::Alone);
     let read_ms = milliseconds(frozen.held());
     let thawed = frozen
         .thaw()
         .map_err(|error| mounted::explain(error, source));
     if let (Err(_), Ok(())) = (&thawed, &made) {
         // It was thawed too early: what the snapshot holds may be torn.
-        Made::Snapshot(zfs::snapshot_name(&volume.name, run.id())).undo()?;
+        let name = zfs::snapshot_name(&volume.name, run.id());
+        Made::Snapshot(name, Reach::Alone).undo()?;
     }
     let thawed = thawed?;
     made?;

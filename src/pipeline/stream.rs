@@ -125,7 +125,10 @@ struct Ordered<W> {
     to: W,
     next: Offset,
     held: Vec<u8>,
+    /// A write failed: nothing is written any more.
     has_failed: bool,
+    /// Why is known: whoever waits may give up.
+    is_abandoned: bool,
 }
 
 impl<W> std::fmt::Debug for InOrder<W> {
@@ -143,24 +146,26 @@ impl<W: Write> InOrder<W> {
                 next: Offset::ZERO,
                 held: Vec::new(),
                 has_failed: false,
+                is_abandoned: false,
             }),
             moved: Condvar::new(),
         }
     }
 
     /// Takes the bytes at `offset`. Waits until all before them was written: whoever has those never waits
-    /// for us.
+    /// for us. After a failure all others wait for [`abandon`](Self::abandon): the first error that is
+    /// heard of must be the one that says why.
     ///
     /// # Errors
     /// What writing says; for all others, that it failed.
     pub fn push(&self, offset: Offset, bytes: &[u8], progress: &dyn Progress) -> Result<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.next < offset && !state.has_failed {
+        while (state.next < offset || state.has_failed) && !state.is_abandoned {
             progress.check()?;
             let waited = self.moved.wait_timeout(state, PATIENCE);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if state.has_failed || state.next > offset {
+        if state.is_abandoned || state.next > offset {
             return Err(Error::new(Kind::Failed, "the stream has ended before"));
         }
         let written = state.take(bytes);
@@ -169,10 +174,11 @@ impl<W: Write> InOrder<W> {
         written
     }
 
-    /// Has everybody who waits here give up: what they wait for will not come.
+    /// Has everybody who waits here give up: why they should is known, and what they wait for will not
+    /// come.
     pub fn abandon(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.has_failed = true;
+        state.is_abandoned = true;
         self.moved.notify_all();
     }
 
@@ -277,7 +283,12 @@ mod tests {
             let later = scope.spawn(|| order.push(Offset(10_000), &[0; 10], &Silent));
             let error = order.push(Offset(0), &[0; 10_000], &Silent).unwrap_err();
             assert_eq!(error.kind(), Kind::NoSpace);
-            assert!(later.join().unwrap().is_err());
+            // Those who wait, and those who come later, say nothing before the cause is known.
+            let last = scope.spawn(|| order.push(Offset(10_010), &[0; 10], &Silent));
+            std::thread::sleep(PATIENCE / 10);
+            assert!(!later.is_finished() && !last.is_finished());
+            order.abandon();
+            assert!(later.join().unwrap().is_err() && last.join().unwrap().is_err());
         });
         let twice = InOrder::new(Vec::new());
         twice.push(Offset(0), &[1; 5], &Silent).unwrap();

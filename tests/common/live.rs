@@ -5,6 +5,9 @@ use std::process::{Child, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use holdstill::backup::Report;
+use holdstill::error::{Kind, Result};
+
 use super::{command, output};
 
 /// The program, built once.
@@ -78,6 +81,32 @@ impl Drop for LiveWriter {
 fn run_kill(child: &Child, signal: &str) {
     let pid = child.id().to_string();
     super::run("kill", ["-s", signal, &pid]);
+}
+
+/// Does what a user would do whom an error tells to try again: on a busy machine the guard may thaw
+/// before a witness has read everything, or a disk may never pause. Five times at most; any other
+/// error is the last.
+///
+/// # Panics
+/// With that error.
+pub(crate) fn patiently(mut run: impl FnMut() -> Result<Report>) -> Report {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match run() {
+            Ok(report) => return report,
+            Err(error)
+                if tries < 5
+                    && error.kind() == Kind::Inconsistent
+                    && error
+                        .get_hint()
+                        .is_some_and(|hint| hint.contains("try again")) =>
+            {
+                println!("once more: {error}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 /// Judges a copy of the folder: it must show one instant, and none but `instant` (nanoseconds of

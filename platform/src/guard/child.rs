@@ -8,7 +8,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::wire::{self, Ask, Counts, MAX_NAME, Reply, Request, hook};
+use crate::dm::Takeover;
 use crate::freeze;
+use crate::memory::Arena;
 use crate::urgent::become_urgent;
 
 /// Freezes watched at a time.
@@ -65,8 +67,23 @@ impl Prepared {
     }
 
     fn nanoseconds(&self) -> u64 {
-        u64::try_from(self.deadline.as_nanos()).unwrap_or(u64::MAX)
+        nanoseconds(self.deadline)
     }
+}
+
+/// Something to undo, ready to be.
+#[derive(Debug)]
+pub(super) struct PreparedUndo {
+    pub(super) way: PreparedWay,
+    pub(super) patience: Duration,
+}
+
+/// How.
+#[derive(Debug)]
+pub(super) enum PreparedWay {
+    Command(Prepared),
+    /// In this process, with memory to work in.
+    Takeover(Takeover, Arena),
 }
 
 /// What happens to a command at its deadline.
@@ -103,14 +120,19 @@ struct Child<'a> {
     entries: [Entry; ENTRIES],
     hook: Option<&'a Prepared>,
     hook_owed: bool,
-    undo: &'a [Prepared],
+    undo: &'a mut [PreparedUndo],
     undo_owed: [bool; UNDOS],
     done: Counts,
 }
 
 /// Runs the guard in the forked child until the run ends, then ends the process. `kept` are sorted
 /// descriptors that stay open, `socket` among them.
-pub(super) fn run(socket: RawFd, kept: &[RawFd], hook: Option<&Prepared>, undo: &[Prepared]) -> ! {
+pub(super) fn run(
+    socket: RawFd,
+    kept: &[RawFd],
+    hook: Option<&Prepared>,
+    undo: &mut [PreparedUndo],
+) -> ! {
     settle(kept);
     let mut child = Child {
         socket,
@@ -284,8 +306,8 @@ impl Child<'_> {
             self.count(removed);
         }
         // The latest first: it may stand on an earlier one.
-        let undo = self.undo;
-        for (prepared, at) in undo.iter().zip(0..UNDOS).rev() {
+        let undo = std::mem::take(&mut self.undo);
+        for (prepared, at) in undo.iter_mut().zip(0..UNDOS).rev() {
             if self.undo_owed.get(at) == Some(&true) {
                 let undone = self.undo(prepared);
                 self.count(undone);
@@ -300,12 +322,18 @@ impl Child<'_> {
         }
     }
 
-    /// Runs a command until it succeeds: what it undoes may be busy still, or may not be there yet
-    /// because the tool that makes it has outlived the run. Whether it did.
-    fn undo(&mut self, prepared: &Prepared) -> bool {
-        let end = wire::monotonic().saturating_add(prepared.nanoseconds());
+    /// Undoes something, again and again until that succeeds: it may be busy still, or may not be there
+    /// yet because the tool that makes it has outlived the run. Whether it did.
+    fn undo(&mut self, prepared: &mut PreparedUndo) -> bool {
+        let end = wire::monotonic().saturating_add(nanoseconds(prepared.patience));
         loop {
-            if self.run(prepared, WhenLate::LeaveIt) == (hook::EXITED, 0) {
+            let undone = match &mut prepared.way {
+                PreparedWay::Command(command) => {
+                    self.run(command, WhenLate::LeaveIt) == (hook::EXITED, 0)
+                }
+                PreparedWay::Takeover(takeover, room) => takeover.undo(room.bytes_mut()).is_ok(),
+            };
+            if undone {
                 return true;
             }
             if wire::monotonic() >= end {
@@ -399,6 +427,10 @@ fn remove(entry: &Entry) -> bool {
         }
     }
     false
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn sleep_ms(milliseconds: i32) {

@@ -85,7 +85,7 @@ fn undo(dir: &Path, name: &str) -> Undo {
     );
     Undo {
         name: name.to_owned(),
-        words: ["/bin/sh", "-c", &script].map(OsString::from).to_vec(),
+        way: Way::Command(["/bin/sh", "-c", &script].map(OsString::from).to_vec()),
         patience: Duration::from_secs(60),
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::command::Tool;
 use crate::dm;
 use crate::error::{Error, Result};
-use crate::guard::Undo;
+use crate::guard::{Undo, Way};
 use crate::lvm;
 use crate::node::DeviceNumber;
 
@@ -51,7 +51,7 @@ impl MetadataSnapshot {
         let tool = Tool::find("dmsetup")?.args(["message", &name, "0", "release_metadata_snap"]);
         Ok(Some(Undo {
             name,
-            words: tool.words(),
+            way: Way::Command(tool.words()),
             patience: UNDO_PATIENCE,
         }))
     }

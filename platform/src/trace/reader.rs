@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use super::format::{EventFormat, PageFormat};
 use super::page::{self, Completed};
-use super::{Loss, TraceError, Write, WriteKind};
+use super::{Loss, MAX_DEVICES, Tally, TraceError, Write, WriteKind};
 use crate::node::{BlockDevice, DeviceNumber};
+use crate::stack::{Reached, Stack};
 use crate::urgent::become_urgent;
 
 /// Real-time priority of the reader, just below the guard's.
@@ -19,7 +20,8 @@ const PRIORITY: i32 = 49;
 /// What the reader thread and the others share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) devices: Vec<DeviceTally>,
+    devices: Vec<DeviceTally>,
+    stack: Option<StackTally>,
     pub(super) stop: AtomicBool,
     /// Number of the last request to catch up, and of the last one fulfilled.
     pub(super) asked: AtomicU64,
@@ -33,44 +35,84 @@ const FINE: u32 = 0;
 const LOST: u32 = u32::MAX;
 const BAD_PAGE: u32 = u32::MAX - 1;
 
+/// What was counted.
+#[derive(Debug, Default)]
+pub(super) struct Sums {
+    requests: AtomicU64,
+    pub(super) written: AtomicU64,
+    discarded: AtomicU64,
+    flushes: AtomicU64,
+}
+
+/// One disk or partition.
 #[derive(Debug)]
 pub(super) struct DeviceTally {
     pub(super) device: DeviceNumber,
     pub(super) disk: DeviceNumber,
     /// Where it lies on the disk.
     pub(super) sectors: Range<u64>,
-    pub(super) requests: AtomicU64,
-    pub(super) written: AtomicU64,
-    pub(super) discarded: AtomicU64,
-    pub(super) flushes: AtomicU64,
+    pub(super) sums: Sums,
+}
+
+/// A device that is built of others.
+#[derive(Debug)]
+pub(super) struct StackTally {
+    stack: Arc<Stack>,
+    /// Of the device itself: what was written to any copy.
+    sums: Sums,
+    /// Sectors written of each device whose counters are compared, all copies together.
+    gauges: Vec<AtomicU64>,
 }
 
 impl Shared {
-    pub(super) fn new(devices: &[BlockDevice]) -> Self {
-        let tally = |device: &BlockDevice| {
-            DeviceTally {
-                device: device.number,
-                disk: device.disk,
-                // Of a discard of many places the kernel traces the first, with the length of all:
-                // on a whole disk that is no reason not to add it up.
-                sectors: match device.partition {
-                    Some(place) => place.start..place.start + place.sectors,
-                    None => 0..u64::MAX,
-                },
-                requests: AtomicU64::new(0),
-                written: AtomicU64::new(0),
-                discarded: AtomicU64::new(0),
-                flushes: AtomicU64::new(0),
-            }
-        };
+    pub(super) fn new(devices: Vec<DeviceTally>, stack: Option<StackTally>) -> Self {
         Self {
-            devices: devices.iter().map(tally).collect(),
+            devices,
+            stack,
             stop: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             caught_up: AtomicU64::new(0),
             trouble: AtomicU32::new(FINE),
             passthrough: AtomicU64::new(0),
         }
+    }
+
+    /// The disks whose events are looked at.
+    pub(super) fn disks(&self) -> impl Iterator<Item = DeviceNumber> {
+        let below = self.stack.iter().flat_map(|tally| tally.stack.leaves());
+        self.devices.iter().map(|tally| tally.disk).chain(below)
+    }
+
+    /// What was handed on so far.
+    pub(super) fn tally(&self) -> Tally {
+        let of_devices = self.devices.iter().map(|tally| &tally.sums);
+        let of_stack = self.stack.iter().map(|tally| &tally.sums);
+        let mut all = Tally {
+            passthrough: self.passthrough.load(Ordering::Acquire),
+            ..Tally::default()
+        };
+        for sums in of_devices.chain(of_stack) {
+            all.requests += sums.requests.load(Ordering::Acquire);
+            all.written += sums.written.load(Ordering::Acquire);
+            all.discarded += sums.discarded.load(Ordering::Acquire);
+            all.flushes += sums.flushes.load(Ordering::Acquire);
+        }
+        all
+    }
+
+    /// Sectors traced so far, in the order of the counters that they are compared with.
+    pub(super) fn traced(&self) -> [u64; MAX_DEVICES] {
+        let of_devices = self.devices.iter().map(|tally| {
+            let written = tally.sums.written.load(Ordering::Acquire);
+            written.wrapping_add(tally.sums.discarded.load(Ordering::Acquire))
+        });
+        let gauges = self.stack.iter().flat_map(|tally| &tally.gauges);
+        let of_stack = gauges.map(|gauge| gauge.load(Ordering::Acquire));
+        let mut traced = [0; MAX_DEVICES];
+        for (traced, sum) in traced.iter_mut().zip(of_devices.chain(of_stack)) {
+            *traced = sum;
+        }
+        traced
     }
 
     /// The first trouble stays.
@@ -106,14 +148,42 @@ impl Shared {
                 each(write);
             }
         }
+        if let Some(tally) = &self.stack {
+            tally.count(disk, &event, each);
+        }
+    }
+}
+
+impl Sums {
+    /// Counts `sectors` that were written in this way.
+    fn add(&self, kind: WriteKind, sectors: u64) {
+        let sum = match kind {
+            WriteKind::Discard => &self.discarded,
+            _ => &self.written,
+        };
+        sum.fetch_add(sectors, Ordering::Release);
     }
 }
 
 impl DeviceTally {
+    pub(super) fn new(device: &BlockDevice) -> Self {
+        Self {
+            device: device.number,
+            disk: device.disk,
+            // Of a discard of many places the kernel traces the first, with the length of all:
+            // on a whole disk that is no reason not to add it up.
+            sectors: match device.partition {
+                Some(place) => place.start..place.start + place.sectors,
+                None => 0..u64::MAX,
+            },
+            sums: Sums::default(),
+        }
+    }
+
     /// Counts an event of its disk; what was written to this device, if anything.
     pub(super) fn count(&self, event: &Completed) -> Option<Write> {
         if event.sectors == 0 {
-            self.flushes.fetch_add(1, Ordering::Relaxed);
+            self.sums.flushes.fetch_add(1, Ordering::Relaxed);
             return None;
         }
         let sectors = u64::from(event.sectors);
@@ -125,26 +195,11 @@ impl DeviceTally {
         if first >= last {
             return None;
         }
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        // `F` says that a flush went before.
-        let letter = if event.letter == b'F' {
-            event.detail
-        } else {
-            event.letter
-        };
-        let kind = match (letter, event.detail) {
-            (b'W', b'Z') => WriteKind::Zeroes,
-            (b'W', _) => WriteKind::Data,
-            (b'D', _) => WriteKind::Discard,
-            _ => WriteKind::Other,
-        };
+        self.sums.requests.fetch_add(1, Ordering::Relaxed);
+        let kind = kind_of(event);
         // Which side a request across the border was counted for cannot be known.
         if last - first == sectors {
-            let sum = match kind {
-                WriteKind::Discard => &self.discarded,
-                _ => &self.written,
-            };
-            sum.fetch_add(sectors, Ordering::Release);
+            self.sums.add(kind, sectors);
         }
         Some(Write {
             device: self.device,
@@ -152,6 +207,65 @@ impl DeviceTally {
             sectors: last - first,
             kind,
         })
+    }
+}
+
+impl StackTally {
+    pub(super) fn new(stack: Arc<Stack>) -> Self {
+        Self {
+            gauges: stack.gauges().map(|_| AtomicU64::new(0)).collect(),
+            sums: Sums::default(),
+            stack,
+        }
+    }
+
+    /// Counts an event of a disk below, and hands on what it wrote to the top. Allocates nothing.
+    fn count(&self, disk: DeviceNumber, event: &Completed, each: &mut impl FnMut(Write)) {
+        if event.sectors == 0 {
+            self.sums.flushes.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let kind = kind_of(event);
+        let sectors = u64::from(event.sectors);
+        let device = self.stack.top();
+        let mut is_ours = false;
+        self.stack
+            .climb(disk, event.sector, sectors, &mut |reached| match reached {
+                Reached::Gauge(gauge, sectors) => {
+                    if let Some(sum) = self.gauges.get(gauge) {
+                        sum.fetch_add(sectors, Ordering::Release);
+                    }
+                }
+                Reached::Top(sector, sectors) => {
+                    is_ours = true;
+                    self.sums.add(kind, sectors);
+                    each(Write {
+                        device,
+                        sector,
+                        sectors,
+                        kind,
+                    });
+                }
+            });
+        if is_ours {
+            self.sums.requests.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What sort of request was completed.
+fn kind_of(event: &Completed) -> WriteKind {
+    // `F` says that a flush went before.
+    let letter = if event.letter == b'F' {
+        event.detail
+    } else {
+        event.letter
+    };
+    match (letter, event.detail) {
+        (b'W', b'Z') => WriteKind::Zeroes,
+        (b'W', _) => WriteKind::Data,
+        (b'D', _) => WriteKind::Discard,
+        _ => WriteKind::Other,
     }
 }
 

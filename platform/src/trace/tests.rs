@@ -3,6 +3,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use super::page::Completed;
+use super::reader::Sums;
 use super::tracefs::USUAL;
 use super::*;
 use crate::dirty::DirtyMap;
@@ -253,10 +254,7 @@ fn requests_are_cut_at_the_borders_and_only_whole_ones_added_up() {
         device: number,
         disk: DeviceNumber { major: 7, minor: 0 },
         sectors: range,
-        requests: AtomicU64::new(0),
-        written: AtomicU64::new(0),
-        discarded: AtomicU64::new(0),
-        flushes: AtomicU64::new(0),
+        sums: Sums::default(),
     };
     // What is handed on, and what is added up.
     let count = |range, sector, sectors| {
@@ -271,7 +269,7 @@ fn requests_are_cut_at_the_borders_and_only_whole_ones_added_up() {
         let write = tally.count(&event);
         assert!(write.is_none_or(|write| write.device == number));
         let place = write.map(|write| (write.sector, write.sectors));
-        (place, tally.written.into_inner())
+        (place, tally.sums.written.into_inner())
     };
     assert_eq!(count(100..150, 90, 24), (Some((0, 14)), 0));
     assert_eq!(count(100..150, 140, 24), (Some((40, 10)), 0));
@@ -370,7 +368,7 @@ fn privileged_lost_events_are_noticed() {
         "{error}"
     );
     // Even without the kernel's word for it the sums would tell.
-    let counted = tracker.counted().unwrap()[0].wrapping_sub(tracker.traced()[0]);
+    let counted = tracker.counted().unwrap().unwrap()[0].wrapping_sub(tracker.shared.traced()[0]);
     assert!(counted.wrapping_sub(base.0[0]) > 8000);
 }
 

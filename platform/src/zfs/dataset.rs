@@ -64,6 +64,29 @@ pub fn facts(snapshot: &str) -> Result<Facts> {
     })
 }
 
+/// All snapshots of a recursive one, by their full names: what is above comes before what is below.
+///
+/// # Errors
+/// If the tool fails, or `snapshot` is no snapshot's name.
+pub fn with_below(snapshot: &str) -> Result<Vec<String>> {
+    let (dataset, name) = snapshot
+        .split_once('@')
+        .ok_or_else(|| Error::other("cannot use", snapshot, "this is no name of a snapshot"))?;
+    let all = zfs(&["list", "-H", "-r", "-t", "snapshot", "-o", "name", dataset])?;
+    let mut found: Vec<String> = all
+        .lines()
+        .filter(|line| line.split_once('@').is_some_and(|(_, found)| found == name))
+        .map(str::to_owned)
+        .collect();
+    found.sort_by(|one, other| path(one).cmp(path(other)));
+    Ok(found)
+}
+
+/// The parts of a snapshot's dataset: in their order a dataset comes before all that is below it.
+fn path(snapshot: &str) -> impl Iterator<Item = &str> {
+    snapshot.split('@').next().unwrap_or_default().split('/')
+}
+
 /// `guid` of a snapshot.
 ///
 /// # Errors
@@ -114,6 +137,34 @@ pub fn abort_receive(dataset: &str) -> Result<()> {
     zfs(&["receive", "-A", dataset]).map(drop)
 }
 
+/// Gives a dataset or volume another name, in the same pool. What is not mounted stays so.
+///
+/// # Errors
+/// If the tool fails.
+pub fn rename(dataset: &str, to: &str) -> Result<()> {
+    // The option is for what can be mounted, and refused for the rest.
+    let option: &[&str] = match get("value", "type", dataset)?.trim() {
+        "filesystem" => &["-u"],
+        _ => &[],
+    };
+    zfs(&[&["rename"], option, &[dataset, to]].concat()).map(drop)
+}
+
+/// Destroys a dataset with its snapshots; whatever is below it or cloned from it keeps it.
+///
+/// # Errors
+/// If the tool fails.
+pub fn destroy(dataset: &str) -> Result<()> {
+    for snapshot in zfs(&[
+        "list", "-H", "-d", "1", "-t", "snapshot", "-o", "name", dataset,
+    ])?
+    .lines()
+    {
+        zfs(&["destroy", snapshot])?;
+    }
+    zfs(&["destroy", dataset]).map(drop)
+}
+
 /// The value in a line `NAME<tab>VALUE`.
 fn value<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let lines = text.lines().filter_map(|line| line.split_once('\t'));
@@ -150,6 +201,14 @@ fn active_features(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_above_comes_first() {
+        let mut names = ["t/a-b@s", "t/a/c@s", "t@s", "t/a@s", "t/a/b@s", "t/a b@s"];
+        names.sort_by(|one, other| path(one).cmp(path(other)));
+        let expected = ["t@s", "t/a@s", "t/a/b@s", "t/a/c@s", "t/a b@s", "t/a-b@s"];
+        assert_eq!(names, expected);
+    }
 
     #[test]
     fn properties_and_features_are_read() {

@@ -1,19 +1,15 @@
-//! Watching over a snapshot while it is read: how full it is, or its pool.
+//! What of a snapshot of LVM is watched while it is read: how full it is, or its pool.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use holdstill_platform::lvm::{self, Fill, LogicalVolume, PoolFill, Snapshot};
+use holdstill_platform::dm::{self, Fill};
+use holdstill_platform::lvm::{self, LogicalVolume, PoolFill, Snapshot};
 use holdstill_platform::node::DeviceNumber;
 
-use super::{most_extents, percent};
-use crate::error::{Error, Kind, Result};
+use super::most_extents;
+use crate::error::Result;
 use crate::freeze::CowRoom;
-
-/// How often to look.
-const NAP: Duration = Duration::from_millis(100);
+use crate::freeze::watch::{self, percent};
 
 /// A thick snapshot is extended when so full, and given up when so full and nothing is left to extend
 /// it with; in percent.
@@ -72,9 +68,13 @@ impl Watching {
             Self::Nothing { snapshot } => snapshot,
         }
     }
+}
 
-    /// One look: why the snapshot must be given up, if it must. With `may_extend`, a thick one is
-    /// extended when that is due, until that fails once.
+impl watch::Watching for Watching {
+    fn name(&self) -> &str {
+        &self.snapshot().name
+    }
+
     fn look(&self, may_extend: Option<&mut bool>) -> Result<Option<String>> {
         match self {
             Self::Nothing { .. } => Ok(None),
@@ -85,7 +85,7 @@ impl Watching {
                 step,
                 on,
             } => {
-                let full = match lvm::fill(snapshot.device)? {
+                let full = match dm::fill(snapshot.device)? {
                     Fill::Used { sectors, of } => percent((sectors, of)),
                     Fill::Lost => {
                         return Ok(Some("it overflowed, and what it held is lost".to_owned()));
@@ -132,110 +132,4 @@ fn thin_trouble(pool: DeviceNumber) -> Result<Option<String>> {
     } else {
         None
     })
-}
-
-/// A thread that looks at a snapshot every now and then.
-#[derive(Debug)]
-pub(super) struct Watch {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    watching: Watching,
-    /// Why the snapshot was given up.
-    trouble: OnceLock<String>,
-    is_over: Mutex<bool>,
-    wake: Condvar,
-}
-
-impl Watch {
-    /// Begins to watch.
-    ///
-    /// # Errors
-    /// If no thread can be started, or the snapshot is lost already.
-    pub(super) fn start(watching: Watching) -> Result<Self> {
-        let shared = Arc::new(Shared {
-            watching,
-            trouble: OnceLock::new(),
-            is_over: Mutex::new(false),
-            wake: Condvar::new(),
-        });
-        let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("holdstill-watch".to_owned())
-            .spawn(move || theirs.run())
-            .map_err(|error| Error::io("cannot start a thread", error))?;
-        let watch = Self {
-            shared,
-            thread: Some(thread),
-        };
-        watch.look()?;
-        Ok(watch)
-    }
-
-    /// Whether the snapshot was given up, as far as is known. Costs nothing.
-    ///
-    /// # Errors
-    /// [`Kind::NoSpace`] if so.
-    pub(super) fn check(&self) -> Result<()> {
-        self.shared.trouble.get().map_or(Ok(()), |why| {
-            Err(
-                Error::new(Kind::NoSpace, format!("the snapshot was given up: {why}"))
-                    .on(&self.shared.watching.snapshot().name)
-                    .hint("make room, or image it when less is written (a thick one: --cow-size)"),
-            )
-        })
-    }
-
-    /// Looks right now.
-    ///
-    /// # Errors
-    /// As [`check`](Self::check), or if the snapshot cannot be looked at.
-    pub(super) fn look(&self) -> Result<()> {
-        self.check()?;
-        if let Some(why) = self.shared.watching.look(None)? {
-            let _ = self.shared.trouble.set(why);
-        }
-        self.check()
-    }
-}
-
-impl Shared {
-    fn run(&self) {
-        let mut may_extend = true;
-        let mut is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*is_over {
-            drop(is_over);
-            match self.watching.look(Some(&mut may_extend)) {
-                Ok(None) => {}
-                Ok(Some(why)) => {
-                    let _ = self.trouble.set(why);
-                    return;
-                }
-                Err(error) => {
-                    let _ = self.trouble.set(error.to_string());
-                    return;
-                }
-            }
-            is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
-            let waited = self.wake.wait_timeout(is_over, NAP);
-            is_over = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        *self
-            .shared
-            .is_over
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = true;
-        self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }

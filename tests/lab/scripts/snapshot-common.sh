@@ -26,7 +26,7 @@ guard_done() {
     fail "the guard does not end"
 }
 
-# busy_backup TYPE STEP SOURCE: images the busy filesystem at /run/volume, while a hook copies the
+# busy_backup TYPE STEP SOURCE [OPTION]...: images the busy filesystem at /run/volume, while a hook copies the
 # snapshot to /run/images/oracle by /dev/shm/oracle; then judges image and copy.
 number=0
 busy_backup() {
@@ -34,7 +34,7 @@ busy_backup() {
     number=$((number + 1))
     journal=/dev/shm/journal-$number
     busy /run/volume/files "$journal"
-    backup "$report" "$source" -o "$image" --post-freeze "sh /dev/shm/oracle" || status=$?
+    backup "$report" "$source" "${@:4}" -o "$image" --post-freeze "sh /dev/shm/oracle" || status=$?
     unchanged
     calm
     umount /run/volume

@@ -102,6 +102,65 @@ zfs list other/first other/second >/dev/null
 zfs destroy -r other/first
 zfs destroy -r other/second
 
+echo "a tree of datasets, a volume among them, at one instant; and to places of one's own"
+zfs create -o mountpoint=none tank/tree
+zfs create -o mountpoint=/run/tree tank/tree/one
+zfs create -o mountpoint=/run/tree/two tank/tree/one/two
+zfs create -V 8M tank/tree/volume
+udevadm settle
+head -c 4M /dev/urandom >/run/tree/first
+cp /bin/bash /run/tree/two/second
+head -c 8M /dev/urandom >/run/images/content
+cp /run/images/content /dev/zvol/tank/tree/volume
+sync
+zfs list -H -o name,type,userrefs -t all >/run/before
+ends 0 "is a volume: its copy is as after a power cut" holdstill backup -r tank/tree -o "$image" --force
+# A dataset that is made meanwhile has no snapshot, and is in nobody's way.
+zfs list -H -o name,type,userrefs -t all | diff /run/before - || fail "datasets are not as before"
+nothing_left
+ends 2 "for datasets" holdstill backup -r /run/images/disk -o /run/images/none.still
+ends 0 "" holdstill verify "$image"
+holdstill inspect "$image" --json | grep -o '"dataset":"[a-z/]*"' >/run/sent
+printf '"dataset":"tank/tree%s"\n' "" /one /one/two /volume | diff - /run/sent
+zfs create other/deep
+holdstill restore "$image" other/deep/copy --quiet
+for name in "" /one /one/two /volume; do
+    [ "$(guid "$(zfs list -H -o name -t snapshot -d 1 "other/deep/copy$name")")" = \
+        "$(holdstill inspect "$image" --json |
+            grep -o "\"dataset\":\"tank/tree$name\",[^}]*\"guid\":\"[0-9]*\"" |
+            grep -o '[0-9]*"$' | tr -d '"')" ] || fail "other guids of $name"
+done
+mounted other/deep/copy/one /run/copy
+cmp /run/tree/first /run/copy/first
+mounted other/deep/copy/one/two /run/copy/two
+cmp /bin/bash /run/copy/two/second
+udevadm settle
+cmp -n $((8 << 20)) /run/images/content /dev/zvol/other/deep/copy/volume
+zfs umount other/deep/copy/one/two
+zfs umount other/deep/copy/one
+zfs destroy -r other/deep/copy
+cp "$image" /run/images/damaged
+size=$(stat -c %s "$image")
+printf '\xff\x00\xff' | dd of=/run/images/damaged bs=1 seek=$((size / 2)) conv=notrunc status=none
+ends 4 "damaged" holdstill restore /run/images/damaged other/deep/bad
+holdstill restore "$image" --map 3=other/deep/two --map 2=other/deep/two/one --quiet
+[ "$(zfs list -H -o name -r other/deep | tr '\n' ' ')" = "other/deep other/deep/two other/deep/two/one " ] ||
+    fail "$(zfs list -r other/deep)"
+zfs destroy -r other/deep
+holdstill backup -r tank/tree -o /run/images/killed.still --rate 2M --quiet &
+run=$!
+sleep 2
+kill -KILL $run
+wait $run 2>/dev/null || true
+for _ in $(seq 40); do
+    zfs list -H -o name -t snapshot | grep -q "tank/tree.*@holdstill" || break
+    sleep 0.5
+done
+holdstill cleanup --quiet
+zfs list -H -o name,type,userrefs -t all -r tank | diff <(grep ^tank /run/before) - ||
+    fail "a killed run left something"
+zfs destroy -r tank/tree
+
 echo "a damaged image gives no dataset, nor does one that is cut off, or a restore that is killed"
 sent tank/files tank/files
 size=$(stat -c %s "$image")

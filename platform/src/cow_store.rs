@@ -1,0 +1,314 @@
+//! Where a snapshot of the device mapper keeps what is overwritten: a device that the user named, or a
+//! nameless file behind a loop device (include/uapi/linux/loop.h), which both go by themselves when the
+//! last user of the loop device does.
+
+use std::ffi::CStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
+use crate::beneath;
+use crate::device::{Access, Disk};
+use crate::error::{Context, Error, Result};
+use crate::exclusive::Claim;
+use crate::in_use;
+use crate::memory;
+use crate::node::{BlockDevice, DeviceNumber, LoopInfo, Node};
+
+/// What is zeroed at the begin of a device, in bytes: what was kept there last may look like something.
+const HEAD: u64 = 4096;
+
+/// `LO_FLAGS_AUTOCLEAR`: detached when nobody has it open any more.
+const AUTOCLEAR: u32 = 4;
+/// `LO_FLAGS_DIRECT_IO`: past the page cache, where the filesystem can do that.
+const DIRECT_IO: u32 = 16;
+
+/// How often another free loop device is asked for, when somebody is faster.
+const TRIES: u32 = 50;
+
+mod ioctl {
+    nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
+    nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, super::LoopConfig);
+}
+
+/// `struct loop_config`.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopConfig>() == 304);
+
+/// A copy-on-write store that nobody uses yet.
+#[derive(Debug)]
+pub struct CowStore {
+    /// The device.
+    pub device: DeviceNumber,
+    path: PathBuf,
+    /// Keeps a loop device attached until a snapshot does.
+    open: Option<File>,
+}
+
+/// A folder where a store can be, and how much of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The folder.
+    pub folder: PathBuf,
+    /// How many bytes may be taken: half of what is free, and of memory a quarter of what can be had.
+    pub room: u64,
+    /// Whether it is memory: then none is set aside beforehand.
+    is_memory: bool,
+}
+
+impl Place {
+    /// So much room on disk, in a folder that was looked at otherwise.
+    pub fn new(folder: PathBuf, room: u64) -> Self {
+        Self {
+            folder,
+            room,
+            is_memory: false,
+        }
+    }
+
+    /// Looks at a folder. `None` if it is not there, lies on a filesystem on which a loop device is no
+    /// good, or rests on `source`, whose writers would wait for themselves.
+    ///
+    /// # Errors
+    /// If what it rests on cannot be found out.
+    pub fn of(folder: &Path, source: &BlockDevice) -> Result<Option<Self>> {
+        let Ok(open) = File::open(folder) else {
+            return Ok(None);
+        };
+        let stat = fstatfs(&open).context("cannot look at", folder)?;
+        let is_memory = stat.filesystem_type() == TMPFS_MAGIC;
+        let mount = crate::mounts::Place::of(folder)?.mount;
+        let is_local =
+            ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"].contains(&mount.fs_type.as_str());
+        if !(is_memory || is_local) || mount.is_read_only() {
+            return Ok(None);
+        }
+        if beneath::file_rests_on(&open, source)? {
+            return Ok(None);
+        }
+        let free = stat.blocks_available() * u64::try_from(stat.block_size()).unwrap_or(0);
+        let mut room = free / 2;
+        if is_memory {
+            room = room.min(memory::available()? / 4);
+        }
+        Ok(Some(Self {
+            folder: folder.to_owned(),
+            room,
+            is_memory,
+        }))
+    }
+}
+
+impl CowStore {
+    /// Makes a store of `size` bytes, a multiple of 4096, at a place. On disk, they are set aside at once.
+    ///
+    /// # Errors
+    /// If the room is not there, or there are no loop devices.
+    pub fn at(place: &Place, size: u64) -> Result<Self> {
+        let folder = &place.folder;
+        let file = nameless(folder)?;
+        let reserved = match i64::try_from(size) {
+            Ok(len) if !place.is_memory => fallocate(&file, FallocateFlags::empty(), 0, len),
+            _ => Err(Errno::EOPNOTSUPP),
+        };
+        match reserved {
+            Err(Errno::EOPNOTSUPP) => file
+                .set_len(size)
+                .context("cannot make a file in", folder)?,
+            reserved => reserved.context("cannot set aside room in", folder)?,
+        }
+        attach(&file)
+    }
+
+    /// Uses a device that nobody else does, and that is neither part of `source` nor the other way round.
+    ///
+    /// # Errors
+    /// `ResourceBusy` if it is in use; what opening it says.
+    pub fn on_device(path: &Path, source: &BlockDevice) -> Result<Self> {
+        let busy = |why: String| {
+            let source = io::Error::new(io::ErrorKind::ResourceBusy, why);
+            Error::new("cannot keep a snapshot on", path, source)
+        };
+        let node = Node::of(path)?;
+        let Some(number) = node.block_device() else {
+            return Err(Error::new(
+                "cannot keep a snapshot on",
+                path,
+                io::Error::new(io::ErrorKind::InvalidInput, "not a block device"),
+            ));
+        };
+        let device = BlockDevice::of(number)?;
+        if beneath::rests_on(number, source)? || beneath::rests_on(source.number, &device)? {
+            return Err(busy("the source is stacked with it".to_owned()));
+        }
+        let claim = Claim::new(path)?;
+        if let Some(user) = in_use::of_device(&device, &[])?.users.first() {
+            return Err(busy(user.to_string()));
+        }
+        let store = Self {
+            device: number,
+            path: device.path(),
+            open: None,
+        };
+        store.forget_head()?;
+        drop(claim);
+        Ok(store)
+    }
+
+    /// A snapshot has it open from now on.
+    pub fn hand_over(&mut self) {
+        self.open = None;
+    }
+
+    /// Zeroes the begin of a device that the user named.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn forget_head(&self) -> Result<()> {
+        let disk = Disk::open(&self.path, Access::ReadWrite)?;
+        disk.zero_range(0, HEAD.min(disk.geometry().size))?;
+        disk.sync()
+    }
+}
+
+/// A new file in `folder` that has no name.
+fn nameless(folder: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    let made = options
+        .clone()
+        .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
+        .open(folder);
+    made.context("cannot make a file in", folder)
+}
+
+fn attach(file: &File) -> Result<CowStore> {
+    const CONTROL: &str = "/dev/loop-control";
+    let control = File::open(CONTROL).context("cannot open", CONTROL)?;
+    for _ in 0..TRIES {
+        // SAFETY: a request without an argument, on an open descriptor.
+        let number = unsafe { ioctl::loop_ctl_get_free(control.as_raw_fd()) };
+        let number = number.context("cannot find a free loop device by", CONTROL)?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let open = OpenOptions::new().read(true).write(true).open(&path);
+        let open = open.context("cannot open", &path)?;
+        // SAFETY: integers only, for which zeros are values.
+        let mut config: LoopConfig = unsafe { std::mem::zeroed() };
+        config.fd = file.as_fd().as_raw_fd().cast_unsigned();
+        config.info.flags = AUTOCLEAR | DIRECT_IO;
+        copy_name(&mut config.info.file_name, c"holdstill");
+        // SAFETY: one initialized `struct loop_config`, which the kernel reads.
+        match unsafe { ioctl::loop_configure(open.as_raw_fd(), &raw const config) } {
+            Ok(_) => {
+                return Ok(CowStore {
+                    device: BlockDevice::at(&path)?.number,
+                    path,
+                    open: Some(open),
+                });
+            }
+            Err(Errno::EBUSY) => {}
+            Err(errno) => return Err(Error::new("cannot attach a file to", path, errno)),
+        }
+    }
+    Err(Error::new(
+        "cannot find a free loop device by",
+        CONTROL,
+        Errno::EBUSY,
+    ))
+}
+
+fn copy_name(place: &mut [u8], name: &CStr) {
+    for (to, from) in place.iter_mut().zip(name.to_bytes()) {
+        *to = *from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Loop, Mounted, mkfs, needs_root, scratch};
+
+    #[test]
+    fn privileged_a_store_in_a_file_goes_by_itself() {
+        needs_root!();
+        let dir = scratch();
+        let outer = Loop::sparse(&dir.path().join("outer"), 64 << 20);
+        mkfs("ext4", outer.path());
+        let mount = Mounted::new(outer.path(), &dir.path().join("m"), "rw");
+        let source = BlockDevice::at(outer.path()).unwrap();
+        // Its own writers would wait for it.
+        assert_eq!(Place::of(mount.path(), &source).unwrap(), None);
+        assert_eq!(Place::of(&dir.path().join("none"), &source).unwrap(), None);
+        let other = Loop::sparse(&dir.path().join("other"), 1 << 20);
+        let other = BlockDevice::at(other.path()).unwrap();
+        let place = Place::of(mount.path(), &other).unwrap().unwrap();
+        assert!(place.room > 10 << 20 && place.room < 32 << 20, "{place:?}");
+
+        let mut store = CowStore::at(&place, 8 << 20).unwrap();
+        let device = BlockDevice::of(store.device).unwrap();
+        assert_eq!(device.sectors, (8 << 20) / 512);
+        assert!(beneath::rests_on(store.device, &source).unwrap());
+        assert_eq!(
+            std::fs::read_dir(mount.path()).unwrap().count(),
+            1,
+            "it has a name"
+        );
+        store.hand_over();
+        for _ in 0..500 {
+            if device.loop_shown().unwrap().is_none() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert_eq!(device.loop_shown().unwrap(), None);
+        assert!(CowStore::at(&place, 1 << 40).is_err());
+    }
+
+    #[test]
+    fn privileged_a_device_in_use_is_no_store() {
+        needs_root!();
+        let dir = scratch();
+        let source = Loop::sparse(&dir.path().join("source"), 64 << 20);
+        mkfs("ext4", source.path());
+        let mounted = Mounted::new(source.path(), &dir.path().join("m"), "rw");
+        let free = Loop::sparse(&dir.path().join("free"), 8 << 20);
+        Disk::open(free.path(), Access::ReadWrite)
+            .and_then(|disk| disk.write_all_at(&[7; 8192], 0))
+            .unwrap();
+        let device = BlockDevice::at(free.path()).unwrap();
+        let of = |path: &Path, source| CowStore::on_device(path, source).map(|store| store.device);
+        let refused = of(source.path(), &device).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        // Below the source, and the source itself.
+        let inner = Loop::sparse(&mounted.path().join("inner"), 8 << 20);
+        let inside = BlockDevice::at(inner.path()).unwrap();
+        assert!(of(source.path(), &inside).is_err());
+        assert!(of(free.path(), &device).is_err());
+        let writer = OpenOptions::new().write(true).open(free.path()).unwrap();
+        assert_eq!(
+            of(dir.path(), &inside).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
+        drop(writer);
+        assert_eq!(of(free.path(), &inside).unwrap(), device.number);
+        let mut head = vec![1; 8192];
+        Disk::open(free.path(), Access::Read)
+            .unwrap()
+            .read_exact_at(&mut head, 0)
+            .unwrap();
+        assert!(head[..4096].iter().all(|byte| *byte == 0) && head[4096] == 7);
+    }
+}
