@@ -59,8 +59,9 @@ const NAME_PREFIX: &str = "holdstill.";
 const REAL: &str = "-real";
 const SNAPSHOT: &str = "-snapshot";
 
-/// Sectors that are kept at a time.
-const CHUNK: u64 = 8;
+/// Sectors that are kept at a time. Reads of the snapshot and writes of the device are split at that:
+/// with fewer they take long, with more a small write has much copied.
+const CHUNK: u64 = 32;
 
 /// `DM_UDEV_DISABLE_{DM,SUBSYSTEM,DISK,OTHER}_RULES_FLAG` of libdevmapper.h, in the place of a cookie:
 /// no tool looks into the devices made here, and no link leads to them. They hold the same signatures
