@@ -161,7 +161,7 @@ impl Takeover {
     }
 
     /// Does everything that can fail, with the copy-on-write store on device `store`. What it has made
-    /// is left to [`undo`](Self::undo), also if it fails.
+    /// is left to [`undo_patiently`](Self::undo_patiently), also if it fails.
     ///
     /// # Errors
     /// Whatever the device mapper says; see [`refusal`](Self::refusal).
