@@ -22,7 +22,7 @@ use crate::memory;
 use crate::node::{BlockDevice, DeviceNumber, LoopInfo, Node};
 
 /// What is zeroed at the begin of a device, in bytes: what was kept there last may look like something.
-const HEAD: u64 = 4096;
+const HEAD: u64 = 1 << 20;
 
 /// `LO_FLAGS_AUTOCLEAR`: detached when nobody has it open any more.
 const AUTOCLEAR: u32 = 4;
@@ -113,7 +113,7 @@ impl Place {
 }
 
 impl CowStore {
-    /// Makes a store of `size` bytes, a multiple of 4096, at a place. On disk, they are set aside at once.
+    /// Makes a store of `size` bytes, whole chunks of a snapshot, at a place. On disk, they are set aside at once.
     ///
     /// # Errors
     /// If the room is not there, or there are no loop devices.
@@ -286,7 +286,7 @@ mod tests {
         let mounted = Mounted::new(source.path(), &dir.path().join("m"), "rw");
         let free = Loop::sparse(&dir.path().join("free"), 8 << 20);
         Disk::open(free.path(), Access::ReadWrite)
-            .and_then(|disk| disk.write_all_at(&[7; 8192], 0))
+            .and_then(|disk| disk.write_all_at(&[7; 2 << 20], 0))
             .unwrap();
         let device = BlockDevice::at(free.path()).unwrap();
         let of = |path: &Path, source| CowStore::on_device(path, source).map(|store| store.device);
@@ -304,11 +304,12 @@ mod tests {
         );
         drop(writer);
         assert_eq!(of(free.path(), &inside).unwrap(), device.number);
-        let mut head = vec![1; 8192];
+        let mut head = vec![1; 2 << 20];
         Disk::open(free.path(), Access::Read)
             .unwrap()
             .read_exact_at(&mut head, 0)
             .unwrap();
-        assert!(head[..4096].iter().all(|byte| *byte == 0) && head[4096] == 7);
+        let (zeroed, rest) = head.split_at(1 << 20);
+        assert!(zeroed.iter().all(|byte| *byte == 0) && rest[0] == 7);
     }
 }

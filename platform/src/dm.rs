@@ -17,6 +17,7 @@ use crate::memory::Arena;
 use crate::node::{BlockDevice, DeviceNumber};
 
 mod fill;
+mod request;
 mod suspension;
 mod takeover;
 

@@ -52,9 +52,10 @@
 //! A write is counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if
 //! none is under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
 //!
-//! dm's `raid` is the exception: a bio sent to it is counted by dm and once more by md, which finds the
-//! same device in it. Not it but its members are compared then, each with its own counters: they are
-//! devices of dm themselves, and hold nothing but its data (its metadata have their own).
+//! dm's `raid` is the exception: a bio sent to it is counted by dm, and once more by md, which finds the
+//! same device in it, where the kernel keeps statistics of the queues of mapped devices (since Linux 6.3).
+//! Not it but its members are compared then, each with its own counters: they are devices of dm
+//! themselves, and hold nothing but its data (its metadata have their own).
 //!
 //! # The description may change
 //! By a resized volume, a snapshot, a moved extent, a failed member. [`Stack::signature`] tells: what

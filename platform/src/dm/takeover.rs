@@ -39,10 +39,12 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::request::{
+    create, end_of, find, is_origin_of, load, remove, resume, same_targets, simple, turn_around,
+};
 use super::{
-    ACTIVE_PRESENT, BUFFER_FULL, HEADER_LEN, INACTIVE_PRESENT, NOFLUSH, QUERY_INACTIVE, READ_ONLY,
-    SECURE_DATA, SKIP_LOCKFS, SPEC_LEN, STATUS_TABLE, SUSPEND, Secret, Who, control, decode,
-    exchange, fetch, header, ioctl, open_control, path_of, put, spec, text, u32_at, u64_at, wipe,
+    INACTIVE_PRESENT, NOFLUSH, QUERY_INACTIVE, READ_ONLY, SECURE_DATA, STATUS_TABLE, SUSPEND,
+    Secret, Who, control, exchange, fetch, header, ioctl, open_control, path_of, u32_at, wipe,
     write_header,
 };
 use crate::error::{Context, Error, Result};
@@ -59,8 +61,9 @@ const NAME_PREFIX: &str = "holdstill.";
 const REAL: &str = "-real";
 const SNAPSHOT: &str = "-snapshot";
 
-/// Sectors that are kept at a time.
-const CHUNK: u64 = 8;
+/// Sectors that are kept at a time. Reads of the snapshot and writes of the device are split at that:
+/// with fewer they take long, with more a small write has much copied.
+const CHUNK: u64 = 32;
 
 /// `DM_UDEV_DISABLE_{DM,SUBSYSTEM,DISK,OTHER}_RULES_FLAG` of libdevmapper.h, in the place of a cookie:
 /// no tool looks into the devices made here, and no link leads to them. They hold the same signatures
@@ -160,7 +163,7 @@ impl Takeover {
     }
 
     /// Does everything that can fail, with the copy-on-write store on device `store`. What it has made
-    /// is left to [`undo`](Self::undo), also if it fails.
+    /// is left to [`undo_patiently`](Self::undo_patiently), also if it fails.
     ///
     /// # Errors
     /// Whatever the device mapper says; see [`refusal`](Self::refusal).
@@ -398,155 +401,6 @@ fn parse_made(name: &str, uuid: &str) -> Option<Takeover> {
         .strip_prefix('.')?
         .strip_suffix(end)?;
     Some(Takeover::named(device.parse().ok()?, origin, run_id, 0))
-}
-
-/// Makes a device without a table.
-fn create(control: &OwnedFd, (name, uuid): &(String, String)) -> Result<DeviceNumber> {
-    let mut bytes = [0; HEADER_LEN];
-    write_header(&mut bytes, Who::New { name, uuid }, 0);
-    exchange(control, ioctl::DEV_CREATE, &mut bytes).context("cannot create", Path::new(name))?;
-    u64_at(&bytes, header::DEV)
-        .map(decode)
-        .ok_or_else(|| Error::invalid("cannot create", Path::new(name), "it has no number"))
-}
-
-/// A request that is a header and nothing else.
-fn simple(
-    control: &OwnedFd,
-    request: libc::Ioctl,
-    who: Who<'_>,
-    flags: u32,
-    event: u32,
-) -> io::Result<(DeviceNumber, u32)> {
-    let mut bytes = [0; HEADER_LEN];
-    write_header(&mut bytes, who, flags);
-    put(&mut bytes, header::EVENT_NR, &event.to_ne_bytes());
-    exchange(control, request, &mut bytes)?;
-    let number = u64_at(&bytes, header::DEV).map(decode);
-    let flags = u32_at(&bytes, header::FLAGS);
-    number.zip(flags).ok_or(io::ErrorKind::InvalidData.into())
-}
-
-/// Number and flags of a device; `None` if there is none.
-fn find(control: &OwnedFd, who: Who<'_>) -> io::Result<Option<(DeviceNumber, u32)>> {
-    match simple(control, ioctl::DEV_STATUS, who, 0, 0) {
-        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-        found => found.map(Some),
-    }
-}
-
-/// Makes the loaded table live and the device go on. The filesystem on it is not frozen for that.
-fn resume(control: &OwnedFd, who: Who<'_>, event: u32) -> io::Result<()> {
-    simple(control, ioctl::DEV_SUSPEND, who, SKIP_LOCKFS, event).map(drop)
-}
-
-/// Removes a device, if there is one.
-fn remove(control: &OwnedFd, uuid: &str) -> io::Result<()> {
-    match simple(control, ioctl::DEV_REMOVE, Who::Uuid(uuid), 0, 0) {
-        Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Whether the table of a device, live or (with `QUERY_INACTIVE`) loaded, is an origin of `real`.
-fn is_origin_of(
-    control: &OwnedFd,
-    who: Who<'_>,
-    which: u32,
-    real: DeviceNumber,
-    room: &mut [u8],
-) -> io::Result<bool> {
-    write_header(room, who, STATUS_TABLE | NOFLUSH | SECURE_DATA | which);
-    exchange(control, ioctl::TABLE_STATUS, room)?;
-    Ok(origin_in(room) == Some(real))
-}
-
-/// The device that an answer's only target is the origin of.
-fn origin_in(bytes: &[u8]) -> Option<DeviceNumber> {
-    if u32_at(bytes, header::TARGET_COUNT)? != 1 {
-        return None;
-    }
-    let start = usize::try_from(u32_at(bytes, header::DATA_START)?).ok()?;
-    let target = bytes.get(start..)?;
-    let kind = text(target.get(spec::KIND..spec::KIND + spec::KIND_LEN)?)?;
-    // Not by its `FromStr`, whose error allocates.
-    let (major, minor) = text(target.get(SPEC_LEN..)?)?.split_once(':')?;
-    let number = DeviceNumber {
-        major: major.parse().ok()?,
-        minor: minor.parse().ok()?,
-    };
-    (kind == "snapshot-origin").then_some(number)
-}
-
-/// Loads a table of one target.
-fn load(
-    control: &OwnedFd,
-    who: Who<'_>,
-    flags: u32,
-    sectors: u64,
-    kind: &str,
-    params: &str,
-) -> io::Result<()> {
-    let len = (HEADER_LEN + SPEC_LEN + params.len() + 1).next_multiple_of(8);
-    let mut bytes = vec![0; len];
-    write_header(&mut bytes, who, flags);
-    put(&mut bytes, header::TARGET_COUNT, &1u32.to_ne_bytes());
-    put(
-        &mut bytes,
-        HEADER_LEN + spec::LENGTH,
-        &sectors.to_ne_bytes(),
-    );
-    put(&mut bytes, HEADER_LEN + spec::KIND, kind.as_bytes());
-    put(&mut bytes, HEADER_LEN + SPEC_LEN, params.as_bytes());
-    exchange(control, ioctl::TABLE_LOAD, &mut bytes)
-}
-
-/// Turns the answer to "which table?" into the request to load it into `who`. There each target says
-/// how far the next is from the first one, here how far from itself. `None` if it makes no sense.
-/// Allocates nothing.
-fn turn_around(bytes: &mut [u8], who: Who<'_>, read_only: u32) -> Option<()> {
-    let flags = u32_at(bytes, header::FLAGS)?;
-    let count = u32_at(bytes, header::TARGET_COUNT)?;
-    let start = usize::try_from(u32_at(bytes, header::DATA_START)?).ok()?;
-    if flags & ACTIVE_PRESENT == 0 || flags & BUFFER_FULL != 0 || start != HEADER_LEN || count == 0
-    {
-        return None;
-    }
-    let mut at = 0;
-    for _ in 1..count {
-        let place = start.checked_add(at)?.checked_add(spec::NEXT)?;
-        let next = usize::try_from(u32_at(bytes, place)?).ok()?;
-        let distance = next
-            .checked_sub(at)
-            .filter(|distance| *distance >= SPEC_LEN)?;
-        put(bytes, place, &u32::try_from(distance).ok()?.to_ne_bytes());
-        at = next;
-    }
-    bytes.get(start.checked_add(at)?..)?.get(..SPEC_LEN)?;
-    write_header(bytes, who, SECURE_DATA | read_only);
-    put(bytes, header::TARGET_COUNT, &count.to_ne_bytes());
-    Some(())
-}
-
-/// How many sectors a table covers: up to the end of its last target.
-fn end_of(bytes: &[u8]) -> Option<u64> {
-    let table = super::parse(bytes)?;
-    let last = table.targets.last()?;
-    Some(last.start + last.sectors)
-}
-
-/// Whether two answers hold the same targets, keys and all.
-fn same_targets(one: &Secret, other: &Secret) -> bool {
-    let part = |answer: &Secret| {
-        let bytes = answer.0.bytes();
-        let count = u32_at(bytes, header::TARGET_COUNT)?;
-        let len = usize::try_from(u32_at(bytes, header::DATA_SIZE)?).ok()?;
-        Some((count, HEADER_LEN..len))
-    };
-    let (Some(ours), Some(theirs)) = (part(one), part(other)) else {
-        return false;
-    };
-    ours == theirs && one.0.bytes().get(ours.1.clone()) == other.0.bytes().get(ours.1)
 }
 
 #[cfg(test)]

@@ -274,6 +274,7 @@ fn nonsense(target: &Target) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn table(targets: &[(u64, &str, &str)]) -> Table {
         let mut start = 0;
@@ -498,6 +499,46 @@ mod tests {
             ("snapshot-origin", "254:16 0"),
         ] {
             refused(one(kind, params), "not understood");
+        }
+    }
+
+    /// A word that is a number, a device, or what a target might say.
+    fn word() -> impl Strategy<Value = String> {
+        prop_oneof![
+            (0u64..9).prop_map(|number| number.to_string()),
+            any::<u64>().prop_map(|number| number.to_string()),
+            (0u32..4).prop_map(|minor| format!("253:{minor}")),
+            Just("raid1".to_owned()),
+            Just("nosync".to_owned()),
+            Just("region_size".to_owned()),
+            "[ -~]{0,8}",
+        ]
+    }
+
+    proptest! {
+        /// Whatever a target says: an error at worst, and what is understood lies within the table.
+        #[test]
+        fn any_parameters(
+            kind in prop::sample::select(vec![
+                "linear", "striped", "crypt", "delay", "snapshot-origin", "raid",
+            ]),
+            sectors in prop_oneof![1u64..100, any::<u64>()],
+            words in prop::collection::vec(word(), 0..12),
+            state in prop::collection::vec(word(), 0..8),
+        ) {
+            let table = table(&[(sectors, kind, &words.join(" "))]);
+            let status = status(&state.join(" "));
+            if let Ok(Makeup::Joined(pieces) | Makeup::Mirrored(pieces)) = makeup(&table, Some(&status)) {
+                prop_assert!(!pieces.is_empty());
+                for piece in pieces {
+                    let columns = piece.stripe.map_or(1, |stripe| stripe.columns);
+                    prop_assert_eq!(piece.sectors * columns, sectors);
+                    prop_assert_eq!(piece.start, 0);
+                    if let Some(stripe) = piece.stripe {
+                        prop_assert!(stripe.column < columns && piece.sectors % stripe.chunk == 0);
+                    }
+                }
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::units::SECTOR;
 const FOLDERS: [&str; 4] = ["/var/tmp", records::FOLDER, lock::FOLDER, "/dev/shm"];
 
 /// It has whole chunks of so many bytes.
-const CHUNK: u64 = 4096;
+const CHUNK: u64 = 16 << 10;
 
 /// It has at least this share of the source, or it would most likely overflow; and something, of a small
 /// one.
@@ -96,16 +96,16 @@ mod tests {
         let some = |folder: &str, size| Some((folder.to_owned(), size));
         assert_eq!(of(1 << 30, None), some("b", 40 << 20));
         // Where all have enough, the first.
-        assert_eq!(of((5 << 20) + 512, None), some("a", (5 << 20) + 4096));
+        assert_eq!(of((5 << 20) + 512, None), some("a", (5 << 20) + CHUNK));
         assert_eq!(of(1 << 30, Some(8 << 20)), some("a", 8 << 20));
         assert_eq!(
             of(1 << 30, Some((20 << 20) + 1)),
-            some("b", (20 << 20) + 4096)
+            some("b", (20 << 20) + CHUNK)
         );
         // Too little for so large a source, and for what the user wants.
         assert_eq!(of(8 << 30, None), None);
         assert_eq!(of(1 << 30, Some(41 << 20)), None);
         assert_eq!(choose(&[], 4096, None), None);
-        assert_eq!(choose(&[place("a", 4096)], 4096, None).unwrap().1, 4096);
+        assert_eq!(choose(&[place("a", CHUNK)], 4096, None).unwrap().1, CHUNK);
     }
 }

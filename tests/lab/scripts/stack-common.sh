@@ -88,6 +88,16 @@ stack() {
             group lab /dev/mapper/secret
             two_segments 160M 160M
             top=/dev/lab/volume beside=/dev/lab/other ;;
+        nvme)
+            # Trimmed all the while: requests of many places, of which the trace tells the first.
+            group lab /dev/nvme0n1
+            lvcreate -q -y -Wn -Zn -L 120M -n volume lab >/dev/null
+            lvcreate -q -y -Wn -Zn -L 48M -n other lab >/dev/null
+            lvextend -q -q -L +200M lab/volume >/dev/null
+            cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 \
+                /dev/lab/volume /dev/shm/key
+            cryptsetup open --allow-discards --key-file /dev/shm/key /dev/lab/volume secret
+            top=/dev/mapper/secret ;;
         delay)
             modprobe dm-delay
             dmsetup create slow --table "0 $((320 << 11)) delay /dev/vdb 2048 0 /dev/vdb 2048 5"
@@ -102,15 +112,19 @@ stack() {
     udevadm settle
 }
 no_stack() {
-    vgs lab >/dev/null 2>&1 && vgremove -q -q -f lab >/dev/null
-    udevadm settle
     local name
+    [ ! -e /dev/mapper/secret ] || ! vgs lab >/dev/null 2>&1 || vgchange -q -an lab >/dev/null 2>&1 || true
     for name in secret striped slow; do
         [ ! -e /dev/mapper/$name ] || dmsetup remove --retry $name
     done
+    udevadm settle
+    ! vgs lab >/dev/null 2>&1 || vgremove -q -q -f lab >/dev/null
+    udevadm settle
     [ ! -e /dev/md0 ] || mdadm --stop --quiet /dev/md0
-    blank /dev/vdb
-    blank /dev/vdc
+    local disk
+    for disk in /dev/vdb /dev/vdc /dev/nvme0n1; do
+        [ ! -e $disk ] || blank $disk
+    done
     udevadm settle
 }
 # blank DISK: as new. What the next one finds there are zeros.
