@@ -96,7 +96,7 @@ killed
 echo "killed at any moment"
 for round in $(seq "$rounds"); do
     start --rate 30M
-    sleep "$((RANDOM % 8)).$((RANDOM % 10))"
+    sleep "$((RANDOM % 5)).$((RANDOM % 10))"
     killed
     echo "round $round"
 done
