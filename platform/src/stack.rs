@@ -49,6 +49,10 @@
 //! exactly the same size could such a write go unnoticed: whoever copies sees to it that nobody has
 //! a device of the stack open for writing, and a mirror that is being written to is refused.
 //!
+//! A discard is traced with its first place and the length of all, where a disk takes several at once;
+//! what counts is whom its first place belongs to. The other places are not marked, and need not be:
+//! filesystems discard nothing but what they do not use.
+//!
 //! A write is counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if
 //! none is under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
 //!
@@ -69,6 +73,8 @@ mod target;
 
 pub(crate) use map::Reached;
 pub use map::Stack;
+#[cfg(test)]
+pub(crate) use resolve::tests::two_segments;
 
 use crate::node::{BlockDevice, DeviceNumber};
 
