@@ -53,11 +53,11 @@
 //! what counts is whom its first place belongs to. The other places are not marked, and need not be:
 //! filesystems discard nothing but what they do not use.
 //!
-//! A write is counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if
+//! A write is counted when it begins (Linux 6.1) or when it ends (newer ones), so a moment is quiet only if
 //! none is under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
 //!
 //! dm's `raid` is the exception: a bio sent to it is counted by dm, and once more by md, which finds the
-//! same device in it, where the kernel keeps statistics of the queues of mapped devices (since Linux 6.3).
+//! same device in it, where the kernel keeps statistics of the queues of mapped devices (newer than 6.1).
 //! Not it but its members are compared then, each with its own counters: they are devices of dm
 //! themselves, and hold nothing but its data (its metadata have their own).
 //!
