@@ -49,11 +49,15 @@
 //! exactly the same size could such a write go unnoticed: whoever copies sees to it that nobody has
 //! a device of the stack open for writing, and a mirror that is being written to is refused.
 //!
-//! A write is counted when it begins (before Linux 6.5) or when it ends, so a moment is quiet only if
+//! A discard is traced with its first place and the length of all, where a disk takes several at once;
+//! what counts is whom its first place belongs to. The other places are not marked, and need not be:
+//! filesystems discard nothing but what they do not use.
+//!
+//! A write is counted when it begins (Linux 6.1) or when it ends (newer ones), so a moment is quiet only if
 //! none is under way (`inflight` in sysfs); frozen, there is none of the filesystem's.
 //!
 //! dm's `raid` is the exception: a bio sent to it is counted by dm, and once more by md, which finds the
-//! same device in it, where the kernel keeps statistics of the queues of mapped devices (since Linux 6.3).
+//! same device in it, where the kernel keeps statistics of the queues of mapped devices (newer than 6.1).
 //! Not it but its members are compared then, each with its own counters: they are devices of dm
 //! themselves, and hold nothing but its data (its metadata have their own).
 //!
@@ -69,6 +73,8 @@ mod target;
 
 pub(crate) use map::Reached;
 pub use map::Stack;
+#[cfg(test)]
+pub(crate) use resolve::tests::two_segments;
 
 use crate::node::{BlockDevice, DeviceNumber};
 

@@ -574,9 +574,9 @@ impl Drop for Tracker {
     }
 }
 
-/// Whether the kernel may count what is written to a device of a stack. A mapped device says
-/// before Linux 6.3 that it does not, and does all the same (drivers/md/dm.c); whether it really counts
-/// is seen only when something is written: [`Tracker::counts_nothing`].
+/// Whether the kernel may count what is written to a device of a stack. Of a mapped device Linux 6.1
+/// says that it does not, and does all the same (`dm_io_acct` of drivers/md/dm.c); whether a kernel
+/// really counts is seen only when something is written: [`Tracker::counts_nothing`].
 ///
 /// # Errors
 /// If the device is gone.

@@ -222,7 +222,7 @@ impl Resolver<'_> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::stack::Stripe;
 
@@ -278,6 +278,11 @@ pub(super) mod tests {
             joined(2, 7000, vec![piece(0, 7000, 1, 1000)]),
             joined(3, 300, vec![piece(0, 100, 2, 500), piece(100, 200, 2, 100)]),
         ]
+    }
+
+    /// Leaf 253:0, top 253:3, whose sectors 0..100 are at 2500 on the leaf, and 100..300 at 2100.
+    pub(crate) fn two_segments() -> Stack {
+        resolve_in(&lvm_on_luks(), 3).unwrap()
     }
 
     fn ranges(stack: &Stack, leaf: u32, sector: u64, sectors: u64) -> Vec<(u64, u64)> {

@@ -228,14 +228,26 @@ impl StackTally {
         let kind = kind_of(event);
         let sectors = u64::from(event.sectors);
         let device = self.stack.top();
+        let add = |gauge: usize, sectors: u64| {
+            if let Some(sum) = self.gauges.get(gauge) {
+                sum.fetch_add(sectors, Ordering::Release);
+            }
+        };
+        // Of a discard of many places the kernel traces the first, with the length of all: they belong
+        // to whom the first belongs to, wherever the others are.
+        let is_discard = kind == WriteKind::Discard;
+        if is_discard {
+            self.stack.climb(disk, event.sector, 1, &mut |reached| {
+                if let Reached::Gauge(gauge, _) = reached {
+                    add(gauge, sectors);
+                }
+            });
+        }
         let mut is_ours = false;
         self.stack
             .climb(disk, event.sector, sectors, &mut |reached| match reached {
-                Reached::Gauge(gauge, sectors) => {
-                    if let Some(sum) = self.gauges.get(gauge) {
-                        sum.fetch_add(sectors, Ordering::Release);
-                    }
-                }
+                Reached::Gauge(gauge, sectors) if !is_discard => add(gauge, sectors),
+                Reached::Gauge(..) => {}
                 Reached::Top(sector, sectors) => {
                     is_ours = true;
                     self.sums.add(kind, sectors);

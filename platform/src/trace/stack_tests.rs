@@ -4,9 +4,11 @@
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use super::page::Completed;
 use super::tests::{PATIENCE, run_id};
 use super::*;
 use crate::dirty::DirtyMap;
+use crate::stack::two_segments;
 use crate::testing::{Loop, needs_root, run, scratch};
 
 const START: u64 = 2048;
@@ -127,4 +129,38 @@ fn privileged_a_device_that_counts_nothing_is_found() {
     write_to(traced.device.path(), [1000]);
     traced.tracker.drain(PATIENCE).unwrap();
     assert!(traced.tracker.counts_nothing().unwrap());
+}
+
+#[test]
+fn requests_are_cut_at_the_borders_of_segments_and_discards_count_whole() {
+    // What is handed on, and what is added up.
+    let count = |minor, sector, sectors, letter| {
+        let tally = StackTally::new(Arc::new(two_segments()));
+        let shared = Shared::new(Vec::new(), Some(tally));
+        assert_eq!(shared.disks().count(), 1);
+        let event = Completed {
+            dev: 253u32 << 20 | minor,
+            sector,
+            sectors,
+            letter,
+            detail: b'S',
+        };
+        let mut writes = Vec::new();
+        shared.count(event, &mut |write| {
+            writes.push((write.sector, write.sectors))
+        });
+        (writes, shared.traced()[0])
+    };
+    assert_eq!(count(0, 2500, 8, b'W'), (vec![(0, 8)], 8));
+    assert_eq!(count(0, 2596, 8, b'W'), (vec![(96, 4)], 4));
+    assert_eq!(count(0, 2290, 220, b'W'), (vec![(290, 10), (0, 10)], 20));
+    assert_eq!(count(0, 2290, 220, b'F'), (vec![(290, 10), (0, 10)], 20));
+    assert_eq!(count(0, 2290, 220, b'D'), (vec![(290, 10), (0, 10)], 220));
+    // It begins with a neighbour's.
+    assert_eq!(count(0, 2090, 20, b'D'), (vec![(100, 10)], 0));
+    assert_eq!(count(0, 2090, 20, b'N'), (vec![(100, 10)], 10));
+    assert_eq!(count(0, 2300, 200, b'W'), (vec![], 0));
+    assert_eq!(count(1, 2500, 8, b'W'), (vec![], 0));
+    assert_eq!(count(0, 2500, 0, b'F'), (vec![], 0));
+    assert_eq!(count(0, u64::MAX - 1, 8, b'W'), (vec![], 0));
 }

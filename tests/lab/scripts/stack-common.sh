@@ -3,22 +3,22 @@
 . ./snapshot-common.sh
 export LVM_SUPPRESS_FD_WARNINGS=1
 modprobe -a dm-crypt raid1
+# Many tools are silent about their failures.
 set -E
 trap 'echo "failed: $BASH_COMMAND (line $LINENO)"' ERR
 echo "not a secret" >/dev/shm/key
 
 # part DISK [SIZE]: one partition, of all or of the size.
 part() {
-    printf 'label: gpt\n%s\n' "${2:+size=$2}" | sed '$s/^$/start=2048/' | sfdisk -q -w always "$1"
+    printf 'label: gpt\nstart=2048%s\n' "${2:+, size=$2}" | sfdisk -q -w always "$1"
     udevadm settle
 }
-# luks DEVICE NAME: LUKS2 with its key in the keyring.
+# luks DEVICE NAME [OPTION]...: LUKS2 with its key in the keyring.
 luks() {
     cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "$1" /dev/shm/key
-    cryptsetup open --key-file /dev/shm/key "$1" "$2"
+    cryptsetup open --key-file /dev/shm/key "${@:3}" "$1" "$2"
     dmsetup table "$2" | grep -q ':64:logon:' || fail "no key in the keyring: $(dmsetup table "$2")"
 }
-sectors() { blockdev --getsz "$1"; }
 # mirror LEVEL-OPTION...: an array, in sync.
 mirror() {
     echo 1000000 >/proc/sys/dev/raid/speed_limit_min
@@ -94,9 +94,7 @@ stack() {
             lvcreate -q -y -Wn -Zn -L 120M -n volume lab >/dev/null
             lvcreate -q -y -Wn -Zn -L 48M -n other lab >/dev/null
             lvextend -q -q -L +200M lab/volume >/dev/null
-            cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 --pbkdf-force-iterations 1000 \
-                /dev/lab/volume /dev/shm/key
-            cryptsetup open --allow-discards --key-file /dev/shm/key /dev/lab/volume secret
+            luks /dev/lab/volume secret --allow-discards
             top=/dev/mapper/secret ;;
         delay)
             modprobe dm-delay
@@ -105,7 +103,7 @@ stack() {
         origin)
             group lab /dev/vdb
             lvcreate -q -y -Wn -Zn -L 320M -n volume lab >/dev/null
-            lvcreate -q -y -s -L 60M -n snapshot lab/volume >/dev/null
+            lvcreate -q -y -s -L 60M -n old lab/volume >/dev/null
             top=/dev/lab/volume ;;
         *) fail "which stack is $1?" ;;
     esac
@@ -113,7 +111,8 @@ stack() {
 }
 no_stack() {
     local name
-    [ ! -e /dev/mapper/secret ] || ! vgs lab >/dev/null 2>&1 || vgchange -q -an lab >/dev/null 2>&1 || true
+    # A volume group may lie on `secret`, or below it: what is open does not close.
+    vgchange -q -q -an lab >/dev/null 2>&1 || true
     for name in secret striped slow; do
         [ ! -e /dev/mapper/$name ] || dmsetup remove --retry $name
     done

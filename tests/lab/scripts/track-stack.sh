@@ -148,7 +148,10 @@ for case in "$@"; do
     busy /run/volume/files "$journal"
     echo "${writers[@]}" >/dev/shm/writers
     neighbour=''
-    if [ -n "$beside" ]; then
+    if [ "$kind" = nvme ]; then
+        while fstrim /run/volume; do sleep 0.5; done &
+        neighbour=$!
+    elif [ -n "$beside" ]; then
         while dd if=/dev/urandom of="$beside" bs=16k count=200 oflag=direct status=none; do
             sleep 0.2
         done &
