@@ -215,6 +215,12 @@ impl Dm {
         let store = store::of(source, device, context.cow)?;
         let (made, prepared) = Made::prepare(source, device, store, context)?;
         run.before_freeze()?;
+        if !made.takeover.is_current()? {
+            let what = "somebody has given it another table meanwhile";
+            return Err(Error::new(Kind::Inconsistent, what)
+                .on(&source.path)
+                .hint("try again when nobody changes it"));
+        }
         let swapped = swap(source, &prepared, point.as_ref(), run);
         run.after_thaw(progress);
         let (instant, times) = match swapped {

@@ -194,10 +194,7 @@ impl Takeover {
         };
         resume(real_who, &self.real.0)?;
         // Undoing goes by it.
-        if !same_targets(
-            &self.table(real_who)?,
-            &self.table(Who::Number(self.device))?,
-        ) {
+        if !self.is_current()? {
             return Err(refuse("its table came out differently when loaded again"));
         }
 
@@ -231,6 +228,16 @@ impl Takeover {
             real,
             snapshot,
         })
+    }
+
+    /// Whether the device still has the table that was copied: to be asked right before the swap, for it
+    /// would give the device the old one for another.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub fn is_current(&self) -> Result<bool> {
+        let copy = self.table(Who::Uuid(&self.real.1))?;
+        Ok(same_targets(&copy, &self.table(Who::Number(self.device))?))
     }
 
     /// What an error of [`prepare`](Self::prepare) means: that it cannot be done; `None`: that it failed.

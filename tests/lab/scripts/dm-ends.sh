@@ -125,6 +125,9 @@ ends 0 "" holdstill backup /run/volume -o $image --freeze dm \
 holdstill verify $image --against /run/images/oracle --quiet
 rm $image /run/images/oracle
 all_as_before
+# It takes over early, with writers at work.
+unmade 3 "another table" /run/volume --pre-freeze 'dmsetup suspend volume; dmsetup resume volume'
+all_as_before
 dmsetup table volume >/run/table
 unmade 3 "another table" /run/volume --rate 12M \
     --post-freeze 'dmsetup load volume /run/table; dmsetup resume volume'
