@@ -40,7 +40,7 @@ mounted() {
 
 echo "many files, one of which changes all the while"
 zfs create -o mountpoint=/run/volume -o recordsize=1M -o compression=lz4 tank/files
-(cd /run/volume && mkdir few many && seq "$files" | split -a 4 -d -l 1 - many/ &&
+(cd /run/volume && mkdir few many && seq "$files" | split -a 6 -d -l 1 - many/ &&
     head -c 20M /dev/urandom >few/large && cp /bin/bash few/)
 zfs set snapdir=visible tank/files
 while :; do date +%s.%N >>/run/volume/few/growing; done &
