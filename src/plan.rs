@@ -9,9 +9,9 @@ use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::dm::{self, Dm};
+use crate::freeze::dm;
 use crate::freeze::hold::{self, Hold};
-use crate::freeze::lvm::{self, Lvm};
+use crate::freeze::lvm;
 use crate::freeze::none::Moving;
 use crate::freeze::offline::{self, Offline};
 use crate::freeze::track::{self, Track};
@@ -80,9 +80,9 @@ impl Plan {
                 return Ok(held.map(|one| Box::new(one) as Box<dyn Still>).collect());
             }
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
-            Step::Lvm => Box::new(Lvm::snapshot(&self.source, context)?),
+            Step::Lvm => lvm::snapshot(&self.source, context)?,
             Step::Track => Box::new(Track::begin(&self.source, context)?),
-            Step::Dm => Box::new(Dm::snapshot(&self.source, context)?),
+            Step::Dm => dm::snapshot(&self.source, context)?,
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
         };

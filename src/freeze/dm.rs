@@ -29,14 +29,13 @@ use holdstill_platform::{lock, lvm, records};
 
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
-use super::watch::{Watch, Watched, Watching, percent};
+use super::watch::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, OnePass, Still};
 use crate::image::manifest::FreezeTimes;
-use crate::progress::{Event, Progress};
+use crate::progress::Event;
 use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::Survey;
 
 /// Targets that may exist twice over the same blocks: they keep nothing in memory, and nothing of their
 /// own on disk.
@@ -51,18 +50,6 @@ const UNDO_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A store so full, in percent, is given up: what writers do next may overflow it.
 const GIVE_UP_AT: u64 = 96;
-
-/// A source whose snapshot is read.
-#[derive(Debug)]
-pub struct Dm {
-    source: Watched,
-    survey: Survey,
-    instant: jiff::Timestamp,
-    freezes: Vec<FreezeTimes>,
-    passes: OnePass,
-    // Dropped last: it is undone when nobody reads the snapshot any more.
-    made: Made,
-}
 
 /// A takeover that is undone when this is dropped.
 #[derive(Debug)]
@@ -177,82 +164,78 @@ pub fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
     }])
 }
 
-impl Dm {
-    /// Slides a snapshot under the source.
-    ///
-    /// # Errors
-    /// [`Kind::NotApplicable`] if that cannot be done; else if the device mapper fails, or freezing or
-    /// reading.
-    pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Self> {
-        let Context {
-            run,
-            output,
-            all_blocks,
-            progress,
-            ..
-        } = *context;
-        let no = |why: String| {
-            Error::new(
-                Kind::NotApplicable,
-                format!("no snapshot can be slid under it: {why}"),
-            )
-            .on(&source.path)
-        };
-        let device = device(source).map_err(no)?;
-        if let Some(why) = mounted::would_wait_for_itself(device, output)? {
-            return Err(
-                no(why.to_owned()).hint("write the image elsewhere, or to a pipe that does")
-            );
-        }
-        let point = match (&source.mount, mounted::device(source)) {
-            (Some(mount), Ok(_)) => Some(Arc::new(MountPoint::open(&mount.point)?)),
-            _ => None,
-        };
-        // All its mounts are frozen at once, in whatever namespace, by way of the one that we see.
-        let users = Users::of(device, |user| {
-            point.is_some() && matches!(user, User::Mount { .. })
-        })?;
-        let store = store::of(source, device, context.cow)?;
-        let (made, prepared) = Made::prepare(source, device, store, context)?;
-        run.before_freeze()?;
-        if !made.takeover.is_current()? {
-            let what = "somebody has given it another table meanwhile";
-            return Err(Error::new(Kind::Inconsistent, what)
-                .on(&source.path)
-                .hint("try again when nobody changes it"));
-        }
-        let swapped = swap(source, &prepared, point.as_ref(), run);
-        run.after_thaw(progress);
-        let (instant, times) = match swapped {
-            Ok(swapped) => swapped,
-            Err(error) => {
-                // It may be why.
-                progress.check()?;
-                return Err(error);
-            }
-        };
-        progress.event(&Event::Frozen {
-            instant: &instant.to_string(),
-        });
-        progress.event(&Event::Thawed(&times));
-        let disk = Disk::open(&BlockDevice::of(prepared.snapshot)?.path(), Access::Read)?;
-        let overlay = Overlay {
-            name: made.takeover.name().to_owned(),
-            prepared,
-        };
-        let source = Watched {
-            disk,
-            watch: Watch::start(Box::new(overlay))?,
-        };
-        Ok(Self {
-            survey: users.survey(&source.disk, all_blocks)?,
-            source,
-            instant,
-            freezes: vec![times],
-            passes: OnePass::new(context.compare),
-            made,
-        })
+/// Slides a snapshot under the source.
+///
+/// # Errors
+/// [`Kind::NotApplicable`] if that cannot be done; else if the device mapper fails, or freezing or
+/// reading.
+pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>> {
+    let Context {
+        run,
+        output,
+        all_blocks,
+        progress,
+        ..
+    } = *context;
+    let no = |why: String| {
+        Error::new(
+            Kind::NotApplicable,
+            format!("no snapshot can be slid under it: {why}"),
+        )
+        .on(&source.path)
+    };
+    let device = device(source).map_err(no)?;
+    if let Some(why) = mounted::would_wait_for_itself(device, output)? {
+        return Err(no(why.to_owned()).hint("write the image elsewhere, or to a pipe that does"));
     }
+    let point = match (&source.mount, mounted::device(source)) {
+        (Some(mount), Ok(_)) => Some(Arc::new(MountPoint::open(&mount.point)?)),
+        _ => None,
+    };
+    // All its mounts are frozen at once, in whatever namespace, by way of the one that we see.
+    let users = Users::of(device, |user| {
+        point.is_some() && matches!(user, User::Mount { .. })
+    })?;
+    let store = store::of(source, device, context.cow)?;
+    let (made, prepared) = Made::prepare(source, device, store, context)?;
+    run.before_freeze()?;
+    if !made.takeover.is_current()? {
+        let what = "somebody has given it another table meanwhile";
+        return Err(Error::new(Kind::Inconsistent, what)
+            .on(&source.path)
+            .hint("try again when nobody changes it"));
+    }
+    let swapped = swap(source, &prepared, point.as_ref(), run);
+    run.after_thaw(progress);
+    let (instant, times) = match swapped {
+        Ok(swapped) => swapped,
+        Err(error) => {
+            // It may be why.
+            progress.check()?;
+            return Err(error);
+        }
+    };
+    progress.event(&Event::Frozen {
+        instant: &instant.to_string(),
+    });
+    progress.event(&Event::Thawed(&times));
+    let disk = Disk::open(&BlockDevice::of(prepared.snapshot)?.path(), Access::Read)?;
+    let overlay = Overlay {
+        name: made.takeover.name().to_owned(),
+        prepared,
+    };
+    let source = Watched {
+        disk,
+        watch: Watch::start(Box::new(overlay))?,
+    };
+    Ok(Box::new(WatchedSnapshot {
+        survey: users.survey(&source.disk, all_blocks)?,
+        source,
+        instant,
+        freezes: vec![times],
+        passes: OnePass::new(context.compare),
+        made,
+    }))
 }
 
 /// Swaps the table, within a freeze if a filesystem is mounted on the device. The instant, and how long
@@ -324,7 +307,9 @@ impl Made {
         made.store = context.cow.device.is_some().then_some(store);
         Ok((made, prepared.map_err(|error| refusal(error, source))?))
     }
+}
 
+impl watch::Undo for Made {
     /// Gives the device its table back, and removes everything. If that fails the guard tries again,
     /// and then `cleanup`.
     fn undo(&mut self) -> Result<()> {
@@ -384,39 +369,6 @@ impl Watching for Overlay {
                 (while_read.is_some() && full >= GIVE_UP_AT)
                     .then(|| format!("its store is {full} % full"))
             }
-        })
-    }
-}
-
-impl Still for Dm {
-    fn survey(&self) -> &Survey {
-        &self.survey
-    }
-
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        let purpose = self.passes.next();
-        self.source.pass(&self.survey, purpose)
-    }
-
-    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        let Self {
-            source,
-            survey,
-            instant,
-            freezes,
-            mut made,
-            ..
-        } = *self;
-        // After the last read: whatever was read before, the snapshot was whole then.
-        source.watch.look()?;
-        drop(source);
-        if let Err(error) = made.undo() {
-            progress.warn(&format!("the snapshot could not be removed: {error}"));
-        }
-        Ok(Proof {
-            grade: survey.grade,
-            instant,
-            freezes,
         })
     }
 }

@@ -24,14 +24,13 @@ use holdstill_platform::node::BlockDevice;
 
 use super::mounted::milliseconds;
 use super::snapshot::Users;
-use super::watch::{Watch, Watched, percent};
+use super::watch::{Undo as _, Watch, Watched, WatchedSnapshot, percent};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, CowRoom, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, CowRoom, OnePass, Still};
 use crate::image::manifest::FreezeTimes;
-use crate::progress::{Event, Progress};
+use crate::progress::Event;
 use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::Survey;
 use watch::Watching;
 
 /// A thick snapshot begins with at least this share of its origin, or with all that the origin can
@@ -44,18 +43,6 @@ const MOST_METADATA: u64 = 90;
 
 /// How often a snapshot that is busy is tried to be removed.
 const REMOVALS: u32 = 3;
-
-/// A source whose snapshot is read.
-#[derive(Debug)]
-pub struct Lvm {
-    source: Watched,
-    survey: Survey,
-    instant: jiff::Timestamp,
-    freezes: Vec<FreezeTimes>,
-    passes: OnePass,
-    // Dropped last: it is removed when nobody reads it any more.
-    made: Made,
-}
 
 /// A snapshot that is removed when this is dropped.
 #[derive(Debug)]
@@ -194,73 +181,71 @@ fn room(volume: &LogicalVolume, cow: &CowRoom) -> Result<Room> {
     Ok(Room { extents, on })
 }
 
-impl Lvm {
-    /// Makes a snapshot of the source.
-    ///
-    /// # Errors
-    /// [`Kind::NotApplicable`] if none can be made; else if LVM fails or reading does.
-    pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Self> {
-        let Context {
-            run,
-            all_blocks,
-            progress,
-            ..
-        } = *context;
-        let no = |why| {
-            Error::new(
-                Kind::NotApplicable,
-                format!("no snapshot can be made of it: {why}"),
+/// Makes a snapshot of the source.
+///
+/// # Errors
+/// [`Kind::NotApplicable`] if none can be made; else if LVM fails or reading does.
+pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>> {
+    let Context {
+        run,
+        all_blocks,
+        progress,
+        ..
+    } = *context;
+    let no = |why| {
+        Error::new(
+            Kind::NotApplicable,
+            format!("no snapshot can be made of it: {why}"),
+        )
+        .on(&source.path)
+    };
+    let (Medium::Device(device), Ok(volume)) = (&source.medium, volume(source)) else {
+        return Err(no("it is no logical volume of LVM"));
+    };
+    let room = match volume.kind {
+        lvm::Kind::Thick => Some(room(&volume, context.cow)?),
+        _ if *context.cow != CowRoom::default() => {
+            return Err(Error::new(
+                Kind::Usage,
+                "a thin snapshot takes its room from its pool: --cow-size and --cow-device are \
+                 for thick ones",
             )
-            .on(&source.path)
-        };
-        let (Medium::Device(device), Ok(volume)) = (&source.medium, volume(source)) else {
-            return Err(no("it is no logical volume of LVM"));
-        };
-        let room = match volume.kind {
-            lvm::Kind::Thick => Some(room(&volume, context.cow)?),
-            _ if *context.cow != CowRoom::default() => {
-                return Err(Error::new(
-                    Kind::Usage,
-                    "a thin snapshot takes its room from its pool: --cow-size and --cow-device are \
-                     for thick ones",
-                )
-                .on(&source.path));
-            }
-            _ => None,
-        };
-        let users = Users::of(device, |user| matches!(user, User::Mount { .. }))?;
-        run.before_freeze()?;
-        if let Some(mount) = &source.mount {
-            // So that LVM has little to write out while writers wait.
-            MountPoint::open(&mount.point)?.sync()?;
+            .on(&source.path));
         }
-        let (made, instant, times, uncertainty) = Made::make(&volume, device, room.as_ref(), run)?;
-        run.after_thaw(progress);
-        progress.event(&Event::Frozen {
-            instant: &instant.to_string(),
-        });
-        progress.event(&Event::Thawed(&times));
-        let snapshot = made.snapshot.clone();
-        let path = BlockDevice::of(snapshot.device)?.path();
-        let watching = Watching::of(&volume, &snapshot, context.cow)?;
-        let source = Watched {
-            disk: Disk::open(&path, Access::Read)?,
-            watch: Watch::start(Box::new(watching))?,
-        };
-        let mut survey = users.survey(&source.disk, all_blocks)?;
-        survey.warnings.extend(uncertainty);
-        if survey.copies_all() {
-            provisioned::leave_out_the_rest(&mut survey, &source.disk, snapshot.device, run);
-        }
-        Ok(Self {
-            source,
-            survey,
-            instant,
-            freezes: vec![times],
-            passes: OnePass::new(context.compare),
-            made,
-        })
+        _ => None,
+    };
+    let users = Users::of(device, |user| matches!(user, User::Mount { .. }))?;
+    run.before_freeze()?;
+    if let Some(mount) = &source.mount {
+        // So that LVM has little to write out while writers wait.
+        MountPoint::open(&mount.point)?.sync()?;
     }
+    let (made, instant, times, uncertainty) = Made::make(&volume, device, room.as_ref(), run)?;
+    run.after_thaw(progress);
+    progress.event(&Event::Frozen {
+        instant: &instant.to_string(),
+    });
+    progress.event(&Event::Thawed(&times));
+    let snapshot = made.snapshot.clone();
+    let path = BlockDevice::of(snapshot.device)?.path();
+    let watching = Watching::of(&volume, &snapshot, context.cow)?;
+    let source = Watched {
+        disk: Disk::open(&path, Access::Read)?,
+        watch: Watch::start(Box::new(watching))?,
+    };
+    let mut survey = users.survey(&source.disk, all_blocks)?;
+    survey.warnings.extend(uncertainty);
+    if survey.copies_all() {
+        provisioned::leave_out_the_rest(&mut survey, &source.disk, snapshot.device, run);
+    }
+    Ok(Box::new(WatchedSnapshot {
+        source,
+        survey,
+        instant,
+        freezes: vec![times],
+        passes: OnePass::new(context.compare),
+        made,
+    }))
 }
 
 impl Made {
@@ -321,9 +306,11 @@ impl Made {
         };
         Ok((made, instant, times, uncertainty))
     }
+}
 
+impl super::watch::Undo for Made {
     /// Removes the snapshot. If that fails the guard tries again, and then `cleanup`.
-    fn remove(&mut self) -> Result<()> {
+    fn undo(&mut self) -> Result<()> {
         let Some(owed) = self.owed.take() else {
             return Ok(());
         };
@@ -349,41 +336,8 @@ impl Made {
 
 impl Drop for Made {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
+        if let Err(error) = self.undo() {
             log::warn!("{error}");
         }
-    }
-}
-
-impl Still for Lvm {
-    fn survey(&self) -> &Survey {
-        &self.survey
-    }
-
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        let purpose = self.passes.next();
-        self.source.pass(&self.survey, purpose)
-    }
-
-    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        let Self {
-            source,
-            survey,
-            instant,
-            freezes,
-            mut made,
-            ..
-        } = *self;
-        // After the last read: whatever was read before, the snapshot was whole then.
-        source.watch.look()?;
-        drop(source);
-        if let Err(error) = made.remove() {
-            progress.warn(&format!("the snapshot could not be removed: {error}"));
-        }
-        Ok(Proof {
-            grade: survey.grade,
-            instant,
-            freezes,
-        })
     }
 }

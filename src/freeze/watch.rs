@@ -8,7 +8,9 @@ use std::time::Duration;
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Pass, Purpose};
+use crate::freeze::{OnePass, Pass, Proof, Purpose, Still};
+use crate::image::manifest::FreezeTimes;
+use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::survey::Survey;
 use crate::units::{ByteLen, Offset};
@@ -179,5 +181,59 @@ impl ReadAt for Watched {
         let read = ReadAt::read_exact_at(&self.disk, buf, offset);
         // A snapshot that overflows fails to be read everywhere at once: that is not a bad block.
         read.or_else(|error| self.watch.look().and(Err(error)))
+    }
+}
+
+/// What a run has made, and takes away again.
+pub(super) trait Undo: fmt::Debug {
+    /// Takes it away; once that is done, does nothing.
+    ///
+    /// # Errors
+    /// If it is still there.
+    fn undo(&mut self) -> Result<()>;
+}
+
+/// A source whose snapshot is read.
+#[derive(Debug)]
+pub(super) struct WatchedSnapshot<M> {
+    pub(super) source: Watched,
+    pub(super) survey: Survey,
+    pub(super) instant: jiff::Timestamp,
+    pub(super) freezes: Vec<FreezeTimes>,
+    pub(super) passes: OnePass,
+    // Dropped last: it is undone when nobody reads the snapshot any more.
+    pub(super) made: M,
+}
+
+impl<M: Undo> Still for WatchedSnapshot<M> {
+    fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        let purpose = self.passes.next();
+        self.source.pass(&self.survey, purpose)
+    }
+
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        let Self {
+            source,
+            survey,
+            instant,
+            freezes,
+            mut made,
+            ..
+        } = *self;
+        // After the last read: whatever was read before, the snapshot was whole then.
+        source.watch.look()?;
+        drop(source);
+        if let Err(error) = made.undo() {
+            progress.warn(&format!("the snapshot could not be removed: {error}"));
+        }
+        Ok(Proof {
+            grade: survey.grade,
+            instant,
+            freezes,
+        })
     }
 }
