@@ -149,22 +149,12 @@ pub fn run(
         memory: options.bounds.memory,
         progress,
     };
-    let mut stills = plan.hold_still(&context)?;
-    let mut still = match (stills.pop(), stills.is_empty()) {
-        (Some(still), true) => still,
-        _ => {
-            return Err(
-                Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path)
-            );
-        }
+    let mut still = plan.hold_still(&context)?;
+    let [survey] = still.surveys() else {
+        return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
-    let mut warnings = still.survey().warnings.clone();
-    if let Some(uuid) = still
-        .survey()
-        .info
-        .as_ref()
-        .and_then(|info| info.uuid.as_ref())
-    {
+    let mut warnings = survey.warnings.clone();
+    if let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref()) {
         warnings.push(format!(
             "source and target will both have the UUID {uuid}: what is mounted by UUID may then be either"
         ));
@@ -172,10 +162,14 @@ pub fn run(
     for warning in &warnings {
         progress.warn(warning);
     }
-    let bytes = still.survey().bytes;
+    let bytes = survey.bytes;
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let unreadable = copy_passes(&mut *still, &target, options, progress)?;
-    let used = still.survey().bytes;
+    let used = still
+        .surveys()
+        .iter()
+        .map(|survey| survey.bytes)
+        .sum::<ByteLen>();
     let Proof {
         grade,
         instant,

@@ -144,6 +144,8 @@ pub struct CowRoom {
 /// One pass over a source that holds still.
 #[allow(missing_debug_implementations, reason = "a walk is a closure")]
 pub struct Pass<'a> {
+    /// Which of the source's volumes it is over: the place of its survey.
+    pub volume: usize,
     /// Where to read.
     pub source: &'a dyn ReadAt,
     /// What to read, ascending.
@@ -188,21 +190,30 @@ impl OnePass {
 
     /// The next pass over a disk, by its survey.
     fn over<'a>(&mut self, disk: &'a Disk, survey: &'a Survey) -> Option<Pass<'a>> {
-        self.next().map(|purpose| Pass {
+        let purpose = self.next()?;
+        Some(Pass::over(0, disk, survey, purpose))
+    }
+}
+
+impl<'a> Pass<'a> {
+    /// A pass over the disk of a volume, by its survey.
+    fn over(volume: usize, disk: &'a Disk, survey: &'a Survey, purpose: Purpose) -> Self {
+        Self {
+            volume,
             source: disk,
             walk: Box::new(move |sink| survey.walk(disk, sink)),
             purpose,
-        })
+        }
     }
 }
 
 /// A source that holds still.
 pub trait Still {
-    /// What is on it.
-    fn survey(&self) -> &Survey;
+    /// What is on each of its volumes: several where a filesystem lives on several devices.
+    fn surveys(&self) -> &[Survey];
 
-    /// The next pass; `None` when nothing is left to read. What a later pass gives supersedes what
-    /// an earlier one gave.
+    /// The next pass over one of them; `None` when nothing is left to read. What a later pass gives
+    /// supersedes what an earlier one gave.
     ///
     /// # Errors
     /// If it moved after all, or reading fails.

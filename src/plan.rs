@@ -68,16 +68,15 @@ impl Plan {
         Err(nothing_applies(&source, named, &passed_over))
     }
 
-    /// Makes the source hold still: one value for each of [`sources`](Self::sources).
+    /// Makes the source hold still, with one volume for each of [`sources`](Self::sources).
     ///
     /// # Errors
     /// What the step says.
-    pub fn hold_still(&self, context: &Context<'_>) -> Result<Vec<Box<dyn Still>>> {
-        let one: Box<dyn Still> = match self.step {
+    pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(match self.step {
             Step::Offline => {
                 let sources: Vec<&Source> = self.sources().collect();
-                let held = Offline::hold(&sources, context)?.into_iter();
-                return Ok(held.map(|one| Box::new(one) as Box<dyn Still>).collect());
+                Box::new(Offline::hold(&sources, context)?)
             }
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
             Step::Lvm => lvm::snapshot(&self.source, context)?,
@@ -85,8 +84,7 @@ impl Plan {
             Step::Dm => dm::snapshot(&self.source, context)?,
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
-        };
-        Ok(vec![one])
+        })
     }
 
     /// The source, and what is imaged with it.

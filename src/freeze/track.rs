@@ -353,6 +353,7 @@ impl Track {
     /// What is stale and in use now, as a pass.
     fn stale_pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &*self.disk,
             walk: Box::new(move |sink| {
                 stale::take(&self.stale, &self.copied, self.map.used(), sink)
@@ -364,6 +365,7 @@ impl Track {
     /// What was copied, is in use, and was not written to since. Everything else is copied after this.
     fn settled_pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &*self.disk,
             walk: Box::new(move |sink| {
                 stale::settled(&self.stale, &self.copied, self.map.used(), sink)
@@ -464,8 +466,8 @@ impl Track {
 }
 
 impl Still for Track {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -562,6 +564,7 @@ impl Still for Track {
 impl LastPass {
     fn pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &self.read,
             walk: Box::new(move |sink| self.runs.iter().try_for_each(|run| sink(*run))),
             purpose: Purpose::Copy,
