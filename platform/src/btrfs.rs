@@ -7,6 +7,7 @@
 //! opened and deleted at once pins every block it refers to for as long as the descriptor lives, and
 //! there is nothing to clean up, however the process ends.
 
+mod leftovers;
 mod members;
 mod mounted;
 mod search;
@@ -23,9 +24,11 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 
 use crate::error::{Context, Error, Result};
 
+pub use leftovers::{Leftover, snapshot_name};
 pub use members::Member;
 pub use mounted::{Mounted, mounted};
 pub use search::{Item, Key};
+pub(crate) use subvolume::delete_subvolume;
 pub use subvolume::{Subvolume, subvolume_of};
 
 /// The id of the top-level subvolume (`BTRFS_FS_TREE_OBJECTID`). Those of all others begin at 256.

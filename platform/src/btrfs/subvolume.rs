@@ -149,12 +149,12 @@ impl Subvolume {
     /// Deletes the subvolume `name` in its root folder. What is open of it stays.
     ///
     /// # Errors
-    /// `NotFound` if there is none, or it is no subvolume.
+    /// `NotFound` if there is nothing of that name; what the kernel says if it is no subvolume.
     pub fn delete_child(&self, name: &str) -> Result<()> {
         let what = || self.path.join(name);
         let name = CString::new(name)
             .map_err(|_| Error::other("cannot delete", what(), "no plain file name"))?;
-        delete(self.folder.as_raw_fd(), &name).context("cannot delete", what())
+        delete_subvolume(self.folder.as_raw_fd(), &name).context("cannot delete", what())
     }
 
     /// Hands to `visit` the items of its own tree: as
@@ -245,7 +245,7 @@ pub(super) fn mount(source: &CStr, id: u64) -> io::Result<File> {
 }
 
 /// Deletes the subvolume `name` of an open folder. Allocates nothing.
-pub(crate) fn delete(folder: RawFd, name: &CStr) -> std::result::Result<(), Errno> {
+pub(crate) fn delete_subvolume(folder: RawFd, name: &CStr) -> std::result::Result<(), Errno> {
     let mut args = VolArgs {
         fd: 0,
         name: [0; 4088],

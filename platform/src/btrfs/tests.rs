@@ -424,6 +424,55 @@ fn privileged_a_snapshot_without_a_name_keeps_what_it_holds() {
 }
 
 #[test]
+fn privileged_leftovers_are_found_by_name_and_place() {
+    needs_root!();
+    let scene = Scene::new();
+    let one = scene.subvolume("one");
+    let nested = scene.subvolume("one/nested");
+    let name = snapshot_name("dead");
+    let filesystem = scene.open();
+    assert_eq!(filesystem.leftovers().unwrap(), []);
+    let mut expected: Vec<_> = [TOP_LEVEL, one, nested]
+        .into_iter()
+        .map(|parent| Leftover {
+            id: filesystem
+                .subvolume(parent)
+                .unwrap()
+                .snapshot_read_only(&name)
+                .unwrap()
+                .id(),
+            parent,
+            name: name.clone(),
+            run_id: "dead".to_owned(),
+        })
+        .collect();
+    // Writable; elsewhere; of another name.
+    scene.subvolume(&snapshot_name("other"));
+    let snapshot = |at: &str| {
+        let args = ["subvolume", "snapshot", "-r"].map(Path::new);
+        let paths = [scene.path("one"), scene.path(at)];
+        run(
+            "btrfs",
+            args.into_iter().chain(paths.iter().map(PathBuf::as_path)),
+        );
+    };
+    fs::create_dir(scene.path("folder")).unwrap();
+    snapshot("folder/.holdstill-dead");
+    snapshot("holdstill-dead");
+    let mut found = filesystem.leftovers().unwrap();
+    expected.sort_by_key(|leftover| leftover.id);
+    assert_eq!(found, expected);
+
+    let mut not_ours = found.pop().unwrap();
+    filesystem.delete_leftover(&not_ours).unwrap();
+    assert_eq!(filesystem.leftovers().unwrap(), found);
+    not_ours.parent = TOP_LEVEL;
+    not_ours.name = "one".to_owned();
+    assert!(filesystem.delete_leftover(&not_ours).is_err());
+    assert!(scene.path("one").exists());
+}
+
+#[test]
 fn privileged_swap_space_in_a_subvolume_is_recognized() {
     needs_root!();
     // Never in memory.
