@@ -15,8 +15,8 @@ use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
 use crate::freeze::{Context, CowRoom, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
-    Blocks, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer, VolumeManifest,
-    VolumeTrailer, ZFS_SEND,
+    Blocks, CommitProof, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer,
+    VolumeManifest, VolumeTrailer, ZFS_SEND,
 };
 use crate::image::writer::ImageWriter;
 use crate::pipeline::Bounds;
@@ -45,6 +45,8 @@ pub struct Options {
     pub cow: CowRoom,
     /// How payloads are stored.
     pub compression: Compression,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// What to do with unreadable blocks.
@@ -90,6 +92,8 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
     /// Each stream.
     pub streams: Vec<StreamReport>,
+    /// The commit of each filesystem that was imaged at one while in use.
+    pub commits: Vec<CommitProof>,
 }
 
 /// One stream of a [`Report`].
@@ -162,7 +166,9 @@ pub fn plan(options: &Options) -> Result<Planned> {
             Named::Blocks(source) => {
                 // It may be imaged already, with another device of its filesystem.
                 if !planned.volumes.iter().any(|plan| plan.has_sibling(&source)) {
-                    planned.volumes.push(Plan::of(*source, options.freeze)?);
+                    let plan = Plan::of(*source, options.freeze)?;
+                    plan.allow_freeze(options.no_freeze)?;
+                    planned.volumes.push(plan);
                 }
             }
             Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
@@ -214,6 +220,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         run: &run,
         output: Some(output.as_fd()),
         cow: &options.cow,
+        no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
         compare: false,
         on_read_error: options.on_read_error,
@@ -318,6 +325,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         warnings: trailer.warnings,
         volumes: volume_reports(manifest.volumes, trailer.volumes),
         streams: stream_reports(manifest.streams, trailer.streams),
+        commits: trailer.commits,
     })
 }
 
@@ -493,6 +501,10 @@ fn trailer(
         warnings,
         volumes: Vec::new(),
         streams: Vec::new(),
+        commits: proofs
+            .iter()
+            .filter_map(|proof| proof.commit.clone())
+            .collect(),
     })
 }
 

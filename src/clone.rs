@@ -9,7 +9,7 @@ use crate::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
-use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
 use crate::pipeline::load::Receive;
@@ -33,6 +33,8 @@ pub struct Options {
     pub freeze: Option<Step>,
     /// Room for a snapshot.
     pub cow: CowRoom,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// What to do with unreadable blocks.
@@ -68,6 +70,8 @@ pub struct Report {
     pub freeze_ms: f64,
     /// Each time they were.
     pub freezes: Vec<FreezeTimes>,
+    /// The commit it shows, if it is one of a filesystem in use.
+    pub commit: Option<CommitProof>,
     /// Bytes its map called used, zeros included.
     pub used_bytes: u64,
     /// What could not be read and is zeros: offset and length in bytes.
@@ -89,6 +93,7 @@ pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 /// As [`run`], as far as they can be known before.
 pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     let plan = Plan::make(&options.source, options.freeze)?;
+    plan.allow_freeze(options.no_freeze)?;
     if plan.is_same_as(&options.target) {
         return Err(Error::new(Kind::InUse, "the target is the source itself").on(&options.target));
     }
@@ -143,6 +148,7 @@ pub fn run(
         run: &run,
         output: Some(target.as_fd()),
         cow: &options.cow,
+        no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
         compare: options.verify,
         on_read_error: options.on_read_error,
@@ -174,6 +180,7 @@ pub fn run(
         grade,
         instant,
         freezes,
+        commit,
     } = still.finish(progress)?;
     progress.check()?;
     target.finish(options.verify)?;
@@ -187,6 +194,7 @@ pub fn run(
             .iter()
             .fold(0.0, |all, freeze| all + freeze.freeze_ms),
         freezes,
+        commit,
         used_bytes: used.0,
         unreadable: unreadable
             .iter()

@@ -2,6 +2,7 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+pub mod btrfs;
 pub mod dm;
 mod final_read;
 pub mod hold;
@@ -26,7 +27,7 @@ use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
-use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
@@ -41,6 +42,8 @@ pub enum Step {
     Offline,
     /// A snapshot of a volume of ZFS.
     Zfs,
+    /// A commit of a mounted btrfs, whose data snapshots pin.
+    Btrfs,
     /// A snapshot of LVM, thick or thin.
     Lvm,
     /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
@@ -55,12 +58,19 @@ pub enum Step {
 
 impl Step {
     /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 4] = [Self::Offline, Self::Zfs, Self::Lvm, Self::Track];
-
-    /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 7] = [
+    pub const LADDER: [Self; 5] = [
         Self::Offline,
         Self::Zfs,
+        Self::Btrfs,
+        Self::Lvm,
+        Self::Track,
+    ];
+
+    /// All steps of this version. Those that are not in the ladder are taken only when named.
+    pub const ALL: [Self; 8] = [
+        Self::Offline,
+        Self::Zfs,
+        Self::Btrfs,
         Self::Lvm,
         Self::Track,
         Self::Dm,
@@ -73,11 +83,17 @@ impl Step {
         !matches!(self, Self::Offline | Self::None)
     }
 
+    /// Whether the step makes writers wait, be it for milliseconds, and cannot do without.
+    pub fn has_to_freeze(self) -> bool {
+        !matches!(self, Self::Offline | Self::Btrfs | Self::None)
+    }
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Offline => "offline",
             Self::Zfs => "zfs",
+            Self::Btrfs => "btrfs",
             Self::Lvm => "lvm",
             Self::Track => "track",
             Self::Dm => "dm",
@@ -120,6 +136,8 @@ pub struct Context<'a> {
     pub output: Option<BorrowedFd<'a>>,
     /// Room for a snapshot.
     pub cow: &'a CowRoom,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// Give a pass to compare the copy with as well.
@@ -244,4 +262,6 @@ pub struct Proof {
     pub instant: jiff::Timestamp,
     /// Each time writers were blocked.
     pub freezes: Vec<FreezeTimes>,
+    /// The commit it shows, if it is one of a filesystem in use.
+    pub commit: Option<CommitProof>,
 }

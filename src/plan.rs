@@ -9,6 +9,7 @@ use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::btrfs::{self, Live};
 use crate::freeze::dm;
 use crate::freeze::hold::{self, Hold};
 use crate::freeze::lvm;
@@ -68,6 +69,24 @@ impl Plan {
         Err(nothing_applies(&source, named, &passed_over))
     }
 
+    /// Refuses a step that makes writers wait, where none may.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`].
+    pub fn allow_freeze(&self, no_freeze: bool) -> Result<()> {
+        match no_freeze && self.step.has_to_freeze() {
+            true => Err(Error::new(
+                Kind::NotApplicable,
+                format!(
+                    "`{}` makes writers wait, and --no-freeze forbids it",
+                    self.step
+                ),
+            )
+            .on(&self.source.path)),
+            false => Ok(()),
+        }
+    }
+
     /// Makes the source hold still, with one volume for each of [`sources`](Self::sources).
     ///
     /// # Errors
@@ -79,6 +98,10 @@ impl Plan {
                 Box::new(Offline::hold(&sources, context)?)
             }
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
+            Step::Btrfs => {
+                let sources: Vec<&Source> = self.sources().collect();
+                Box::new(Live::begin(&sources, context)?)
+            }
             Step::Lvm => lvm::snapshot(&self.source, context)?,
             Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Dm => dm::snapshot(&self.source, context)?,
@@ -157,6 +180,7 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     match step {
         Step::Offline => offline::objection(source),
         Step::Zfs => zfs::objection(source),
+        Step::Btrfs => btrfs::objection(source),
         Step::Lvm => lvm::objection(source),
         Step::Track => track::objection(source),
         Step::Dm => dm::objection(source),
@@ -175,9 +199,13 @@ fn siblings_or_objection(
         return Ok(Err(why));
     }
     let siblings = match step {
-        Step::Offline => whole::siblings(source)?,
+        Step::Offline | Step::Btrfs => whole::siblings(source)?,
         _ => Vec::new(),
     };
+    if step == Step::Btrfs {
+        // Of a mounted filesystem, whatever speaks against one of its devices does so of all.
+        return Ok(Ok(siblings));
+    }
     for sibling in &siblings {
         if let Some(why) = objection(step, sibling)? {
             return Ok(Err(format!("{}: {why}", sibling.path.display())));

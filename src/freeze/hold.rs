@@ -158,6 +158,7 @@ impl Still for Hold {
             grade: self.survey.grade,
             instant: self.instant,
             freezes: vec![times],
+            commit: None,
         })
     }
 }

@@ -60,6 +60,7 @@ impl Still for Moving {
             grade: Grade::Torn,
             instant: self.instant,
             freezes: Vec::new(),
+            commit: None,
         })
     }
 }

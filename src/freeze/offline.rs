@@ -262,6 +262,7 @@ impl Still for Offline {
             grade: grades.max().unwrap_or(Grade::Torn),
             instant: self.instant,
             freezes: Vec::new(),
+            commit: None,
         })
     }
 }

@@ -72,9 +72,6 @@ const MOST_ROUNDS: u32 = 12;
 /// So many times a freeze may find more than fits into memory before the run gives up.
 const MOST_FREEZES: u32 = 3;
 
-/// Writing out what writers produced must not take longer than this, or the freeze would not either.
-const SYNC_BUDGET: Duration = Duration::from_secs(5);
-
 /// Memory for what is read in the final freeze: at most this, and a quarter of what is available.
 const MOST_MEMORY: u64 = 256 << 20;
 
@@ -311,7 +308,7 @@ impl Track {
         self.run.check_guard()?;
         self.trace.check_layers()?;
         if done > 0 {
-            self.sync_within_budget()?;
+            mounted::sync_within_budget(&self.point, &self.source)?;
         }
         self.catch_up()?;
         self.map.look(&self.source.path)?;
@@ -329,25 +326,6 @@ impl Track {
             slow,
             left: now,
         })
-    }
-
-    fn sync_within_budget(&self) -> Result<()> {
-        let mut took = Duration::MAX;
-        // Twice: a backlog from before the run is written out only once.
-        for _ in 0..2 {
-            let begin = Instant::now();
-            self.point.sync()?;
-            took = begin.elapsed();
-            if took <= SYNC_BUDGET {
-                return Ok(());
-            }
-        }
-        Err(Error::new(
-            Kind::Inconsistent,
-            format!("the disk needs {:.0} s to write out what its writers produce: a freeze would take as long", took.as_secs_f64()),
-        )
-        .on(&self.source.path)
-        .hint("try again when less is written"))
     }
 
     /// What is stale and in use now, as a pass.
@@ -399,7 +377,7 @@ impl Track {
         let done = read.with_readers(&disk, |readers| {
             // What of us was swapped out would be fetched while others wait.
             let _locked = LockedProcess::new()?;
-            self.sync_within_budget()?;
+            mounted::sync_within_budget(&self.point, &self.source)?;
             let frozen = self.freeze()?;
             instant = jiff::Timestamp::now();
             let drained = self.trace.catch_up();
@@ -486,7 +464,7 @@ impl Still for Track {
                     self.phase = self.after_round(done, slow, left)?;
                     if matches!(self.phase, Phase::Ready) {
                         self.run.before_freeze()?;
-                        self.sync_within_budget()?;
+                        mounted::sync_within_budget(&self.point, &self.source)?;
                     }
                     return Ok(Some(match self.phase {
                         Phase::Compared => self.settled_pass(),
@@ -557,6 +535,7 @@ impl Still for Track {
             grade: survey.grade,
             instant: last.instant,
             freezes,
+            commit: None,
         })
     }
 }

@@ -235,6 +235,7 @@ impl<M: Undo> Still for WatchedSnapshot<M> {
             grade: survey.grade,
             instant,
             freezes,
+            commit: None,
         })
     }
 }

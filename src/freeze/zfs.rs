@@ -317,6 +317,7 @@ impl Still for Zvol {
             grade: survey.grade,
             instant,
             freezes,
+            commit: None,
         })
     }
 }
