@@ -46,6 +46,9 @@ pub(super) struct Window<'a> {
     held: HashMap<(u64, u64), Arc<Vec<u8>>>,
 }
 
+/// Data that was read before, if it was.
+type Held = Option<Arc<Vec<u8>>>;
+
 /// What there was to see.
 pub(super) enum Sight {
     /// A commit, of which data may still be missing.
@@ -232,28 +235,27 @@ impl<'a> Window<'a> {
             let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
             self.find_loose(&reader, root, pin, &mut loose)?;
         }
-        let mut data = loose_runs(&commit, loose)?;
-        let data_bytes: u64 = data.iter().map(|run| run.end - run.start).sum();
-        if block_bytes + data_bytes > self.room.0 {
+        let mut pieces = pieces(&commit, loose)?;
+        if block_bytes + pieces.values().sum::<u64>() > self.room.0 {
             return Ok(None);
         }
-        data.retain(|run| !run.is_empty());
+        let mut runs = take_held(&mut self.held, &mut pieces);
+        runs.extend(merged(&commit, pieces).map(|run| (run, None)));
+        runs.sort_unstable_by_key(|(run, _)| run.start);
         let mut loose = Vec::new();
-        for logical in data {
+        for (logical, held) in runs {
             let mut sums = Sums::new(&commit.geometry, logical.clone());
-            reader.walk(
-                &commit.trees.csum,
-                sums.keys(),
-                &mut |key: Key, item: &[u8]| match key.kind {
-                    format::EXTENT_CSUM => sums.add(key, item),
-                    _ => Ok(()),
-                },
-            )?;
-            let before = self.held.remove(&(logical.start, logical.end));
+            let keys = sums.keys();
+            let mut add = |key: Key, item: &[u8]| match key.kind {
+                format::EXTENT_CSUM => sums.add(key, item),
+                _ => Ok(()),
+            };
+            reader.walk(&commit.trees.csum, keys, &mut add)?;
             let is_right =
-                |bytes: &Arc<Vec<u8>>| sums.is_complete() && sums.wrong(bytes).count() == 0;
+                |bytes: &Arc<Vec<u8>>| sums.is_complete() && sums.wrong(bytes).next().is_none();
+            log::debug!("loose {logical:?} held {}", held.is_some());
             loose.push(Loose {
-                bytes: before.filter(is_right).unwrap_or_default(),
+                bytes: held.filter(is_right).unwrap_or_default(),
                 logical,
                 sums,
             });
@@ -315,13 +317,14 @@ impl<'a> Window<'a> {
             &root.root(),
             pin.as_ref(),
             &mut |key, item| {
-                if let Some((start, len)) = data_of(key, item)? {
-                    own.insert(start, len);
+                // Nothing was written yet to what is only reserved.
+                if let Some(data) = DataRef::of(key, item)?.filter(|data| !data.is_reserved) {
+                    own.insert(data.start, data.len);
                 }
                 Ok(())
             },
             &mut |key, item| {
-                pins.extend(data_of(key, item)?.map(|(start, _)| start));
+                pins.extend(DataRef::of(key, item)?.map(|data| data.start));
                 Ok(())
             },
         )?;
@@ -443,58 +446,105 @@ impl PinnedRoot {
     }
 }
 
-/// The extent of data that an item of a subvolume refers to: logical address and bytes.
-pub(super) fn data_of(key: Key, item: &[u8]) -> Result<Option<(u64, u64)>> {
-    if key.kind != format::EXTENT_DATA {
-        return Ok(None);
+/// What a subvolume says of an extent of data.
+pub(super) struct DataRef {
+    /// Its logical address.
+    pub(super) start: u64,
+    /// Its bytes on disk.
+    pub(super) len: u64,
+    /// Whether this part of it was never written to.
+    is_reserved: bool,
+}
+
+impl DataRef {
+    /// What an item refers to; `None` if to no extent.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] if it makes no sense.
+    pub(super) fn of(key: Key, item: &[u8]) -> Result<Option<Self>> {
+        let is_inline = item.get(FILE_EXTENT_KIND_AT) == Some(&format::FILE_EXTENT_INLINE);
+        if key.kind != format::EXTENT_DATA || is_inline {
+            return Ok(None);
+        }
+        let nonsense = |_| damaged(format!("the data of inode {} makes no sense", key.objectid));
+        let item = FileExtentItem::read_from_bytes(item).map_err(nonsense)?;
+        let data = Self {
+            start: item.disk_bytenr.get(),
+            len: item.disk_num_bytes.get(),
+            is_reserved: item.kind == format::FILE_EXTENT_RESERVED,
+        };
+        // A hole lies nowhere.
+        Ok((data.start > 0).then_some(data))
     }
-    let nonsense = || damaged(format!("the data of inode {} makes no sense", key.objectid));
-    if item.get(FILE_EXTENT_KIND_AT) == Some(&format::FILE_EXTENT_INLINE) {
-        return Ok(None);
-    }
-    let item = FileExtentItem::read_from_bytes(item).map_err(|_| nonsense())?;
-    let start = item.disk_bytenr.get();
-    // A hole.
-    if start == 0 {
-        return Ok(None);
-    }
-    Ok(Some((start, item.disk_num_bytes.get())))
 }
 
 /// Where in the item of a part of a file its kind stands.
 const FILE_EXTENT_KIND_AT: usize = std::mem::offset_of!(FileExtentItem, kind);
 
-/// Extents, by address, as runs that can be read at a time.
-fn loose_runs(commit: &Commit, extents: BTreeMap<u64, u64>) -> Result<Vec<Range<u64>>> {
+/// Extents, by address, in pieces that can be read at a time.
+fn pieces(commit: &Commit, extents: BTreeMap<u64, u64>) -> Result<BTreeMap<u64, u64>> {
     let sector = u64::from(commit.geometry.sector_size);
-    let mut runs: Vec<Range<u64>> = Vec::new();
+    let mut pieces = BTreeMap::new();
+    let mut last = 0;
     for (start, len) in extents {
         let nonsense = || damaged(format!("the extent at logical {start} makes no sense"));
         let (_, chunk) = commit.chunks.find(start).ok_or_else(nonsense)?;
         let end = start.checked_add(len).ok_or_else(nonsense)?;
         let is_sane = start.is_multiple_of(sector)
             && len.is_multiple_of(sector)
+            && start >= last
             && end <= chunk.logical.end
             && chunk.kind & format::DATA != 0;
         if !is_sane {
             return Err(nonsense());
         }
+        last = end;
         let mut at = start;
         while at < end {
-            let piece_end = end.min(at + REQUEST);
-            match runs.last_mut() {
-                Some(last)
-                    if last.end == at
-                        && piece_end - last.start <= REQUEST
-                        && chunk.logical.contains(&last.start) =>
-                {
-                    last.end = piece_end;
-                }
-                Some(last) if at < last.end => return Err(nonsense()),
-                _ => runs.push(at..piece_end),
-            }
-            at = piece_end;
+            let piece = (end - at).min(REQUEST);
+            pieces.insert(at, piece);
+            at += piece;
         }
     }
-    Ok(runs)
+    Ok(pieces)
+}
+
+/// Takes out of `pieces` those that make up runs that were read before.
+fn take_held(
+    held: &mut HashMap<(u64, u64), Arc<Vec<u8>>>,
+    pieces: &mut BTreeMap<u64, u64>,
+) -> Vec<(Range<u64>, Held)> {
+    let mut runs = Vec::new();
+    for ((start, end), bytes) in held.drain() {
+        let mut at = start;
+        while let Some(len) = pieces.get(&at).filter(|_| at < end) {
+            at += len;
+        }
+        if at == end {
+            let mut rest = pieces.split_off(&start);
+            let mut behind = rest.split_off(&end);
+            pieces.append(&mut behind);
+            runs.push((start..end, Some(bytes)));
+        }
+    }
+    runs
+}
+
+/// Pieces that follow each other within a chunk as one run, as far as that can be read at a time.
+fn merged(commit: &Commit, pieces: BTreeMap<u64, u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for (start, len) in pieces {
+        let end = start + len;
+        let goes_on = |last: &Range<u64>| {
+            let chunk = commit.chunks.find(last.start);
+            last.end == start
+                && end - last.start <= REQUEST
+                && chunk.is_some_and(|(_, chunk)| chunk.logical.contains(&start))
+        };
+        match runs.last_mut() {
+            Some(last) if goes_on(last) => last.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    runs.into_iter()
 }

@@ -345,6 +345,8 @@ const _: () = assert!(size_of::<FileExtentItem>() == 53);
 
 /// [`FileExtentItem::kind`] of data that lies in the leaf itself.
 pub(crate) const FILE_EXTENT_INLINE: u8 = 0;
+/// Of room that was reserved for data and not written to (BTRFS_FILE_EXTENT_PREALLOC).
+pub(crate) const FILE_EXTENT_RESERVED: u8 = 2;
 
 /// `struct btrfs_extent_item`, without the back references behind it.
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
