@@ -161,7 +161,7 @@ pub fn plan(options: &Options) -> Result<Planned> {
         match Named::resolve(text)? {
             Named::Blocks(source) => {
                 // It may be imaged already, with another device of its filesystem.
-                if !planned.volumes.iter().any(|plan| plan.has_sibling(&source)) {
+                if !planned.volumes.iter().any(|plan| plan.includes(&source)) {
                     planned.volumes.push(Plan::of(*source, options.freeze)?);
                 }
             }

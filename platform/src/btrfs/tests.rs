@@ -55,10 +55,7 @@ impl Scene {
                 &self.path(name),
             ],
         );
-        fs::metadata(self.path(name)).unwrap();
-        subvolume_of(&File::open(self.path(name)).unwrap(), &self.path(name))
-            .unwrap()
-            .unwrap()
+        subvolume_at(&self.path(name)).unwrap().unwrap()
     }
 
     fn open(&self) -> Filesystem {
@@ -169,8 +166,8 @@ fn privileged_a_filesystem_says_what_it_is() {
 fn other_filesystems_are_none() {
     let proc = Filesystem::open(Path::new("/proc")).unwrap_err();
     assert!(proc.to_string().contains("no btrfs"), "{proc}");
-    let dev = File::open("/dev").unwrap();
-    assert_eq!(subvolume_of(&dev, Path::new("/dev")).unwrap(), None);
+    assert_eq!(subvolume_at(Path::new("/dev")).unwrap(), None);
+    assert!(subvolume_at(Path::new("/dev/null")).is_err());
 }
 
 #[test]
