@@ -5,6 +5,7 @@ mod btrfs;
 mod btrfs_devices;
 mod btrfs_mounted;
 mod btrfs_whole;
+mod cleanup;
 mod clone;
 mod common;
 mod damage;
