@@ -165,7 +165,7 @@ pub fn plan(options: &Options) -> Result<Planned> {
         match Named::resolve(text)? {
             Named::Blocks(source) => {
                 // It may be imaged already, with another device of its filesystem.
-                if !planned.volumes.iter().any(|plan| plan.has_sibling(&source)) {
+                if !planned.volumes.iter().any(|plan| plan.includes(&source)) {
                     let plan = Plan::of(*source, options.freeze)?;
                     plan.allow_freeze(options.no_freeze)?;
                     planned.volumes.push(plan);

@@ -128,12 +128,9 @@ impl Plan {
         }
     }
 
-    /// Whether this is one of the other devices of the source's filesystem.
-    pub fn has_sibling(&self, other: &Source) -> bool {
-        let Ok(node) = Node::of(&other.path) else {
-            return false;
-        };
-        self.siblings.iter().any(|source| source.is_same_as(&node))
+    /// Whether this is the source itself, by another name perhaps, or imaged with it.
+    pub fn includes(&self, other: &Source) -> bool {
+        self.is_same_as(&other.path)
     }
 
     /// Size and sectors of the source.

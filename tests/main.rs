@@ -3,7 +3,9 @@
 mod backup;
 mod btrfs;
 mod btrfs_devices;
+mod btrfs_mounted;
 mod btrfs_whole;
+mod cleanup;
 mod clone;
 mod common;
 mod damage;

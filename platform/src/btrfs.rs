@@ -29,7 +29,7 @@ pub use members::Member;
 pub use mounted::{Mounted, mounted};
 pub use search::{Item, Key};
 pub(crate) use subvolume::delete_subvolume;
-pub use subvolume::{Subvolume, subvolume_of};
+pub use subvolume::{Subvolume, subvolume_at};
 
 /// The id of the top-level subvolume (`BTRFS_FS_TREE_OBJECTID`). Those of all others begin at 256.
 pub const TOP_LEVEL: u64 = 5;

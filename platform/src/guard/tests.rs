@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::{Signal, kill};
 
 use super::*;
+use crate::btrfs;
 use crate::lock::{self, Lock};
 use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch};
 
@@ -142,8 +143,13 @@ fn role_freezes() {
                 format!("{:?}", guard.register(&dir, OsStr::new(argument), kind))
             }
             "subvolume" => {
+                // By a mount that is attached nowhere, as where the place is not mounted.
+                let top = btrfs::Filesystem::open(&args[0])
+                    .unwrap()
+                    .subvolume(btrfs::TOP_LEVEL)
+                    .unwrap();
                 let (name, kind) = (OsStr::new(argument), LeftoverKind::Subvolume);
-                format!("{:?}", guard.register(&*mount, name, kind))
+                format!("{:?}", guard.register(&top, name, kind))
             }
             "forget" => {
                 let leftover = Leftover(argument.parse().unwrap());
