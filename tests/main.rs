@@ -3,6 +3,7 @@
 mod backup;
 mod btrfs;
 mod btrfs_devices;
+mod btrfs_live;
 mod btrfs_whole;
 mod clone;
 mod common;
