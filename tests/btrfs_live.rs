@@ -21,12 +21,14 @@ use holdstill::units::ByteLen;
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
-use crate::common::btrfs::{Making, making};
+use crate::common::btrfs::{Making, Scene, making};
 use crate::common::btrfs_live::{Copy, Live, told};
 use crate::common::holdstill as program;
 use crate::common::live::{Judgement, patiently};
 use crate::common::volume::{digests, direct_copy};
-use crate::common::{self, FileSource, Mount, Rng, count, needs_root, seed, shell, threads};
+use crate::common::{
+    self, FileSource, LoopDevice, Mount, Rng, count, needs_root, run, seed, shell, threads,
+};
 
 /// Length of a device, and what lies on it before the writers come.
 const SIZE: u64 = 768 << 20;
@@ -506,4 +508,63 @@ fn privileged_the_judges_know_an_instant_from_a_smear() {
         verdict.is_err()
     };
     assert!(torn.iter().any(is_found), "copies without a freeze passed");
+}
+
+/// What `--crash` of live-writer allows is what a commit without a freeze holds: no less, no more.
+#[test]
+fn privileged_the_judges_know_what_a_crash_allows() {
+    needs_root!();
+    // A file on XFS is cloned in no time.
+    let outer = common::temp_dir();
+    let disk = outer.path().join("disk");
+    common::sparse_file(&disk, 3 << 30);
+    let disk = LoopDevice::attach(&disk);
+    run("mkfs.xfs", [Path::new("-q"), disk.path()]);
+    let mounted = Mount::new(disk.path(), &outer.path().join("mounted"), "xfs", "");
+    let dir = tempfile::tempdir_in(mounted.dir()).unwrap();
+    let scene = Scene::make_in(dir, &USUAL, SIZE);
+    let mut live = Live::over(scene, USUAL.mount, seed(), BYTES / 4);
+    live.write();
+    let crashes: Vec<_> = (0..count(3, 20))
+        .map(|number| {
+            let [from, to] = ["device1", &format!("crash{number}")].map(|name| live.path(name));
+            let begin = clock();
+            run("sync", [Path::new("-f"), live.dir()]);
+            run("cp", [Path::new("--reflink=always"), &from, &to]);
+            (to, begin, clock())
+        })
+        .collect();
+    let away = live.put_away();
+    let mut smears = 0;
+    for (file, begin, end) in crashes {
+        run(
+            "btrfs",
+            ["rescue", "zero-log"]
+                .map(Path::new)
+                .into_iter()
+                .chain([&*file]),
+        );
+        let copy = Copy::attach(std::slice::from_ref(&file), &away.path("copied"));
+        copy.check();
+        let mounted = copy.mount("");
+        let judge = |how| away.journals().judge(mounted.dir(), how);
+        judge(Judgement::Crash { begin, end }).unwrap_or_else(|wrong| panic!("{wrong}"));
+        smears += u64::from(judge(Judgement::OneInstant).is_err());
+        // Earlier than it began, or later than it ended.
+        let second = 1_000_000_000;
+        let early = Judgement::Crash {
+            begin,
+            end: begin - second,
+        };
+        assert!(judge(early).is_err(), "of another time");
+        let late = Judgement::Crash {
+            begin: end + second / 4,
+            end: end + second,
+        };
+        assert!(judge(late).is_err(), "of another time");
+        drop(mounted);
+        drop(copy);
+        std::fs::remove_file(file).unwrap();
+    }
+    assert!(smears > 0, "without a freeze all show one instant");
 }

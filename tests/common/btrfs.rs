@@ -59,7 +59,11 @@ impl Scene {
 
     /// The same with devices of so many bytes.
     pub(crate) fn make_sized(making: &Making, size: u64) -> Self {
-        let dir = temp_dir();
+        Self::make_in(temp_dir(), making, size)
+    }
+
+    /// The same in this folder.
+    pub(crate) fn make_in(dir: tempfile::TempDir, making: &Making, size: u64) -> Self {
         let mut loops = Vec::new();
         for number in 1..=making.devices {
             let file = dir.path().join(format!("device{number}"));

@@ -32,8 +32,13 @@ pub(crate) struct Live {
 impl Live {
     /// Makes it, with nobody writing yet.
     pub(crate) fn make(making: &Making, size: u64, seed: u64, bytes: u64) -> Self {
-        let scene = Scene::make_sized(making, size);
-        let mount = scene.mount(making.mount);
+        Self::over(Scene::make_sized(making, size), making.mount, seed, bytes)
+    }
+
+    /// Mounts what was made, and lays it out.
+    pub(crate) fn over(scene: Scene, options: &str, seed: u64, bytes: u64) -> Self {
+        let mount = scene.mount(options);
+        let size = scene.path("device1").metadata().expect("a device").len();
         lay_out(mount.dir(), &mut Rng(seed | 1), bytes);
         let writers = None;
         Self {

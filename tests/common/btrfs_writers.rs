@@ -95,6 +95,12 @@ impl Journals {
         for ledger in LEDGERS {
             let dirs: Vec<PathBuf> = ledger.dirs.iter().map(|dir| copy.join(dir)).collect();
             let dirs: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
+            let how = match how {
+                Judgement::Crash { begin, end } if ledger.dirs[0].ends_with("inplace") => {
+                    Judgement::CrashInPlace { begin, end }
+                }
+                how => how,
+            };
             found += &self.judge_one(&dirs, ledger.name, how)?;
         }
         Ok(found)

@@ -53,6 +53,7 @@ impl Case {
             end: None,
             exact: false,
             after_crash: false,
+            in_place: false,
         }
     }
 
@@ -354,6 +355,7 @@ fn the_freeze_is_where_it_was_said_to_be() {
         end: Some(early),
         exact: false,
         after_crash: false,
+        in_place: false,
     });
     assert!(
         verdict
@@ -368,6 +370,7 @@ fn the_freeze_is_where_it_was_said_to_be() {
         end: Some(monotonic()),
         exact: true,
         after_crash: false,
+        in_place: false,
     };
     case.assert_wrong(exact, "while the filesystem was frozen");
 }
