@@ -4,6 +4,8 @@ mod backup;
 mod btrfs;
 mod btrfs_devices;
 mod btrfs_live;
+mod btrfs_live_damage;
+mod btrfs_live_ends;
 mod btrfs_whole;
 mod clone;
 mod common;
