@@ -54,7 +54,6 @@ impl Stream<'_> {
                 if !is_its {
                     return Ok(());
                 }
-                log::debug!("pinned {:?}", listed.logical);
                 if let Some(used) = self.chunks.get(number) {
                     used.store(true, Ordering::Relaxed);
                 }

@@ -229,13 +229,19 @@ impl<'a> Window<'a> {
         }
         let mut roots = Roots::read(&commit, &reader)?;
         let pinned = roots.pinned(self.pins)?;
-        let mut loose = BTreeMap::new();
+        let mut loose = LooseExtents::default();
         for root in &roots.alive {
             let pin = self.pins.of(root.tree);
             let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
             self.find_loose(&reader, root, pin, &mut loose)?;
         }
-        let mut pieces = pieces(&commit, loose)?;
+        let mut pieces = pieces(&commit, &loose.written)?;
+        for (start, piece) in self::pieces(&commit, &loose.reserved)? {
+            // It may have been written to before, and still have checksums for that.
+            if !pieces.contains_key(&start) && has_sums(&commit, &reader, start..start + piece)? {
+                pieces.insert(start, piece);
+            }
+        }
         if block_bytes + pieces.values().sum::<u64>() > self.room.0 {
             return Ok(None);
         }
@@ -253,7 +259,6 @@ impl<'a> Window<'a> {
             reader.walk(&commit.trees.csum, keys, &mut add)?;
             let is_right =
                 |bytes: &Arc<Vec<u8>>| sums.is_complete() && sums.wrong(bytes).next().is_none();
-            log::debug!("loose {logical:?} held {}", held.is_some());
             loose.push(Loose {
                 bytes: held.filter(is_right).unwrap_or_default(),
                 logical,
@@ -307,9 +312,9 @@ impl<'a> Window<'a> {
         reader: &Reader<'_>,
         root: &PinnedRoot,
         pin: Option<&PinnedRoot>,
-        loose: &mut BTreeMap<u64, u64>,
+        loose: &mut LooseExtents,
     ) -> Result<()> {
-        let mut own: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut own = LooseExtents::default();
         let mut pins: HashSet<u64> = HashSet::new();
         let pin = pin.map(PinnedRoot::root);
         difference(
@@ -317,9 +322,12 @@ impl<'a> Window<'a> {
             &root.root(),
             pin.as_ref(),
             &mut |key, item| {
-                // Nothing was written yet to what is only reserved.
-                if let Some(data) = DataRef::of(key, item)?.filter(|data| !data.is_reserved) {
-                    own.insert(data.start, data.len);
+                if let Some(data) = DataRef::of(key, item)? {
+                    let list = match data.is_reserved {
+                        true => &mut own.reserved,
+                        false => &mut own.written,
+                    };
+                    list.insert(data.start, data.len);
                 }
                 Ok(())
             },
@@ -328,8 +336,10 @@ impl<'a> Window<'a> {
                 Ok(())
             },
         )?;
-        let news = own.into_iter().filter(|(start, _)| !pins.contains(start));
-        loose.extend(news);
+        own.written.retain(|start, _| !pins.contains(start));
+        own.reserved.retain(|start, _| !pins.contains(start));
+        loose.written.append(&mut own.written);
+        loose.reserved.append(&mut own.reserved);
         Ok(())
     }
 
@@ -481,12 +491,36 @@ impl DataRef {
 /// Where in the item of a part of a file its kind stands.
 const FILE_EXTENT_KIND_AT: usize = std::mem::offset_of!(FileExtentItem, kind);
 
+/// Extents of data that no pin refers to: bytes by logical address.
+#[derive(Default)]
+struct LooseExtents {
+    /// Those that something was written to.
+    written: BTreeMap<u64, u64>,
+    /// Those of which parts are only reserved.
+    reserved: BTreeMap<u64, u64>,
+}
+
+/// Whether anything of a run of data has a checksum.
+fn has_sums(commit: &Commit, reader: &Reader<'_>, logical: Range<u64>) -> Result<bool> {
+    let mut sums = Sums::new(&commit.geometry, logical);
+    let keys = sums.keys();
+    reader.walk(
+        &commit.trees.csum,
+        keys,
+        &mut |key: Key, item: &[u8]| match key.kind {
+            format::EXTENT_CSUM => sums.add(key, item),
+            _ => Ok(()),
+        },
+    )?;
+    Ok(sums.known() > 0)
+}
+
 /// Extents, by address, in pieces that can be read at a time.
-fn pieces(commit: &Commit, extents: BTreeMap<u64, u64>) -> Result<BTreeMap<u64, u64>> {
+fn pieces(commit: &Commit, extents: &BTreeMap<u64, u64>) -> Result<BTreeMap<u64, u64>> {
     let sector = u64::from(commit.geometry.sector_size);
     let mut pieces = BTreeMap::new();
     let mut last = 0;
-    for (start, len) in extents {
+    for (&start, &len) in extents {
         let nonsense = || damaged(format!("the extent at logical {start} makes no sense"));
         let (_, chunk) = commit.chunks.find(start).ok_or_else(nonsense)?;
         let end = start.checked_add(len).ok_or_else(nonsense)?;
