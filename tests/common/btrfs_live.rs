@@ -157,6 +157,9 @@ impl Live {
 /// still being removed are waited for.
 #[track_caller]
 pub(crate) fn assert_no_subvolume_of_ours(mount: &Path) {
+    // This wakes the cleaner, which else would sleep for up to half a minute.
+    let args = ["-o", "remount"].map(Path::new);
+    run("mount", args.into_iter().chain([mount]));
     run(
         "btrfs",
         ["subvolume", "sync"]
@@ -214,12 +217,12 @@ impl Streaming {
         run
     }
 
-    /// Whether the source was frozen and thawed, and then data were read.
+    /// Whether the moment of the copy has come, and data was read behind it.
     fn is_streaming(&self) -> bool {
         let lines = self.lines.lock().unwrap();
         let mut lines = lines
             .iter()
-            .skip_while(|line| !line.contains("\"event\":\"thawed\""));
+            .skip_while(|line| !line.contains("\"event\":\"frozen\""));
         lines.any(|line| line.contains("\"event\":\"progress\""))
     }
 
@@ -389,7 +392,8 @@ fn assert_superblocks(file: &Path, told: &Told) {
     ] {
         assert_eq!(values(name), vec![expected; copies], "{name}: {text}");
     }
-    assert_eq!(text.matches("[match]").count(), copies, "{text}");
+    let is_right = |sum: &String| sum.ends_with("[match]");
+    assert!(values("csum").iter().all(is_right), "{text}");
 }
 
 /// A scrub finds nothing.
