@@ -122,7 +122,7 @@ fn options(source: &Path, image: &Path) -> Options {
 fn all_of(file: &Path, dir: &Path) -> (BTreeMap<PathBuf, String>, String) {
     let copy = Copy::attach(&[file.to_owned()], dir);
     let mounted = copy.mount("ro");
-    let script = "cd %; find . -printf '%p %y %m %U %G %s %T@ %C@ %n %i %b %l\\n' | sort";
+    let script = "cd %; find . ! -inum 2 -printf '%p %y %m %U %G %s %T@ %C@ %n %i %b %l\\n' | sort";
     let names = shell(script.replacen('%', &mounted.dir().display().to_string(), 1));
     (digests(mounted.dir()), names)
 }

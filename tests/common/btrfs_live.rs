@@ -258,8 +258,13 @@ pub(crate) struct Told {
 #[track_caller]
 pub(crate) fn told(report: &Value) -> Told {
     assert_eq!(report["freeze"], "btrfs", "{report}");
-    let [commit] = &report["commits"].as_array().expect("commits")[..] else {
-        panic!("not one commit: {report}");
+    // A clone is of one source.
+    let commit = match &report["commits"] {
+        Value::Array(commits) => match &commits[..] {
+            [commit] => commit,
+            _ => panic!("not one commit: {report}"),
+        },
+        _ => &report["commit"],
     };
     let window_ms = commit["window_ms"].as_f64().expect("window_ms");
     let freeze_ms = report["freeze_ms"].as_f64().expect("freeze_ms");
