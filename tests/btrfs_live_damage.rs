@@ -112,7 +112,10 @@ fn data(live: &Live) -> Vec<Place> {
     let places = live.unmounted(|| places_of(live, logical));
     let content = std::fs::read(file).unwrap();
     for place in &places {
-        assert!(read(live, *place) == content[..4096], "{place:?}");
+        assert!(
+            read(live, *place) == content[..4096],
+            "{place:?} of {places:?}, logical {logical}"
+        );
     }
     places
 }

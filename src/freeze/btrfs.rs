@@ -98,6 +98,8 @@ pub struct Live {
     round: Round,
     windows: u32,
     pins: Pins,
+    /// Those of windows that did not hold.
+    old_pins: Vec<Pins>,
     moment: Option<Moment>,
     freezes: Vec<FreezeTimes>,
     checks: Arc<Checks>,
@@ -222,6 +224,7 @@ impl Live {
             round,
             windows: 0,
             pins: Pins::default(),
+            old_pins: Vec::new(),
             moment: None,
             freezes: Vec::new(),
             checks: Arc::default(),
@@ -286,9 +289,11 @@ impl Live {
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
             mounted::sync_within_budget(&self.point, &self.source)?;
-            // The old ones go first: what they pin is freed meanwhile.
-            self.pins = Pins::default();
+            // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
+            self.old_pins.push(std::mem::take(&mut self.pins));
             self.pins = Pins::take(&self.filesystem, &self.run)?;
+            // Without it, the commit that is looked at may show them still, with their names.
+            self.filesystem.sync()?;
             let opened = self.look_through_window(progress)?;
             if let Some(times) = opened.freeze {
                 progress.event(&Event::Thawed(&times));
@@ -321,6 +326,7 @@ impl Live {
         };
         let mut window = Window::new(&self.devices, &self.pins, self.round.until(), self.room);
         let mut instant = jiff::Timestamp::now();
+        let mut is_whole = None;
         let mut sight = window.look(self.room)?;
         if self.freezes_it {
             if let Sight::Commit(seen) = sight {
@@ -338,7 +344,12 @@ impl Live {
                 .freeze(&self.point, DEADLINE)
                 .map_err(|error| mounted::explain(error, &self.source))?;
             instant = jiff::Timestamp::now();
-            let looked = window.look(most);
+            let mut looked = window.look(most);
+            // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
+            is_whole = match &mut looked {
+                Ok(Sight::Commit(seen)) if seen.is_complete() => Some(window.confirm(seen)),
+                _ => None,
+            };
             let read_ms = milliseconds(frozen.held());
             progress.while_frozen();
             let thawed = frozen
@@ -356,8 +367,10 @@ impl Live {
             }
             Sight::Commit(seen) => *seen,
         };
-        let is_whole =
-            (self.freezes_it || window.has_settled(&seen)?) && window.confirm(&mut seen)?;
+        let is_whole = match is_whole {
+            Some(is_whole) => is_whole?,
+            None => (self.freezes_it || window.has_settled(&seen)?) && window.confirm(&mut seen)?,
+        };
         if is_whole {
             opened.moment = Some(self.moment_of(seen, instant)?);
         }

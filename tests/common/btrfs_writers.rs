@@ -188,6 +188,35 @@ impl Drop for Writers {
     }
 }
 
+/// Somebody who has everything written out again and again: one commit after the other.
+pub(crate) struct Commits {
+    thread: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Commits {
+    /// Begins, with a rest of so long between two.
+    pub(crate) fn begin(dir: &Path, rest: Duration) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (dir, stopped) = (dir.to_owned(), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                run("sync", [Path::new("-f"), &dir]);
+                std::thread::sleep(rest);
+            }
+        });
+        let thread = Some(thread);
+        Self { thread, stop }
+    }
+}
+
+impl Drop for Commits {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 /// Changes files of its own in one subvolume, and shares their extents with the others.
 struct Changer {
     rng: Rng,

@@ -91,6 +91,11 @@ impl Seen {
             .is_some_and(|loose| loose.logical.contains(&logical))
     }
 
+    /// Whether all its data was read.
+    pub(super) fn is_complete(&self) -> bool {
+        self.missing.is_empty()
+    }
+
     /// How many bytes of data were read in the window.
     pub(super) fn data_len(&self) -> ByteLen {
         let lens = self
@@ -158,8 +163,7 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// Reads what is missing, and makes sure that no commit came meanwhile. `is_frozen`: nobody writes,
-    /// or did since the commit was looked at.
+    /// Reads what is missing, and makes sure that no commit came meanwhile.
     ///
     /// # Errors
     /// As [`look`](Self::look).
@@ -185,7 +189,12 @@ impl<'a> Window<'a> {
         let reader = seen.commit.reader(&self.by_id, None);
         for loose in seen.data.iter().filter(|loose| !loose.sums.is_complete()) {
             let mut again = vec![0; loose.bytes.len()];
-            mirrors::read(&reader, 0, &loose.logical, &loose.sums, &mut again)?;
+            let read = mirrors::read(&reader, 0, &loose.logical, &loose.sums, &mut again);
+            if read.is_err() && !self.devices.are_still(&seen.superblocks)? {
+                // Something else lies there by now.
+                return Ok(false);
+            }
+            read?;
             if again != **loose.bytes {
                 return Ok(false);
             }
