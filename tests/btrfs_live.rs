@@ -20,7 +20,7 @@ use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
 use crate::common::btrfs::{Making, Scene, making};
-use crate::common::btrfs_live::{Copy, Live, told};
+use crate::common::btrfs_live::{Copy, Live, assert_no_subvolume_of_ours, id_of, told};
 use crate::common::btrfs_writers::Commits;
 use crate::common::holdstill as program;
 use crate::common::live::{Judgement, patiently};
@@ -398,6 +398,46 @@ fn privileged_what_moves_nothing_pinned_does_no_harm() {
         "of what was deleted meanwhile"
     );
     away.judge(&restored, &told, None);
+}
+
+/// What only a subvolume refers to that is being deleted may be gone before it is copied. It is said then,
+/// and once the deletion has ended, nothing is missing.
+#[test]
+fn privileged_a_subvolume_that_is_being_deleted_does_no_harm() {
+    needs_root!();
+    let live = Live::make(&USUAL, SIZE, seed(), BYTES / 2);
+    let script = |text: &str| shell(format!("set -- {}; cd $1; {text}", live.dir().display()));
+    script(
+        "btrfs -q subvolume create doomed
+        for number in $(seq 400); do head -c 300K /dev/urandom >doomed/$number; done
+        sync -f .",
+    );
+    let doomed = id_of(live.dir(), "doomed");
+    // Open, it stays until the cleaner comes by while we stream.
+    let open = std::fs::File::open(live.dir().join("doomed")).unwrap();
+    script("btrfs -q subvolume delete -c doomed");
+    let image = live.path("image.still");
+    let mut streaming = live.slow_backup(&image, "8M");
+    drop(open);
+    let wait = format!("mount -o remount .; timeout 60 btrfs subvolume sync . {doomed}");
+    script(&wait);
+    assert!(streaming.goes_on(), "it was too fast to prove anything");
+    let (code, report) = streaming.end();
+    assert_eq!(code, Some(0), "{report}");
+    let told = told(&report);
+    let away = live.put_away();
+    let restored = away.restore(&image, &report);
+    let copy = Copy::attach(&restored, &away.path("copied"));
+    let is_whole = copy.checked().is_ok();
+    println!("whole at once: {is_whole}; {}", report["warnings"]);
+    let is_said = !report["warnings"].as_array().unwrap().is_empty();
+    assert!(is_whole || is_said, "what is missing is not said: {report}");
+    let mounted = copy.mount("");
+    assert_no_subvolume_of_ours(mounted.dir());
+    drop(mounted);
+    copy.check();
+    drop(copy);
+    away.judge_written(&restored, &told, None);
 }
 
 /// Most systems mount a subvolume, not the top level.

@@ -336,6 +336,12 @@ impl PutAway {
         for file in files {
             assert_superblocks(file, told);
         }
+        self.judge_written(files, told, how);
+    }
+
+    /// The same of what was mounted and written to before.
+    #[track_caller]
+    pub(crate) fn judge_written(&self, files: &[PathBuf], told: &Told, how: Option<Judgement>) {
         let copy = Copy::attach(files, &self.path("copied"));
         copy.check();
         let mounted = copy.mount("");
