@@ -369,7 +369,7 @@ impl Live {
         };
         let is_whole = match is_whole {
             Some(is_whole) => is_whole?,
-            None => (self.freezes_it || window.has_settled(&seen)?) && window.confirm(&mut seen)?,
+            None => (self.freezes_it || window.settle(&mut seen)?) && window.confirm(&mut seen)?,
         };
         if is_whole {
             opened.moment = Some(self.moment_of(seen, instant)?);

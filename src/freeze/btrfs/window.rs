@@ -32,6 +32,9 @@ use crate::units::ByteLen;
 /// Most bytes of data that are read at a time.
 const REQUEST: u64 = 1 << 20;
 
+/// How long to wait for a moment in which nobody overwrites anything in place.
+const PATIENCE: Duration = Duration::from_millis(300);
+
 /// A window that is being looked through.
 pub(super) struct Window<'a> {
     devices: &'a Devices,
@@ -181,25 +184,33 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// Whether data that may be overwritten in place is still what was read of it.
+    /// Reads data that may be overwritten in place again, until it is twice the same: then it was all that
+    /// at one instant. `false` if it never is.
     ///
     /// # Errors
     /// If it cannot be read.
-    pub(super) fn has_settled(&self, seen: &Seen) -> Result<bool> {
-        let reader = seen.commit.reader(&self.by_id, None);
-        for loose in seen.data.iter().filter(|loose| !loose.sums.is_complete()) {
-            let mut again = vec![0; loose.bytes.len()];
-            let read = mirrors::read(&reader, 0, &loose.logical, &loose.sums, &mut again);
-            if read.is_err() && !self.devices.are_still(&seen.superblocks)? {
-                // Something else lies there by now.
-                return Ok(false);
+    pub(super) fn settle(&self, seen: &mut Seen) -> Result<bool> {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            let mut is_settled = true;
+            for loose in &mut seen.data {
+                if loose.sums.is_complete() {
+                    continue;
+                }
+                let before = Arc::clone(&loose.bytes);
+                let read = self.read_loose(&seen.commit, loose);
+                if read.is_err() && !self.devices.are_still(&seen.superblocks)? {
+                    // Something else lies there by now.
+                    return Ok(false);
+                }
+                read?;
+                is_settled &= loose.bytes == before;
             }
-            read?;
-            if again != **loose.bytes {
-                return Ok(false);
+            if is_settled {
+                return Ok(true);
             }
         }
-        Ok(true)
+        Ok(false)
     }
 
     /// Keeps the data that was read of a commit, for the next look.
