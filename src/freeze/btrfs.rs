@@ -546,6 +546,7 @@ impl Still for Live {
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
         proof::nothing_moved(&self.filesystem, &moment.seen, &moment.chunks)?;
+        self.devices.are_the_same(&self.filesystem)?;
         let commit = self.commit_proof(moment);
         if commit.mended_sectors > 0 {
             progress.warn(&format!(

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use holdstill_platform::btrfs::{Filesystem, Member};
 use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::node::DeviceNumber;
 
 use crate::error::{Error, Kind, Result};
 use crate::fs::btrfs::chunks;
@@ -19,6 +20,7 @@ pub(super) struct Devices {
     pub(super) disks: Vec<Arc<Disk>>,
     /// Their ids within the filesystem.
     pub(super) ids: Vec<u64>,
+    numbers: Vec<DeviceNumber>,
 }
 
 impl Devices {
@@ -34,6 +36,7 @@ impl Devices {
         let mut devices = Self {
             disks: Vec::new(),
             ids: Vec::new(),
+            numbers: Vec::new(),
         };
         for source in sources {
             let is_it = |member: &&Member| matches!(&source.medium, Medium::Device(device) if device.number == member.number);
@@ -46,12 +49,35 @@ impl Devices {
             }
             devices.disks.push(Arc::new(disk));
             devices.ids.push(member.devid);
+            devices.numbers.push(member.number);
         }
         match sources {
             [first, ..] if members.len() != sources.len() => {
                 Err(no(first, "not all devices of its filesystem are here"))
             }
             _ => Ok(devices),
+        }
+    }
+
+    /// Makes sure that the filesystem still lies on these devices, and on no other.
+    ///
+    /// # Errors
+    /// [`Kind::Inconsistent`] if one was replaced, removed or added.
+    pub(super) fn are_the_same(&self, filesystem: &Filesystem) -> Result<()> {
+        let members = filesystem.devices()?;
+        let is_member = |(id, number): (&u64, &DeviceNumber)| {
+            let is_it = |member: &Member| member.devid == *id && member.number == *number;
+            members.iter().any(is_it)
+        };
+        let mut all = self.ids.iter().zip(&self.numbers);
+        match members.len() == self.ids.len() && all.all(is_member) {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Inconsistent,
+                "its devices were changed while they were copied",
+            )
+            .on(filesystem.path())
+            .hint("try again when no change of its devices comes between")),
         }
     }
 
