@@ -24,6 +24,7 @@ mod host;
 pub mod image;
 pub mod input;
 pub mod inspect;
+mod new_ids;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

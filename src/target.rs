@@ -224,11 +224,11 @@ impl Held {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what is held of `extent`: `change` gets that part and where it is in `extent`.
-    fn change(&self, extent: Extent, change: impl FnOnce(&mut [u8], usize)) {
+    /// Hands out what is held of `extent`, and where in `extent` that is.
+    fn with(&self, extent: Extent, use_it: impl FnOnce(&mut [u8], usize)) {
         if let Some(part) = extent.intersect(self.extent) {
             let start = part.start.since(self.extent.start).as_usize();
-            change(
+            use_it(
                 &mut self.bytes()[start..start + part.len.as_usize()],
                 part.start.since(extent.start).as_usize(),
             );
@@ -268,7 +268,7 @@ impl Target {
         check_range(self.size, offset, ByteLen(bytes.len() as u64))?;
         let extent = Extent::new(offset.0, bytes.len() as u64);
         for held in [&self.head, &self.tail] {
-            held.change(extent, |part, at| {
+            held.with(extent, |part, at| {
                 part.copy_from_slice(&bytes[at..at + part.len()]);
             });
         }
@@ -288,7 +288,7 @@ impl Target {
     pub fn zero(&self, extent: Extent) -> Result<()> {
         check_range(self.size, extent.start, extent.len)?;
         for held in [&self.head, &self.tail] {
-            held.change(extent, |part, _| part.fill(0));
+            held.with(extent, |part, _| part.fill(0));
         }
         let Some(rest) = extent.intersect(self.middle()) else {
             return Ok(());
@@ -355,6 +355,30 @@ impl Target {
                     .on(self.disk.path())
                     .at(start));
             }
+        }
+        Ok(())
+    }
+}
+
+/// What the volume holds so far, what is kept back included.
+impl ReadAt for Target {
+    fn len(&self) -> ByteLen {
+        self.size
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        let extent = Extent::new(offset.0, buf.len() as u64);
+        check_range(self.size, extent.start, extent.len)?;
+        if let Some(rest) = extent.intersect(self.middle()) {
+            let at = rest.start.since(offset).as_usize();
+            self.disk
+                .read_exact_at(&mut buf[at..at + rest.len.as_usize()], rest.start.0)
+                .map_err(|error| Error::from(error).at(rest.start))?;
+        }
+        for held in [&self.head, &self.tail] {
+            held.with(extent, |part, at| {
+                buf[at..at + part.len()].copy_from_slice(part);
+            });
         }
         Ok(())
     }

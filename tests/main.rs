@@ -19,6 +19,7 @@ mod image;
 mod inspect;
 mod interrupt;
 mod memory;
+mod new_ids;
 mod probe;
 mod refusals;
 mod restore;

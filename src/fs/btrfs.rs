@@ -14,6 +14,7 @@ pub(crate) mod checksum;
 pub(crate) mod chunks;
 pub(crate) mod format;
 mod map;
+pub(crate) mod renew;
 pub(crate) mod superblock;
 pub(crate) mod tree;
 

@@ -1,7 +1,7 @@
 //! Btrfs for the tests: made in all its kinds, on one device or several, mounted and filled.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -151,6 +151,17 @@ pub(crate) fn number_after(line: &str, name: &str) -> Option<u64> {
 pub(crate) fn patch(file: &Path, offset: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(file).unwrap();
     file.write_all_at(bytes, offset).unwrap();
+}
+
+/// Changes the first superblock of a filesystem with CRC-32C, its checksum included.
+pub(crate) fn change_super(file: &Path, offset: usize, bytes: &[u8]) {
+    let opened = File::open(file).unwrap();
+    let mut block = vec![0; 4096];
+    opened.read_exact_at(&mut block, 64 << 10).unwrap();
+    block[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let sum = crc32c::crc32c(&block[32..]);
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+    patch(file, 64 << 10, &block);
 }
 
 /// Why all blocks of a file are copied.

@@ -3,7 +3,7 @@
 //! Source: the kernel's `include/uapi/linux/btrfs_tree.h` and `btrfs.h`, and `fs/btrfs/fs.h`.
 
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// [`SuperBlock::magic`].
 pub(crate) const MAGIC: [u8; 8] = *b"_BHRfS_M";
@@ -119,7 +119,7 @@ impl From<DiskKey> for Key {
 }
 
 /// `struct btrfs_dev_item`: a device, in its own superblock and in the chunk tree.
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct DevItem {
     pub(super) devid: U64,
@@ -142,10 +142,10 @@ pub(crate) struct DevItem {
 const _: () = assert!(size_of::<DevItem>() == 98);
 
 /// `struct btrfs_super_block`.
-#[derive(Clone, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Debug, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct SuperBlock {
-    csum: [u8; CSUM_SIZE],
+    pub(super) csum: [u8; CSUM_SIZE],
     pub(crate) fsid: [u8; 16],
     /// Where this very copy is.
     pub(super) bytenr: U64,
@@ -177,7 +177,7 @@ pub(crate) struct SuperBlock {
     pub(crate) label: [u8; 256],
     cache_generation: U64,
     uuid_tree_generation: U64,
-    metadata_uuid: [u8; 16],
+    pub(super) metadata_uuid: [u8; 16],
     reserved: [U64; 28],
     pub(super) sys_chunk_array: [u8; 2048],
     super_roots: [[u8; 168]; 4],
