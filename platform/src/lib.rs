@@ -4,6 +4,7 @@
 //! knows nothing of images, filesystem formats or the command line.
 
 pub mod beneath;
+pub mod btrfs;
 pub mod buffer;
 pub mod command;
 pub mod counters;
@@ -22,7 +23,9 @@ pub mod lvm;
 pub mod memory;
 pub mod mounts;
 pub mod node;
+pub mod open_files;
 pub mod output;
+mod private_mount;
 pub mod records;
 pub mod signals;
 pub mod stack;

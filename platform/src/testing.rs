@@ -68,7 +68,7 @@ pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item =
 pub(crate) fn mkfs(fs_type: &str, device: &Path) {
     let quiet_and_forced: &[&str] = match fs_type {
         "ext4" => &["-q", "-F"],
-        "xfs" => &["-q", "-f"],
+        "xfs" | "btrfs" => &["-q", "-f"],
         other => panic!("no options known for {other}"),
     };
     let mut args: Vec<&OsStr> = quiet_and_forced.iter().map(OsStr::new).collect();

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use nix::dir::Dir;
@@ -14,6 +14,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::error::{Context, Error, Result};
+use crate::private_mount;
 
 /// Where tracefs is usually mounted.
 pub(super) const USUAL: &str = "/sys/kernel/tracing";
@@ -42,7 +43,10 @@ impl Tracefs {
     pub fn open() -> Result<Self> {
         let (root, is_private) = match File::open(USUAL) {
             Ok(root) if is_tracefs(&root) => (root, false),
-            _ => (mount_privately().context("cannot mount", "tracefs")?, true),
+            _ => (
+                private_mount::open_root(c"tracefs", &[]).context("cannot mount", "tracefs")?,
+                true,
+            ),
         };
         // Lockdown from the start leaves the folder empty; later, its files there but closed
         // (`tracing_check_open_get_tr` of kernel/trace/trace.c), though folders can be made.
@@ -108,54 +112,6 @@ pub fn instance_name(run_id: &str) -> String {
 
 fn is_tracefs(folder: &File) -> bool {
     fstatfs(folder).is_ok_and(|stat| stat.filesystem_type() == FsType(MAGIC as _))
-}
-
-/// A mount of tracefs that is attached nowhere (fsopen(2), Linux 5.2).
-fn mount_privately() -> io::Result<File> {
-    /// `FSOPEN_CLOEXEC`, `FSMOUNT_CLOEXEC`, `FSCONFIG_CMD_CREATE` of include/uapi/linux/mount.h.
-    const CLOEXEC: libc::c_uint = 1;
-    const CMD_CREATE: libc::c_uint = 6;
-    /// `MOUNT_ATTR_NOSUID`, `MOUNT_ATTR_NODEV`, `MOUNT_ATTR_NOEXEC`.
-    const ATTRIBUTES: libc::c_uint = 2 | 4 | 8;
-    let descriptor = |result: libc::c_long| {
-        let fd = Errno::result(result)?;
-        let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
-        // SAFETY: a descriptor that the kernel has just made for us.
-        io::Result::Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    // SAFETY: a terminated string and a flag.
-    let opened = unsafe { libc::syscall(libc::SYS_fsopen, c"tracefs".as_ptr(), CLOEXEC) };
-    let context = descriptor(opened).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENODEV | libc::ENOSYS) => io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel has no tracefs that could be mounted",
-        ),
-        _ => error,
-    })?;
-    let null = std::ptr::null::<libc::c_void>();
-    // SAFETY: an open context; this command takes no key and no value.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            CMD_CREATE,
-            null,
-            null,
-            0,
-        )
-    })?;
-    // SAFETY: an open context and flags.
-    let mounted =
-        unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, ATTRIBUTES) };
-    let mount = File::from(descriptor(mounted)?);
-    // Reading its folders takes more than the O_PATH descriptor of the mount.
-    let root = openat(
-        &mount,
-        ".",
-        OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
-    Ok(File::from(root))
 }
 
 pub(super) fn open(folder: &File, path: &str, flags: OFlag) -> Result<File> {
