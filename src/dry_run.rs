@@ -112,7 +112,10 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
         passed_over: Vec::new(),
     };
     let volumes = planned.volumes.iter().map(|wanted| {
-        let what = format!("volume {}", wanted.volume.n);
+        let mut what = format!("volume {}", wanted.volume.n);
+        if let Some(subvolume) = &wanted.volume.subvolume {
+            what = format!("subvolume {} from {what}", subvolume.path);
+        }
         let target = wanted.path.display().to_string();
         action(what, target, wanted.candidate.exists())
     });

@@ -32,6 +32,7 @@ pub mod read_at;
 pub mod restore;
 pub mod run;
 pub mod source;
+mod subvolume;
 pub mod survey;
 pub mod target;
 mod twin;

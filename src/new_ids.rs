@@ -7,7 +7,8 @@
 use uuid::Uuid;
 
 use crate::error::{Error, Kind, Result};
-use crate::fs::{self, btrfs::renew};
+use crate::fs;
+use crate::fs::btrfs::renew::{self, Identity};
 use crate::pipeline::load::Receive;
 use crate::target::Target;
 
@@ -31,6 +32,16 @@ pub(crate) fn refuse_others(fs: Option<&str>, what: &str) -> Result<()> {
 /// # Errors
 /// [`Kind::NotApplicable`] if it cannot be changed; [`Kind::Mismatch`]; else what the device says.
 pub(crate) fn give(target: &Target, new: Uuid, compare: bool) -> Result<()> {
+    let old = Identity::of(target).map_err(|error| error.on(target.path()))?;
+    let new = Identity { fsid: new, ..old };
+    give_identity(target, &new, compare)
+}
+
+/// The same of its whole identity.
+///
+/// # Errors
+/// As [`give`].
+pub(crate) fn give_identity(target: &Target, new: &Identity, compare: bool) -> Result<()> {
     let renewed = renew::renewed(target, new).map_err(|error| error.on(target.path()))?;
     for (offset, bytes) in &renewed {
         target.write(*offset, bytes)?;

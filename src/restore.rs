@@ -4,6 +4,7 @@ mod stream;
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::node::device_with_uuid;
 use serde::Serialize;
 use uuid::Uuid;
@@ -13,13 +14,14 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
-use crate::image::manifest::{Grade, Manifest, StreamManifest, VolumeManifest};
+use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeManifest};
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
 use crate::new_ids;
 use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
+use crate::subvolume;
 use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
@@ -79,6 +81,8 @@ pub struct TargetReport {
     pub path: String,
     /// The UUID its filesystem was given, if it is not that of the image.
     pub new_uuid: Option<String>,
+    /// The only subvolume that is in it, if it is not whole.
+    pub subvolume: Option<Subvolume>,
 }
 
 /// Asked before something that exists is overwritten.
@@ -172,6 +176,12 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
         }
     }
     WantedStream::keep_apart(&mut planned.streams);
+    let is_partial = |wanted: &WantedVolume| wanted.volume.subvolume.is_some();
+    if planned.volumes.iter().any(is_partial) {
+        let why = "to restore one subvolume, what else is in its filesystem has to be removed";
+        refuse_left_out(why, &planned, manifest)?;
+        Filesystem::can_mount()?;
+    }
     if options.new_ids {
         choose_new_uuids(&mut planned, manifest)?;
     } else if !options.allow_twin {
@@ -182,16 +192,11 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
 
 /// Gives each filesystem a new UUID, the same on all its devices.
 fn choose_new_uuids(planned: &mut Planned, manifest: &Manifest) -> Result<()> {
-    if let Some(left_out) = left_out(planned, manifest) {
-        let what = format!(
-            "with --new-ids, all devices of a filesystem must be restored at once, and volume {} is \
-             left out",
-            left_out.n
-        );
-        return Err(
-            Error::new(Kind::NotApplicable, what).hint("name a target for it, too, by --map")
-        );
-    }
+    refuse_left_out(
+        "a new UUID has to be given to all devices of a filesystem",
+        planned,
+        manifest,
+    )?;
     let mut groups: Vec<(String, Uuid)> = Vec::new();
     for wanted in &mut planned.volumes {
         let volume = &wanted.volume;
@@ -219,6 +224,15 @@ fn refuse_twins(volumes: &[WantedVolume]) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to restore only some of the devices of a filesystem.
+fn refuse_left_out(why: &str, planned: &Planned, manifest: &Manifest) -> Result<()> {
+    let Some(left_out) = left_out(planned, manifest) else {
+        return Ok(());
+    };
+    let what = format!("{why}, and volume {} is left out", left_out.n);
+    Err(Error::new(Kind::NotApplicable, what).hint("name a target for it, too, by --map"))
+}
+
 /// Restores an image.
 ///
 /// # Errors
@@ -244,9 +258,13 @@ pub fn run(
         if wanted.candidate.exists() {
             confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
         }
-        let note = wanted.new_uuid.map(new_ids::note);
-        let note = note.map_or(String::new(), |note| format!(", {note}"));
-        let what = format!("volume {} to {}{note}", volume.n, path.display());
+        let mut what = format!("volume {} to {}", volume.n, path.display());
+        if let Some(new) = wanted.new_uuid {
+            what = format!("{what}, {}", new_ids::note(new));
+        }
+        if let Some(subvolume) = &volume.subvolume {
+            what = format!("{what}, of it only the subvolume {}", subvolume.path);
+        }
         progress.event(&Event::Plan(&what));
     }
     for stream in &planned.streams {
@@ -259,10 +277,14 @@ pub fn run(
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
-    let mut new_uuids = Vec::new();
+    let mut filesystems = Vec::new();
     for wanted in planned.volumes {
         let volume = wanted.volume;
-        new_uuids.push(wanted.new_uuid);
+        filesystems.push(Finishing {
+            group: volume.group,
+            subvolume: volume.subvolume,
+            new_uuid: wanted.new_uuid,
+        });
         let has_content = wanted.candidate.exists();
         let target = wanted.candidate.open(options.discard)?;
         if options.salvage && has_content {
@@ -303,14 +325,15 @@ pub fn run(
         let comparisons = comparisons.collect::<Result<Vec<_>>>()?;
         verify::compare(&options.image, &comparisons, options.bounds, progress)?;
     }
-    for ((_, target), new) in targets.volumes.iter().zip(new_uuids) {
-        if let Some(new) = new {
-            new_ids::give(target, new, options.verify)?;
-        }
+    if !damages.is_empty() && manifest.has_subvolume() {
+        progress.warn(
+            "what is damaged is not mounted to remove what is not wanted: all subvolumes are there, and \
+             the data of one",
+        );
+        filesystems.iter_mut().for_each(|it| it.subvolume = None);
     }
-    for (_, target) in targets.volumes {
-        target.finish(options.verify)?;
-    }
+    let volumes = targets.volumes.into_iter().map(|(_, target)| target);
+    finish(volumes.zip(filesystems).collect(), options.verify, progress)?;
     let received = targets.streams.into_iter().map(Receiving::finish);
     stream::place(received.collect::<Result<_>>()?)?;
     damages
@@ -333,6 +356,43 @@ pub fn run(
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
+}
+
+/// How the filesystem on a target is finished.
+struct Finishing {
+    /// Targets with the same one hold one together.
+    group: Option<String>,
+    /// The only subvolume to be left.
+    subvolume: Option<Subvolume>,
+    new_uuid: Option<Uuid>,
+}
+
+/// Makes targets whole. Those of one filesystem of which a subvolume is wanted are finished together.
+fn finish(
+    mut targets: Vec<(Target, Finishing)>,
+    compare: bool,
+    progress: &dyn Progress,
+) -> Result<()> {
+    for (target, finishing) in &targets {
+        if let (Some(new), None) = (finishing.new_uuid, &finishing.subvolume) {
+            new_ids::give(target, new, compare)?;
+        }
+    }
+    while !targets.is_empty() {
+        let (target, finishing) = targets.remove(0);
+        let Some(wanted) = finishing.subvolume else {
+            target.finish(compare)?;
+            continue;
+        };
+        let is_same = |other: &Option<String>| other.is_some() && *other == finishing.group;
+        let (others, rest) = targets.into_iter().partition(|(_, it)| is_same(&it.group));
+        targets = rest;
+        let others: Vec<(Target, Finishing)> = others;
+        let others = others.into_iter().map(|(target, _)| target);
+        let all = std::iter::once(target).chain(others).collect();
+        subvolume::finish(all, &wanted, finishing.new_uuid, compare, progress)?;
+    }
+    Ok(())
 }
 
 /// Names a UUID that is visible twice now.
@@ -386,11 +446,13 @@ impl Planned {
             n: wanted.volume.n,
             path: wanted.path.display().to_string(),
             new_uuid: wanted.new_uuid.map(|new| new.to_string()),
+            subvolume: wanted.volume.subvolume.clone(),
         });
         let streams = self.streams.iter().map(|stream| TargetReport {
             n: stream.n,
             path: stream.target.clone(),
             new_uuid: None,
+            subvolume: None,
         });
         volumes.chain(streams).collect()
     }

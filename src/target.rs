@@ -6,6 +6,8 @@
 //! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
 //! nothing that a system would mount, neither the new volume nor the one that was there.
 
+mod unsettled;
+
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,6 +27,8 @@ use crate::extent::Extent;
 use crate::image::format::BLOCK;
 use crate::read_at::{ReadAt, check_range};
 use crate::units::{ByteLen, Offset};
+
+pub(crate) use unsettled::Unsettled;
 
 /// What is held back of the start until the end.
 const HEAD: ByteLen = ByteLen::mib(1);
@@ -152,7 +156,8 @@ impl Candidate {
 /// partitioning tools keep their hands off its disk.
 #[derive(Debug)]
 struct Claimed {
-    _claim: Claim,
+    /// `None` while its filesystem is mounted by us.
+    claim: Option<Claim>,
     _lock: DiskLock,
 }
 
@@ -166,7 +171,7 @@ impl Claimed {
         };
         let disk = BlockDevice::of(BlockDevice::at(path)?.disk)?.path();
         Ok(Self {
-            _claim: Claim::new(path).map_err(taken)?,
+            claim: Some(Claim::new(path).map_err(taken)?),
             _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
         })
     }
@@ -315,11 +320,22 @@ impl Target {
     /// If the device refuses; the target then holds no signature, or is damaged at its ends.
     /// [`Kind::Mismatch`] if it holds something else: it is without a signature again then.
     pub fn finish(mut self, compare: bool) -> Result<()> {
+        self.complete(compare)?;
+        self.let_go();
+        Ok(())
+    }
+
+    fn complete(&mut self, compare: bool) -> Result<()> {
         self.disk.sync()?;
         self.write_held()?;
-        if compare {
-            self.compare_held()?;
+        match compare {
+            true => self.compare_held(),
+            false => Ok(()),
         }
+    }
+
+    /// It is whole.
+    fn let_go(mut self) {
         self.is_done = true;
         if self.claimed.take().is_some() {
             // A whole disk may have a partition table now. A partition cannot be asked, and a disk
@@ -328,7 +344,6 @@ impl Target {
                 log::debug!("{error}");
             }
         }
-        Ok(())
     }
 
     /// A large write that is cut short, by SIGKILL or a power cut, leaves a part of what it should

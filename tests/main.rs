@@ -25,6 +25,7 @@ mod refusals;
 mod restore;
 mod salvage;
 mod streams;
+mod subvolume;
 mod track;
 mod track_ends;
 mod verify;

@@ -1,6 +1,5 @@
 //! `--new-ids`: a copy of a btrfs that lives beside its original.
 
-use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::common::btrfs::{Scene, change_super, fill, filled, forget, making, mount, patch};
+use crate::common::btrfs::{
+    Scene, change_super, check, fill, filled, forget, ids, making, mount, patch,
+};
 use crate::common::holdstill::{self as program, Run};
 use crate::common::scene::{assert_no_signature, onto_a_liar};
 use crate::common::volume::{copy, digests, ext4};
@@ -19,33 +20,6 @@ use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, needs_root, run, seed, sparse_file, spawn, temp_dir,
 };
 use holdstill::read_at::ReadAt;
-
-/// What a superblock and its copies say: UUID and UUID of the metadata.
-fn ids(device: &Path, copies: usize) -> (String, String) {
-    let args = ["inspect-internal", "dump-super", "-f", "-a"].map(Path::new);
-    let text = run("btrfs", args.into_iter().chain([device]));
-    let all = |name: &str| {
-        let lines = text.lines();
-        let values = lines.filter_map(|line| line.strip_prefix(name)?.split_whitespace().next());
-        values.map(str::to_owned).collect::<Vec<_>>()
-    };
-    // The checksum, the magic, and the UUID of the metadata in the device item.
-    assert_eq!(text.matches("[match]").count(), 3 * copies, "{text}");
-    let [fsid, metadata] = ["fsid", "metadata_uuid"].map(|name| {
-        let values = all(name);
-        assert_eq!(values.len(), copies, "{text}");
-        let values = BTreeSet::from_iter(values);
-        assert_eq!(values.len(), 1, "{text}");
-        values.into_iter().next().unwrap()
-    });
-    (fsid, metadata)
-}
-
-/// Metadata and data of a filesystem that is not mounted are what their checksums say.
-fn check(device: &Path) {
-    let args = ["check", "--check-data-csum"].map(Path::new);
-    run("btrfs", args.into_iter().chain([device]));
-}
 
 fn restore<'a>(image: &Path, more: impl IntoIterator<Item = &'a OsStr>) -> Run {
     let args = ["restore", "--yes", "--json"].map(OsString::from);

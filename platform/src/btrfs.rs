@@ -7,8 +7,10 @@
 //! opened and deleted at once pins every block it refers to for as long as the descriptor lives, and
 //! there is nothing to clean up, however the process ends.
 
+mod emptying;
 mod members;
 mod mounted;
+mod pruning;
 mod search;
 mod subvolume;
 
@@ -25,6 +27,7 @@ use crate::error::{Context, Error, Result};
 
 pub use members::Member;
 pub use mounted::{Mounted, mounted};
+pub use pruning::{Child, Dropping, forget};
 pub use search::{Item, Key};
 pub use subvolume::{Subvolume, subvolume_of};
 

@@ -64,6 +64,9 @@ pub(super) fn restore(report: &restore::Report) -> String {
             target.n,
             Escaped(&target.path)
         );
+        if let Some(subvolume) = &target.subvolume {
+            let _ = write!(text, ", only its subvolume {}", Escaped(&subvolume.path));
+        }
         text.push_str(&new_uuid(target.new_uuid.as_deref()));
         text.push('\n');
     }
@@ -248,6 +251,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             ByteLen(achieved.used_bytes),
             achieved.grade.name(),
         );
+        if let Some(subvolume) = &volume.subvolume {
+            let _ = write!(text, ", only subvolume {}", Escaped(&subvolume.path));
+        }
         if !achieved.unreadable.is_empty() {
             let _ = write!(text, ", {} unreadable ranges", achieved.unreadable.len());
         }
