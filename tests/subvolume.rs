@@ -425,3 +425,95 @@ fn privileged_a_restore_of_a_subvolume_that_ends_early_is_not_taken_for_one() {
     assert!(!fresh.exists());
     forget(&[device]);
 }
+
+/// Wherever the wanted one lies: the top level itself, right below it as the default, read-only with
+/// another inside. From a stream, and from a damaged image.
+#[test]
+fn privileged_every_subvolume_can_be_the_wanted_one() {
+    needs_root!();
+    let mut scene = Scene::make(&making("", 1, ""));
+    let mut wanted = Vec::new();
+    {
+        let mount = scene.mount("");
+        let dir = mount.dir();
+        fill(dir, &mut Rng(seed()), 2 << 20);
+        shell(format!(
+            "cd {}; btrfs -q subvolume create ro; echo text > ro/file; btrfs -q subvolume create ro/in
+            btrfs property set ro ro true; btrfs subvolume set-default sub; sync -f .",
+            dir.display()
+        ));
+        for path in ["", "sub", "sub/nested", "snapshot", "ro", "ro/in"] {
+            let root = dir.join(path);
+            let all = ["sub", "sub/nested", "snapshot", "ro", "ro/in"].map(Path::new);
+            let path = Path::new(path);
+            let inside = |other: &Path| other != path && other.starts_with(path);
+            let others = all.into_iter().filter(|other| inside(other));
+            let others: Vec<PathBuf> = others.map(|it| dir.join(it)).collect();
+            let mut kept = digests(&root);
+            kept.retain(|file, _| {
+                !others
+                    .iter()
+                    .any(|other| root.join(file).starts_with(other))
+            });
+            let path = path.to_str().unwrap();
+            wanted.push((path, id_of(&root), kept));
+        }
+    }
+    let image = scene.path("image");
+    let args = ["backup", "-o"].map(Path::new).into_iter();
+    program::run(args.chain([&*image, scene.loops[0].path()])).expect(0);
+    forget(&scene.loops);
+    scene.loops.clear();
+    let target = scene.path("target");
+    for (path, id, kept) in wanted {
+        println!("{path}");
+        make_partial(&image, id, path);
+        let args = ["restore", "--yes", "-"].map(Path::new).into_iter();
+        program::run_from(&image, args.chain([&*target])).expect(0);
+        check(&target);
+        let device = LoopDevice::attach(&target);
+        let mount = Mount::new(device.path(), &scene.path("mnt"), "btrfs", "subvolid=5");
+        assert_eq!(digests(&mount.dir().join(path)), kept);
+        let parts = Path::new(path)
+            .ancestors()
+            .filter(|it| !it.as_os_str().is_empty());
+        let mut left: Vec<String> = parts.map(|it| it.display().to_string()).collect();
+        left.sort();
+        assert_eq!(subvolumes(&mount), left);
+        let args = ["subvolume", "get-default"].map(Path::new).into_iter();
+        let default = run("btrfs", args.chain([mount.dir()]));
+        let expected = if path.starts_with("sub") {
+            "path sub"
+        } else {
+            "FS_TREE"
+        };
+        assert!(default.contains(expected), "{default}");
+        if path.starts_with("ro") {
+            let args = ["property", "get"].map(Path::new).into_iter();
+            let text = run(
+                "btrfs",
+                args.chain([&*mount.dir().join("ro"), "ro".as_ref()]),
+            );
+            assert_eq!(text.trim(), "ro=true");
+        }
+        drop(mount);
+        forget(&[device]);
+    }
+
+    // What is damaged is not mounted: all is written that is whole, and that is said.
+    let mut bytes = std::fs::read(&image).unwrap();
+    let data = records(&bytes)
+        .into_iter()
+        .find(|at| bytes[at + 4] == 2)
+        .unwrap();
+    let next = records(&bytes).into_iter().find(|at| *at > data).unwrap();
+    bytes[next - 16] ^= 1;
+    std::fs::write(&image, bytes).unwrap();
+    std::fs::remove_file(&target).unwrap();
+    program::run([Path::new("restore"), &image, &target]).expect(4);
+    assert!(!target.exists());
+    let args = ["restore", "--salvage"].map(Path::new).into_iter();
+    let ended = program::run(args.chain([&*image, &target])).expect(4);
+    ended.says("all subvolumes are there, and the data of one");
+    assert!(target.exists());
+}
