@@ -92,6 +92,7 @@ fn trailer() -> Trailer {
             unreadable: Vec::new(),
         }],
         streams: Vec::new(),
+        commits: Vec::new(),
     }
 }
 

@@ -15,8 +15,8 @@ use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
 use crate::freeze::{Context, CowRoom, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
-    Blocks, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer, VolumeManifest,
-    VolumeTrailer, ZFS_SEND,
+    Blocks, CommitProof, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer,
+    VolumeManifest, VolumeTrailer, ZFS_SEND,
 };
 use crate::image::writer::ImageWriter;
 use crate::pipeline::Bounds;
@@ -45,6 +45,8 @@ pub struct Options {
     pub cow: CowRoom,
     /// How payloads are stored.
     pub compression: Compression,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// What to do with unreadable blocks.
@@ -90,6 +92,8 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
     /// Each stream.
     pub streams: Vec<StreamReport>,
+    /// The commit of each filesystem that was imaged at one while in use.
+    pub commits: Vec<CommitProof>,
 }
 
 /// One stream of a [`Report`].
@@ -161,8 +165,10 @@ pub fn plan(options: &Options) -> Result<Planned> {
         match Named::resolve(text)? {
             Named::Blocks(source) => {
                 // It may be imaged already, with another device of its filesystem.
-                if !planned.volumes.iter().any(|plan| plan.has_sibling(&source)) {
-                    planned.volumes.push(Plan::of(*source, options.freeze)?);
+                if !planned.volumes.iter().any(|plan| plan.includes(&source)) {
+                    let plan = Plan::of(*source, options.freeze)?;
+                    plan.allow_freeze(options.no_freeze)?;
+                    planned.volumes.push(plan);
                 }
             }
             Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
@@ -214,6 +220,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         run: &run,
         output: Some(output.as_fd()),
         cow: &options.cow,
+        no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
         compare: false,
         on_read_error: options.on_read_error,
@@ -223,13 +230,12 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in plans {
-        for still in plan.hold_still(&context)? {
-            for warning in &still.survey().warnings {
-                progress.warn(warning);
-                warnings.push(warning.clone());
-            }
-            stills.push(still);
+        let still = plan.hold_still(&context)?;
+        for warning in still.surveys().iter().flat_map(|survey| &survey.warnings) {
+            progress.warn(warning);
+            warnings.push(warning.clone());
         }
+        stills.push(still);
     }
     let mut datasets = Vec::new();
     for wanted in &planned.datasets {
@@ -253,18 +259,21 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let mut volumes = Vec::new();
     let mut streams = Vec::new();
     let mut proofs = Vec::new();
-    for (volume, still) in manifest.volumes.iter().zip(stills) {
-        let (proof, unreadable, used) = copy(volume.n, still, options, &mut image, progress)?;
-        volumes.push(VolumeTrailer {
-            n: volume.n,
-            grade: proof.grade,
-            instant: proof.instant.to_string(),
-            used_bytes: used.0,
-            unreadable: unreadable
-                .iter()
-                .map(|extent| (extent.start.0, extent.len.0))
-                .collect(),
-        });
+    for still in stills {
+        let first = 1 + volumes.len() as u32;
+        let (proof, copied) = copy(first, still, options, &mut image, progress)?;
+        for (n, Copied { used, unreadable }) in (first..).zip(copied) {
+            volumes.push(VolumeTrailer {
+                n,
+                grade: proof.grade,
+                instant: proof.instant.to_string(),
+                used_bytes: used.0,
+                unreadable: unreadable
+                    .iter()
+                    .map(|extent| (extent.start.0, extent.len.0))
+                    .collect(),
+            });
+        }
         proofs.push(proof);
     }
     let mut numbers = manifest.streams.iter().map(|stream| stream.n);
@@ -316,6 +325,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         warnings: trailer.warnings,
         volumes: volume_reports(manifest.volumes, trailer.volumes),
         streams: stream_reports(manifest.streams, trailer.streams),
+        commits: trailer.commits,
     })
 }
 
@@ -353,33 +363,49 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
     Ok(run)
 }
 
-/// Copies all passes of one volume, then lets the source go.
+/// What was copied of a volume.
+#[derive(Debug, Default)]
+struct Copied {
+    /// Bytes its map called used.
+    used: ByteLen,
+    /// What could not be read.
+    unreadable: Vec<Extent>,
+}
+
+/// Copies all passes of a source whose volumes are numbered from `first`, then lets it go.
 fn copy(
-    volume: u32,
+    first: u32,
     mut still: Box<dyn Still>,
     options: &Options,
     image: &mut ImageWriter<OutputSink<'_>>,
     progress: &dyn Progress,
-) -> Result<(Proof, Vec<Extent>, ByteLen)> {
-    let mut unreadable = Vec::new();
-    let mut pass_number = 0;
+) -> Result<(Proof, Vec<Copied>)> {
+    let mut volumes: Vec<(u32, Copied)> = Vec::new();
+    volumes.resize_with(still.surveys().len(), Default::default);
     while let Some(pass) = still.next_pass(progress)? {
+        let (pass_number, copied) = &mut volumes[pass.volume];
         let job = Job {
             reading: Reading {
                 source: pass.source,
-                volume,
+                volume: first + pass.volume as u32,
                 on_read_error: options.on_read_error,
                 bounds: options.bounds,
             },
-            pass: pass_number,
+            pass: *pass_number,
             compression: options.compression,
         };
         let stored = store(&job, pass.walk, image, progress)?;
-        unreadable.extend(stored.unreadable);
-        pass_number += 1;
+        copied.unreadable.extend(stored.unreadable);
+        *pass_number += 1;
     }
-    let used = still.survey().bytes;
-    Ok((still.finish(progress)?, unreadable, used))
+    let mut copied = Vec::new();
+    for ((_, volume), survey) in volumes.into_iter().zip(still.surveys()) {
+        copied.push(Copied {
+            used: survey.bytes,
+            ..volume
+        });
+    }
+    Ok((still.finish(progress)?, copied))
 }
 
 fn manifest(
@@ -389,7 +415,8 @@ fn manifest(
     datasets: &[Datasets],
 ) -> Result<Manifest> {
     let descriptions = datasets.iter().flat_map(|group| &group.descriptions);
-    let streams = (1 + stills.len() as u32..).zip(descriptions);
+    let volumes = stills.iter().map(|still| still.surveys().len());
+    let streams = (1 + volumes.sum::<usize>() as u32..).zip(descriptions);
     let streams = streams.map(|(n, description)| StreamManifest {
         n,
         path: description.dataset.clone(),
@@ -400,9 +427,9 @@ fn manifest(
     let sources = plans
         .iter()
         .flat_map(|plan| plan.sources().map(move |source| (plan, source)));
-    let volumes = (1..).zip(sources).zip(stills);
-    let volumes = volumes.map(|((n, (plan, source)), still)| {
-        let survey = still.survey();
+    let surveys = stills.iter().flat_map(|still| still.surveys());
+    let volumes = (1..).zip(sources).zip(surveys);
+    let volumes = volumes.map(|((n, (plan, source)), survey)| {
         let geometry = source.geometry()?;
         let info = survey.info.as_ref();
         let uuid = info.and_then(|info| info.uuid.clone());
@@ -475,6 +502,10 @@ fn trailer(
         warnings,
         volumes: Vec::new(),
         streams: Vec::new(),
+        commits: proofs
+            .iter()
+            .filter_map(|proof| proof.commit.clone())
+            .collect(),
     })
 }
 

@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
+use holdstill_platform::btrfs;
 use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::lock;
@@ -66,9 +67,11 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
         }
     }
     remove_stray_instances(&mut report)?;
-    if let Err(error) = remove_stray_snapshots(&mut report) {
-        progress.warn(&error.to_string());
-        trouble = Some(error);
+    for remove in [remove_stray_snapshots, remove_stray_subvolumes] {
+        if let Err(error) = remove(&mut report) {
+            progress.warn(&error.to_string());
+            trouble = Some(error);
+        }
     }
     trouble.map_or(Ok(report), |error| {
         Err(error.hint("what is left of that run stays on record: try again when this is mended"))
@@ -186,12 +189,51 @@ fn restore_snapdev(name: &str, own: Option<&str>, report: &mut Report) -> Result
     Ok(())
 }
 
+/// Whether this may be the id of a run, and nobody holds its lock.
+fn is_dead(run_id: &str) -> bool {
+    matches!(lock::is_held(Path::new(lock::FOLDER), run_id), Ok(false))
+}
+
+/// Snapshots of a btrfs have a name for a moment only, and no record: they are looked for on all that
+/// are mounted.
+fn remove_stray_subvolumes(report: &mut Report) -> Result<()> {
+    let mut trouble = Ok(());
+    for mounted in btrfs::mounted()? {
+        trouble = remove_subvolumes_of(&mounted, report).and(trouble);
+    }
+    trouble
+}
+
+fn remove_subvolumes_of(mounted: &btrfs::Mounted, report: &mut Report) -> Result<()> {
+    let Some(filesystem) = mounted.open()? else {
+        return Ok(());
+    };
+    let leftovers = match filesystem.leftovers() {
+        // Whoever may not look has not made any either.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(()),
+        leftovers => leftovers?,
+    };
+    for left in leftovers {
+        if !is_dead(&left.run_id) {
+            continue;
+        }
+        match filesystem.delete_leftover(&left) {
+            Ok(()) => report.removed.push(format!(
+                "{} (subvolume {} of {})",
+                left.name,
+                left.id,
+                filesystem.path().display()
+            )),
+            // Somebody else was faster.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Snapshots without a record are found by their names and tags.
 fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
-    let is_dead = |run_id: &str| {
-        let locks = Path::new(lock::FOLDER);
-        matches!(lock::is_held(locks, run_id), Ok(false))
-    };
     let mut trouble = Ok(());
     for left in Takeover::leftovers()? {
         if is_dead(&left.run_id) {
@@ -228,7 +270,7 @@ fn remove_stray_instances(report: &mut Report) -> Result<()> {
     for name in tracefs.leftovers()? {
         let run_id = name.strip_prefix(PREFIX).unwrap_or_default();
         // Whatever does not look like a run of ours is none.
-        if !matches!(lock::is_held(Path::new(lock::FOLDER), run_id), Ok(false)) {
+        if !is_dead(run_id) {
             continue;
         }
         match tracefs.remove(&name) {

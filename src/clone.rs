@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
 use crate::fs;
-use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
@@ -37,6 +37,8 @@ pub struct Options {
     pub freeze: Option<Step>,
     /// Room for a snapshot.
     pub cow: CowRoom,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// What to do with unreadable blocks.
@@ -74,6 +76,8 @@ pub struct Report {
     pub freeze_ms: f64,
     /// Each time they were.
     pub freezes: Vec<FreezeTimes>,
+    /// The commit it shows, if it is one of a filesystem in use.
+    pub commit: Option<CommitProof>,
     /// Bytes its map called used, zeros included.
     pub used_bytes: u64,
     /// What could not be read and is zeros: offset and length in bytes.
@@ -97,6 +101,7 @@ pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 /// As [`run`], as far as they can be known before.
 pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     let plan = Plan::make(&options.source, options.freeze)?;
+    plan.allow_freeze(options.no_freeze)?;
     if plan.is_same_as(&options.target) {
         return Err(Error::new(Kind::InUse, "the target is the source itself").on(&options.target));
     }
@@ -157,28 +162,20 @@ pub fn run(
         run: &run,
         output: Some(target.as_fd()),
         cow: &options.cow,
+        no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
         compare: options.verify,
         on_read_error: options.on_read_error,
         memory: options.bounds.memory,
         progress,
     };
-    let mut stills = plan.hold_still(&context)?;
-    let mut still = match (stills.pop(), stills.is_empty()) {
-        (Some(still), true) => still,
-        _ => {
-            return Err(
-                Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path)
-            );
-        }
+    let mut still = plan.hold_still(&context)?;
+    let [survey] = still.surveys() else {
+        return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
-    let mut warnings = still.survey().warnings.clone();
+    let mut warnings = survey.warnings.clone();
     if !options.new_ids
-        && let Some(uuid) = still
-            .survey()
-            .info
-            .as_ref()
-            .and_then(|info| info.uuid.as_ref())
+        && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
     {
         warnings.push(format!(
             "source and target will both have the UUID {uuid}: what is mounted by UUID may then be either"
@@ -187,14 +184,19 @@ pub fn run(
     for warning in &warnings {
         progress.warn(warning);
     }
-    let bytes = still.survey().bytes;
+    let bytes = survey.bytes;
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let unreadable = copy_passes(&mut *still, &target, options, progress)?;
-    let used = still.survey().bytes;
+    let used = still
+        .surveys()
+        .iter()
+        .map(|survey| survey.bytes)
+        .sum::<ByteLen>();
     let Proof {
         grade,
         instant,
         freezes,
+        commit,
     } = still.finish(progress)?;
     progress.check()?;
     if let Some(new) = new_uuid {
@@ -211,6 +213,7 @@ pub fn run(
             .iter()
             .fold(0.0, |all, freeze| all + freeze.freeze_ms),
         freezes,
+        commit,
         used_bytes: used.0,
         unreadable: unreadable
             .iter()

@@ -68,6 +68,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         freeze: None,
         cow: CowRoom::default(),
         compression: Compression::Zstd(DEFAULT_LEVEL),
+        no_freeze: false,
         all_blocks: false,
         on_read_error: OnReadError::Fail,
         force: false,

@@ -2,6 +2,7 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+pub mod btrfs;
 pub mod dm;
 mod final_read;
 pub mod hold;
@@ -26,7 +27,7 @@ use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
-use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
@@ -41,6 +42,8 @@ pub enum Step {
     Offline,
     /// A snapshot of a volume of ZFS.
     Zfs,
+    /// A commit of a mounted btrfs, whose data snapshots pin.
+    Btrfs,
     /// A snapshot of LVM, thick or thin.
     Lvm,
     /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
@@ -55,12 +58,19 @@ pub enum Step {
 
 impl Step {
     /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 4] = [Self::Offline, Self::Zfs, Self::Lvm, Self::Track];
-
-    /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 7] = [
+    pub const LADDER: [Self; 5] = [
         Self::Offline,
         Self::Zfs,
+        Self::Btrfs,
+        Self::Lvm,
+        Self::Track,
+    ];
+
+    /// All steps of this version. Those that are not in the ladder are taken only when named.
+    pub const ALL: [Self; 8] = [
+        Self::Offline,
+        Self::Zfs,
+        Self::Btrfs,
         Self::Lvm,
         Self::Track,
         Self::Dm,
@@ -73,11 +83,17 @@ impl Step {
         !matches!(self, Self::Offline | Self::None)
     }
 
+    /// Whether the step makes writers wait, be it for milliseconds, and cannot do without.
+    pub fn has_to_freeze(self) -> bool {
+        !matches!(self, Self::Offline | Self::Btrfs | Self::None)
+    }
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Offline => "offline",
             Self::Zfs => "zfs",
+            Self::Btrfs => "btrfs",
             Self::Lvm => "lvm",
             Self::Track => "track",
             Self::Dm => "dm",
@@ -120,6 +136,8 @@ pub struct Context<'a> {
     pub output: Option<BorrowedFd<'a>>,
     /// Room for a snapshot.
     pub cow: &'a CowRoom,
+    /// Freeze nothing.
+    pub no_freeze: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// Give a pass to compare the copy with as well.
@@ -144,6 +162,8 @@ pub struct CowRoom {
 /// One pass over a source that holds still.
 #[allow(missing_debug_implementations, reason = "a walk is a closure")]
 pub struct Pass<'a> {
+    /// Which of the source's volumes it is over: the place of its survey.
+    pub volume: usize,
     /// Where to read.
     pub source: &'a dyn ReadAt,
     /// What to read, ascending.
@@ -188,21 +208,30 @@ impl OnePass {
 
     /// The next pass over a disk, by its survey.
     fn over<'a>(&mut self, disk: &'a Disk, survey: &'a Survey) -> Option<Pass<'a>> {
-        self.next().map(|purpose| Pass {
+        let purpose = self.next()?;
+        Some(Pass::over(0, disk, survey, purpose))
+    }
+}
+
+impl<'a> Pass<'a> {
+    /// A pass over the disk of a volume, by its survey.
+    fn over(volume: usize, disk: &'a Disk, survey: &'a Survey, purpose: Purpose) -> Self {
+        Self {
+            volume,
             source: disk,
             walk: Box::new(move |sink| survey.walk(disk, sink)),
             purpose,
-        })
+        }
     }
 }
 
 /// A source that holds still.
 pub trait Still {
-    /// What is on it.
-    fn survey(&self) -> &Survey;
+    /// What is on each of its volumes: several where a filesystem lives on several devices.
+    fn surveys(&self) -> &[Survey];
 
-    /// The next pass; `None` when nothing is left to read. What a later pass gives supersedes what
-    /// an earlier one gave.
+    /// The next pass over one of them; `None` when nothing is left to read. What a later pass gives
+    /// supersedes what an earlier one gave.
     ///
     /// # Errors
     /// If it moved after all, or reading fails.
@@ -233,4 +262,6 @@ pub struct Proof {
     pub instant: jiff::Timestamp,
     /// Each time writers were blocked.
     pub freezes: Vec<FreezeTimes>,
+    /// The commit it shows, if it is one of a filesystem in use.
+    pub commit: Option<CommitProof>,
 }

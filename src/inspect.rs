@@ -161,14 +161,14 @@ fn source(source: &Source) -> Result<SourceReport> {
         warnings: Vec::new(),
     };
     // What is mounted here is marked as in use by this very machine.
-    let opened = if source.mount.is_some() {
+    let mut siblings: Vec<Arc<dyn ReadAt>> = Vec::new();
+    for sibling in whole::siblings(source)? {
+        siblings.push(Arc::new(Disk::open(&sibling.path, Access::Read)?));
+        report.siblings.push(sibling.path.display().to_string());
+    }
+    let opened = if source.mount.is_some() && siblings.is_empty() {
         fs::open_frozen(&disk)?
     } else {
-        let mut siblings: Vec<Arc<dyn ReadAt>> = Vec::new();
-        for sibling in whole::siblings(source)? {
-            siblings.push(Arc::new(Disk::open(&sibling.path, Access::Read)?));
-            report.siblings.push(sibling.path.display().to_string());
-        }
         fs::open_with(&disk, &siblings)?
     };
     let info = match opened {

@@ -9,6 +9,7 @@ use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::btrfs::{self, Live};
 use crate::freeze::dm;
 use crate::freeze::hold::{self, Hold};
 use crate::freeze::lvm;
@@ -68,25 +69,45 @@ impl Plan {
         Err(nothing_applies(&source, named, &passed_over))
     }
 
-    /// Makes the source hold still: one value for each of [`sources`](Self::sources).
+    /// Refuses a step that makes writers wait, where none may.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`].
+    pub fn allow_freeze(&self, no_freeze: bool) -> Result<()> {
+        match no_freeze && self.step.has_to_freeze() {
+            true => Err(Error::new(
+                Kind::NotApplicable,
+                format!(
+                    "`{}` makes writers wait, and --no-freeze forbids it",
+                    self.step
+                ),
+            )
+            .on(&self.source.path)),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the source hold still, with one volume for each of [`sources`](Self::sources).
     ///
     /// # Errors
     /// What the step says.
-    pub fn hold_still(&self, context: &Context<'_>) -> Result<Vec<Box<dyn Still>>> {
-        let one: Box<dyn Still> = match self.step {
+    pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(match self.step {
             Step::Offline => {
                 let sources: Vec<&Source> = self.sources().collect();
-                let held = Offline::hold(&sources, context)?.into_iter();
-                return Ok(held.map(|one| Box::new(one) as Box<dyn Still>).collect());
+                Box::new(Offline::hold(&sources, context)?)
             }
             Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
+            Step::Btrfs => {
+                let sources: Vec<&Source> = self.sources().collect();
+                Box::new(Live::begin(&sources, context)?)
+            }
             Step::Lvm => lvm::snapshot(&self.source, context)?,
             Step::Track => Box::new(Track::begin(&self.source, context)?),
             Step::Dm => dm::snapshot(&self.source, context)?,
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
-        };
-        Ok(vec![one])
+        })
     }
 
     /// The source, and what is imaged with it.
@@ -107,12 +128,9 @@ impl Plan {
         }
     }
 
-    /// Whether this is one of the other devices of the source's filesystem.
-    pub fn has_sibling(&self, other: &Source) -> bool {
-        let Ok(node) = Node::of(&other.path) else {
-            return false;
-        };
-        self.siblings.iter().any(|source| source.is_same_as(&node))
+    /// Whether this is the source itself, by another name perhaps, or imaged with it.
+    pub fn includes(&self, other: &Source) -> bool {
+        self.is_same_as(&other.path)
     }
 
     /// Size and sectors of the source.
@@ -159,6 +177,7 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
     match step {
         Step::Offline => offline::objection(source),
         Step::Zfs => zfs::objection(source),
+        Step::Btrfs => btrfs::objection(source),
         Step::Lvm => lvm::objection(source),
         Step::Track => track::objection(source),
         Step::Dm => dm::objection(source),
@@ -177,9 +196,13 @@ fn siblings_or_objection(
         return Ok(Err(why));
     }
     let siblings = match step {
-        Step::Offline => whole::siblings(source)?,
+        Step::Offline | Step::Btrfs => whole::siblings(source)?,
         _ => Vec::new(),
     };
+    if step == Step::Btrfs {
+        // Of a mounted filesystem, whatever speaks against one of its devices does so of all.
+        return Ok(Ok(siblings));
+    }
     for sibling in &siblings {
         if let Some(why) = objection(step, sibling)? {
             return Ok(Err(format!("{}: {why}", sibling.path.display())));

@@ -5,6 +5,7 @@ pub mod whole;
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::btrfs::{self, Mounted};
 use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::lvm::LogicalVolume;
 use holdstill_platform::mounts::{self, Mount, Place};
@@ -22,7 +23,8 @@ pub struct Source {
     pub path: PathBuf,
     /// What that is.
     pub medium: Medium,
-    /// Where its filesystem is mounted in this process's view, whole and as seen from its root.
+    /// Where its filesystem is mounted in this process's view, as seen from its root: all of it, or of
+    /// a btrfs, if there is no such place, one of its subvolumes.
     pub mount: Option<Mount>,
 }
 
@@ -134,13 +136,11 @@ impl Named {
 
     fn mount_point(text: &str) -> Result<Self> {
         let place = Place::of(Path::new(text))?;
-        let point = place.mount.point.display();
         if !place.is_mount_point {
-            return Err(Error::new(Kind::Usage, "this folder is not a mount point")
-                .on(text)
-                .hint(format!(
-                    "it lies on the filesystem mounted at {point}; name that to image it"
-                )));
+            return Err(not_a_mount_point(text, &place));
+        }
+        if place.mount.fs_type == "btrfs" && btrfs::subvolume_at(&place.path)?.is_some() {
+            return Source::btrfs(text, place).map(Self::blocks);
         }
         if !place.mount.is_whole() {
             return Err(
@@ -191,7 +191,34 @@ impl Named {
     }
 }
 
+/// What to say of a folder that is no mount point, be it a subvolume of a btrfs or not.
+fn not_a_mount_point(text: &str, place: &Place) -> Error {
+    let point = place.mount.point.display();
+    Error::new(Kind::Usage, "this folder is not a mount point")
+        .on(text)
+        .hint(format!(
+            "it lies on the filesystem mounted at {point}; name that to image it"
+        ))
+}
+
 impl Source {
+    /// The whole filesystem of which a subvolume is mounted here: by one of its devices.
+    fn btrfs(text: &str, place: Place) -> Result<Self> {
+        let mounted = Mounted::at(&place.path)?;
+        let shown = place.mount.block_device();
+        let number = shown
+            .filter(|number| mounted.devices.contains(number))
+            .or(mounted.devices.first().copied())
+            .ok_or_else(|| Error::new(Kind::NotFound, "it has no devices").on(text))?;
+        let device = BlockDevice::of(number)?;
+        Ok(Self {
+            given: text.to_owned(),
+            path: device.mapper_path().unwrap_or_else(|| device.path()),
+            medium: Medium::Device(device),
+            mount: Some(place.mount),
+        })
+    }
+
     fn volume(text: &str, volume: &LogicalVolume) -> Result<Self> {
         let Some(number) = volume.device else {
             return Err(
@@ -206,9 +233,13 @@ impl Source {
     }
 
     fn device(text: &str, device: BlockDevice, path: PathBuf) -> Result<Self> {
-        let mount = mounts::of_this_process()?
-            .into_iter()
-            .find(|mount| mount.is_whole() && mount.block_device() == Some(device.number));
+        let mount = match Mounted::on(device.number)? {
+            // It shows one of its devices only, and often nowhere all of it.
+            Some(btrfs) => btrfs.mount()?,
+            None => mounts::of_this_process()?
+                .into_iter()
+                .find(|mount| mount.is_whole() && mount.block_device() == Some(device.number)),
+        };
         Ok(Self {
             given: text.to_owned(),
             path: device.mapper_path().unwrap_or(path),

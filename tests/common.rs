@@ -4,6 +4,8 @@
 #![allow(dead_code)]
 
 pub(crate) mod btrfs;
+pub(crate) mod btrfs_live;
+pub(crate) mod btrfs_writers;
 pub(crate) mod holdstill;
 pub(crate) mod live;
 pub(crate) mod reseal;
@@ -262,6 +264,11 @@ impl Mount {
         }
         args.extend([device.as_os_str(), dir.as_os_str()]);
         run("mount", args);
+        Self::of(dir)
+    }
+
+    /// What is mounted there already.
+    pub(crate) fn of(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
         }

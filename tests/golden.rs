@@ -97,6 +97,7 @@ fn finish(mut image: ImageWriter<Vec<u8>>, volumes: u32, streams: &[usize]) -> V
         warnings: vec!["a warning".into()],
         volumes: (1..=volumes).map(volume).collect(),
         streams: (volumes + 1..).zip(streams).map(stream).collect(),
+        commits: Vec::new(),
     };
     image.finish(&trailer).unwrap().0
 }

@@ -66,6 +66,7 @@ fn trailer(content_id: Option<String>) -> Trailer {
             unreadable: Vec::new(),
         }],
         streams: Vec::new(),
+        commits: Vec::new(),
     }
 }
 

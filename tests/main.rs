@@ -3,7 +3,12 @@
 mod backup;
 mod btrfs;
 mod btrfs_devices;
+mod btrfs_live;
+mod btrfs_live_damage;
+mod btrfs_live_ends;
+mod btrfs_mounted;
 mod btrfs_whole;
+mod cleanup;
 mod clone;
 mod common;
 mod damage;

@@ -68,6 +68,7 @@ fn image_of(streams: &[Vec<u8>], compression: Compression) -> Vec<u8> {
         warnings: Vec::new(),
         volumes: Vec::new(),
         streams: trailers,
+        commits: Vec::new(),
     };
     image.finish(&trailer).unwrap().0
 }

@@ -115,6 +115,7 @@ fn options(source: &Path, image: &Path) -> Options {
         freeze: None,
         cow: CowRoom::default(),
         compression: Compression::Zstd(1),
+        no_freeze: false,
         all_blocks: false,
         on_read_error: OnReadError::Fail,
         force: false,

@@ -8,6 +8,7 @@
 //! there is nothing to clean up, however the process ends.
 
 mod emptying;
+mod leftovers;
 mod members;
 mod mounted;
 mod pruning;
@@ -25,11 +26,13 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 
 use crate::error::{Context, Error, Result};
 
+pub use leftovers::{Leftover, snapshot_name};
 pub use members::Member;
 pub use mounted::{Mounted, mounted};
 pub use pruning::{Child, Dropping, forget};
 pub use search::{Item, Key};
-pub use subvolume::{Subvolume, subvolume_of};
+pub(crate) use subvolume::delete_subvolume;
+pub use subvolume::{Subvolume, subvolume_at};
 
 /// The id of the top-level subvolume (`BTRFS_FS_TREE_OBJECTID`). Those of all others begin at 256.
 pub const TOP_LEVEL: u64 = 5;

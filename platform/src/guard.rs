@@ -122,6 +122,8 @@ pub enum LeftoverKind {
     File,
     /// An empty folder, or a trace instance: `rmdir`.
     Folder,
+    /// A subvolume of a btrfs, with all that is in it.
+    Subvolume,
 }
 
 /// A running guard. Dropped with all its freezes, it does whatever is left to do and ends.
@@ -229,6 +231,7 @@ impl Guard {
         let ask = match kind {
             LeftoverKind::File => Ask::File,
             LeftoverKind::Folder => Ask::Folder,
+            LeftoverKind::Subvolume => Ask::Subvolume,
         };
         let request = Request::named(ask, name.as_bytes())
             .ok_or_else(|| Error::other("cannot register", name, "no plain file name"))?;

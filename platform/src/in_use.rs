@@ -190,7 +190,10 @@ impl Target {
                 holders.push("bcache".to_owned());
             }
             if let Some(uuid) = btrfs_of(&device.name) {
-                holders.push(format!("the mounted btrfs filesystem {uuid}"));
+                users.push(User::Btrfs {
+                    device: device.name.clone(),
+                    uuid,
+                });
             }
             users.extend(holders.into_iter().map(|by| User::Holder {
                 device: device.name.clone(),

@@ -135,14 +135,19 @@ pub(super) struct BackupArgs {
 #[derive(Debug, Args)]
 struct FreezeArgs {
     /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
-    /// it), zfs (a snapshot of a zvol), lvm (a snapshot of a logical volume), track (writes are tracked,
-    /// frozen for milliseconds); never chosen by auto: dm (a snapshot slid under a device-mapper
-    /// device), hold (frozen for the whole copy, 60 s at most), or none (see --allow-inconsistent)
+    /// it), zfs (a snapshot of a zvol), btrfs (a commit, pinned by snapshots), lvm (a snapshot of a
+    /// logical volume), track (writes are tracked, frozen for milliseconds); never chosen by auto: dm (a
+    /// snapshot slid under a device-mapper device), hold (frozen for the whole copy, 60 s at most), or
+    /// none (see --allow-inconsistent)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so
     #[arg(long)]
     allow_inconsistent: bool,
+    /// Make nobody wait, not even for milliseconds: of a mounted btrfs, the copy is then as after a power
+    /// cut; steps that freeze are refused
+    #[arg(long)]
+    no_freeze: bool,
     /// Room for the snapshot of a thick logical volume (default: half of what its volume group has
     /// free, and more when needed), or of --freeze dm (default: all that the source can need, or half
     /// of what is free in /var/tmp, or a quarter of free memory)
@@ -234,6 +239,7 @@ impl BackupArgs {
             freeze: self.freeze.step()?,
             cow: self.freeze.cow()?,
             compression: self.compress.parse::<Compression>()?,
+            no_freeze: self.freeze.no_freeze,
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             force: self.force,
@@ -402,6 +408,7 @@ impl CloneArgs {
             target: self.target.clone(),
             freeze: self.freeze.step()?,
             cow: self.freeze.cow()?,
+            no_freeze: self.freeze.no_freeze,
             all_blocks: self.freeze.all_blocks,
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,

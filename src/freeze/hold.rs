@@ -116,8 +116,8 @@ impl Hold {
 }
 
 impl Still for Hold {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -126,6 +126,7 @@ impl Still for Hold {
         };
         let this = &*self;
         Ok(Some(Pass {
+            volume: 0,
             source: &this.disk,
             walk: Box::new(move |sink| {
                 this.survey.walk(&this.disk, &mut |run| {
@@ -157,6 +158,7 @@ impl Still for Hold {
             grade: self.survey.grade,
             instant: self.instant,
             freezes: vec![times],
+            commit: None,
         })
     }
 }

@@ -1,10 +1,11 @@
-//! What `hold` and `track` share: a mounted filesystem that can be frozen, and what must not lie on
+//! What `hold`, `track` and `btrfs` share: a mounted filesystem that can be frozen, and what must not lie on
 //! it while it is.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use holdstill_platform::beneath;
-use holdstill_platform::freeze::FreezeError;
+use holdstill_platform::freeze::{FreezeError, MountPoint};
 use holdstill_platform::guard::Thawed;
 use holdstill_platform::in_use::{self, Swap, User};
 use holdstill_platform::node::BlockDevice;
@@ -102,10 +103,39 @@ fn swap_rests_on(swap: &Swap, device: &BlockDevice) -> Result<bool> {
 /// Who could change the device behind the back of its filesystem: a freeze does not stop them.
 pub(super) fn other_writer(device: &BlockDevice) -> Result<Option<String>> {
     let users = in_use::of_device(device, &[])?.users;
-    let writer = users
-        .into_iter()
-        .find(|user| !matches!(user, User::Mount { .. } | User::Swap { .. }) && user.may_write());
+    let is_known = |user: &User| {
+        matches!(
+            user,
+            User::Mount { .. } | User::Btrfs { .. } | User::Swap { .. }
+        )
+    };
+    let mut users = users.into_iter();
+    let writer = users.find(|user| !is_known(user) && user.may_write());
     Ok(writer.map(|user| user.to_string()))
+}
+
+/// Writing out what writers produced must not take longer than this, or a freeze would not either.
+const SYNC_BUDGET: Duration = Duration::from_secs(5);
+
+/// Writes out everything, so that a freeze that follows has little to write.
+pub(super) fn sync_within_budget(point: &MountPoint, source: &Source) -> Result<()> {
+    let mut took = Duration::MAX;
+    // Twice: a backlog from before the run is written out only once.
+    for _ in 0..2 {
+        let begin = Instant::now();
+        point.sync()?;
+        took = begin.elapsed();
+        if took <= SYNC_BUDGET {
+            return Ok(());
+        }
+    }
+    let what = format!(
+        "the disk needs {:.0} s to write out what its writers produce: a freeze would take as long",
+        took.as_secs_f64()
+    );
+    Err(Error::new(Kind::Inconsistent, what)
+        .on(&source.path)
+        .hint("try again when less is written"))
 }
 
 /// A freeze that failed or did not hold, as the user should see it.
@@ -145,6 +175,6 @@ pub(super) fn times(purpose: &str, thawed: &Thawed, drain_ms: f64, read_ms: f64)
 }
 
 /// A duration in milliseconds.
-pub(super) fn milliseconds(duration: std::time::Duration) -> f64 {
+pub(super) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }

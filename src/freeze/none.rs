@@ -46,8 +46,8 @@ impl Moving {
 }
 
 impl Still for Moving {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -60,6 +60,7 @@ impl Still for Moving {
             grade: Grade::Torn,
             instant: self.instant,
             freezes: Vec::new(),
+            commit: None,
         })
     }
 }

@@ -28,12 +28,14 @@ use crate::survey::Survey;
 pub struct Offline {
     /// All devices of its filesystem. None is let go before the last has been copied: the map of
     /// each is read from all.
-    held: Arc<Vec<Held>>,
-    /// Which of them this one is.
-    own: usize,
-    survey: Survey,
+    held: Vec<Held>,
+    /// What is on each.
+    surveys: Vec<Survey>,
     instant: jiff::Timestamp,
+    /// Which of them is being copied.
+    volume: usize,
     passes: OnePass,
+    compare: bool,
     run: Run,
 }
 
@@ -79,7 +81,7 @@ impl Offline {
     ///
     /// # Errors
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
-    pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Vec<Self>> {
+    pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
         context.run.before_freeze()?;
         let mut held = Vec::new();
         for source in sources {
@@ -98,24 +100,24 @@ impl Offline {
             }
         }
         let instant = jiff::Timestamp::now();
-        let held = Arc::new(held);
         let weakness = held.iter().find_map(|held| held.watch.weakness());
-        let one = |own: usize| {
+        let survey = |own: usize| {
             let mut survey = Self::examine(&held, own, context)?;
             if let Some(weakness) = weakness {
                 survey.grade = survey.grade.max(Grade::Crash);
                 survey.warnings.push(weakness.to_owned());
             }
-            Ok(Self {
-                held: Arc::clone(&held),
-                own,
-                survey,
-                instant,
-                passes: OnePass::new(context.compare),
-                run: context.run.clone(),
-            })
+            Ok(survey)
         };
-        (0..held.len()).map(one).collect()
+        Ok(Self {
+            surveys: (0..held.len()).map(survey).collect::<Result<_>>()?,
+            held,
+            instant,
+            volume: 0,
+            passes: OnePass::new(context.compare),
+            compare: context.compare,
+            run: context.run.clone(),
+        })
     }
 
     /// What is on device `own` of `held`.
@@ -219,25 +221,33 @@ impl Watch {
 }
 
 impl Still for Offline {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        &self.surveys
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        Ok(self.passes.over(&self.held[self.own].disk, &self.survey))
+        let purpose = loop {
+            match self.passes.next() {
+                Some(purpose) => break purpose,
+                None if self.volume + 1 < self.held.len() => {
+                    self.volume += 1;
+                    self.passes = OnePass::new(self.compare);
+                }
+                None => return Ok(None),
+            }
+        };
+        let (held, survey) = (&self.held[self.volume], &self.surveys[self.volume]);
+        Ok(Some(Pass::over(self.volume, &held.disk, survey, purpose)))
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         let mut written = None;
-        for Held { disk, watch } in self.held.iter() {
+        for Held { disk, watch } in &self.held {
             if !watch.is_quiet(disk)? {
                 written = Some(disk.path());
             }
         }
-        // The filesystem is let go as a whole.
-        if self.own + 1 == self.held.len() {
-            self.run.after_thaw(progress);
-        }
+        self.run.after_thaw(progress);
         if let Some(path) = written {
             return Err(Error::new(
                 Kind::Inconsistent,
@@ -246,10 +256,13 @@ impl Still for Offline {
             .on(path)
             .hint("find out who, and try again"));
         }
+        let grades = self.surveys.iter().map(|survey| survey.grade);
         Ok(Proof {
-            grade: self.survey.grade,
+            // They are one filesystem: it is worth what the worst of them is.
+            grade: grades.max().unwrap_or(Grade::Torn),
             instant: self.instant,
             freezes: Vec::new(),
+            commit: None,
         })
     }
 }

@@ -72,9 +72,6 @@ const MOST_ROUNDS: u32 = 12;
 /// So many times a freeze may find more than fits into memory before the run gives up.
 const MOST_FREEZES: u32 = 3;
 
-/// Writing out what writers produced must not take longer than this, or the freeze would not either.
-const SYNC_BUDGET: Duration = Duration::from_secs(5);
-
 /// Memory for what is read in the final freeze: at most this, and a quarter of what is available.
 const MOST_MEMORY: u64 = 256 << 20;
 
@@ -311,7 +308,7 @@ impl Track {
         self.run.check_guard()?;
         self.trace.check_layers()?;
         if done > 0 {
-            self.sync_within_budget()?;
+            mounted::sync_within_budget(&self.point, &self.source)?;
         }
         self.catch_up()?;
         self.map.look(&self.source.path)?;
@@ -331,28 +328,10 @@ impl Track {
         })
     }
 
-    fn sync_within_budget(&self) -> Result<()> {
-        let mut took = Duration::MAX;
-        // Twice: a backlog from before the run is written out only once.
-        for _ in 0..2 {
-            let begin = Instant::now();
-            self.point.sync()?;
-            took = begin.elapsed();
-            if took <= SYNC_BUDGET {
-                return Ok(());
-            }
-        }
-        Err(Error::new(
-            Kind::Inconsistent,
-            format!("the disk needs {:.0} s to write out what its writers produce: a freeze would take as long", took.as_secs_f64()),
-        )
-        .on(&self.source.path)
-        .hint("try again when less is written"))
-    }
-
     /// What is stale and in use now, as a pass.
     fn stale_pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &*self.disk,
             walk: Box::new(move |sink| {
                 stale::take(&self.stale, &self.copied, self.map.used(), sink)
@@ -364,6 +343,7 @@ impl Track {
     /// What was copied, is in use, and was not written to since. Everything else is copied after this.
     fn settled_pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &*self.disk,
             walk: Box::new(move |sink| {
                 stale::settled(&self.stale, &self.copied, self.map.used(), sink)
@@ -397,7 +377,7 @@ impl Track {
         let done = read.with_readers(&disk, |readers| {
             // What of us was swapped out would be fetched while others wait.
             let _locked = LockedProcess::new()?;
-            self.sync_within_budget()?;
+            mounted::sync_within_budget(&self.point, &self.source)?;
             let frozen = self.freeze()?;
             instant = jiff::Timestamp::now();
             let drained = self.trace.catch_up();
@@ -464,8 +444,8 @@ impl Track {
 }
 
 impl Still for Track {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -484,7 +464,7 @@ impl Still for Track {
                     self.phase = self.after_round(done, slow, left)?;
                     if matches!(self.phase, Phase::Ready) {
                         self.run.before_freeze()?;
-                        self.sync_within_budget()?;
+                        mounted::sync_within_budget(&self.point, &self.source)?;
                     }
                     return Ok(Some(match self.phase {
                         Phase::Compared => self.settled_pass(),
@@ -555,6 +535,7 @@ impl Still for Track {
             grade: survey.grade,
             instant: last.instant,
             freezes,
+            commit: None,
         })
     }
 }
@@ -562,6 +543,7 @@ impl Still for Track {
 impl LastPass {
     fn pass(&self) -> Pass<'_> {
         Pass {
+            volume: 0,
             source: &self.read,
             walk: Box::new(move |sink| self.runs.iter().try_for_each(|run| sink(*run))),
             purpose: Purpose::Copy,

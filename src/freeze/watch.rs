@@ -159,6 +159,7 @@ impl Watched {
     ) -> Result<Option<Pass<'a>>> {
         self.watch.look()?;
         Ok(purpose.map(|purpose| Pass {
+            volume: 0,
             source: self,
             walk: Box::new(move |sink| {
                 survey.walk(&self.disk, &mut |run| {
@@ -206,8 +207,8 @@ pub(super) struct WatchedSnapshot<M> {
 }
 
 impl<M: Undo> Still for WatchedSnapshot<M> {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -234,6 +235,7 @@ impl<M: Undo> Still for WatchedSnapshot<M> {
             grade: survey.grade,
             instant,
             freezes,
+            commit: None,
         })
     }
 }

@@ -292,8 +292,8 @@ impl Drop for Makings {
 }
 
 impl Still for Zvol {
-    fn survey(&self) -> &Survey {
-        &self.survey
+    fn surveys(&self) -> &[Survey] {
+        std::slice::from_ref(&self.survey)
     }
 
     fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
@@ -317,6 +317,7 @@ impl Still for Zvol {
             grade: survey.grade,
             instant,
             freezes,
+            commit: None,
         })
     }
 }

@@ -2,8 +2,6 @@
 
 use std::sync::{Arc, OnceLock};
 
-use zerocopy::FromBytes;
-
 use super::{Condition, DirtyReason, Filesystem, Info, Opened, Walk};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
@@ -12,16 +10,20 @@ use crate::units::ByteLen;
 
 pub(crate) mod checksum;
 pub(crate) mod chunks;
+pub(crate) mod commit;
+pub(crate) mod difference;
 pub(crate) mod format;
-mod map;
+pub(crate) mod map;
 pub(crate) mod renew;
+pub(crate) mod sums;
 pub(crate) mod superblock;
 pub(crate) mod tree;
 
-use chunks::{ChunkMap, Devices, damaged};
-use format::{DevExtent, DevItem, DevReplaceItem, Key, RootItem, SuperBlock};
-use superblock::{Found, Geometry};
-use tree::{Reader, Root};
+use chunks::{Devices, damaged};
+use commit::{Commit, check_devices, unknown};
+use format::SuperBlock;
+use superblock::Found;
+use tree::Reader;
 
 /// Which device of which btrfs something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +57,7 @@ pub fn member(source: &dyn ReadAt) -> Result<Option<Member>> {
 struct Btrfs {
     info: Info,
     condition: Condition,
-    geometry: Geometry,
-    trees: Trees,
-    chunks: ChunkMap,
-    /// What the superblock counts as in use, in logical bytes.
-    bytes_used: u64,
+    commit: Commit,
     /// The id of this device.
     devid: u64,
     /// Its bytes, as far as they belong to the filesystem.
@@ -72,23 +70,12 @@ struct Btrfs {
     is_checked: OnceLock<()>,
 }
 
-/// The trees that tell what is in use.
-#[derive(Clone, Copy, Debug)]
-struct Trees {
-    root: Root,
-    chunk: Root,
-    extent: Root,
-    dev: Root,
-    /// `None` where block group items are in the extent tree.
-    block_group: Option<Root>,
-}
-
 impl std::fmt::Debug for Btrfs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Btrfs")
             .field("info", &self.info)
             .field("condition", &self.condition)
-            .field("geometry", &self.geometry)
+            .field("geometry", &self.commit.geometry)
             .field("devid", &self.devid)
             .finish_non_exhaustive()
     }
@@ -124,11 +111,7 @@ impl Btrfs {
     }
 
     fn reader<'a>(&'a self, devices: &'a Devices<'a>) -> Reader<'a> {
-        Reader {
-            geometry: &self.geometry,
-            chunks: &self.chunks,
-            devices,
-        }
+        self.commit.reader(devices, None)
     }
 }
 
@@ -145,7 +128,11 @@ pub(super) fn open(
             return Ok(Opened::AllBlocks { info, why });
         }
     };
-    if let Some(why) = unknown(&found) {
+    let why = match found.is_first {
+        true => unknown(&found.newest),
+        false => Some("its first superblock is damaged, or older than a copy of it".into()),
+    };
+    if let Some(why) = why {
         return Ok(Opened::AllBlocks { info, why });
     }
     match understand(source, siblings, &found.newest, &info) {
@@ -162,39 +149,6 @@ pub(super) fn open(
         }
         Err(error) => Err(error),
     }
-}
-
-/// Why the superblock forbids to look any further.
-fn unknown(found: &Found) -> Option<String> {
-    let superblock = &found.newest;
-    if !found.is_first {
-        return Some("its first superblock is damaged, or older than a copy of it".into());
-    }
-    let incompat = superblock.incompat.get();
-    if incompat & format::INCOMPAT_ZONED != 0 {
-        return Some("it is zoned".into());
-    }
-    let unknown_incompat = incompat & !format::INCOMPAT_KNOWN;
-    let unknown_compat_ro = superblock.compat_ro.get() & !format::COMPAT_RO_KNOWN;
-    if unknown_incompat != 0 || unknown_compat_ro != 0 {
-        return Some(format!(
-            "it has features unknown here (incompatible {unknown_incompat:#x}, \
-             read-only compatible {unknown_compat_ro:#x})"
-        ));
-    }
-    if incompat & format::INCOMPAT_MIXED_BACKREF == 0 {
-        return Some("its extent tree is of an old kind".into());
-    }
-    let flags = superblock.flags.get();
-    if flags & format::SUPER_SEEDING != 0 {
-        return Some("it is a seed device".into());
-    }
-    if flags & format::SUPER_METADUMP != 0 {
-        return Some("it holds metadata alone".into());
-    }
-    let harmless = format::SUPER_FLAGS_HARMLESS | format::SUPER_ERROR | format::SUPER_CHANGING;
-    let flags = flags & !harmless;
-    (flags != 0).then(|| format!("its superblock has flags unknown here ({flags:#x})"))
 }
 
 /// What the superblock says about unfinished business. Which commit it stands for was reached as a
@@ -224,10 +178,10 @@ fn understand(
     superblock: &SuperBlock,
     info: &Info,
 ) -> Result<Btrfs> {
-    let geometry = Geometry::check(superblock).map_err(damaged)?;
     let siblings = members(superblock, siblings)?;
+    let devid = superblock.dev_item.devid.get();
     let mut devices = Devices::default();
-    devices.add(superblock.dev_item.devid.get(), source);
+    devices.add(devid, source);
     for (devid, sibling) in &siblings {
         devices.add(*devid, sibling.as_ref());
     }
@@ -235,24 +189,16 @@ fn understand(
     if size > source.len() {
         return Err(damaged("it is larger than the volume it is on"));
     }
-    let (chunks, chunk_root, own) = read_chunks(superblock, &geometry, &devices)?;
-    let reader = Reader {
-        geometry: &geometry,
-        chunks: &chunks,
-        devices: &devices,
-    };
-    let trees = find_trees(superblock, chunk_root, &reader)?;
-    check_devices(&trees.dev, &reader)?;
+    let commit = Commit::read(superblock, &devices, None)?;
+    check_devices(&commit.trees.dev, &commit.reader(&devices, None))?;
+    let own = commit.own_device(superblock)?;
     Ok(Btrfs {
         info: info.clone(),
         condition: condition(superblock),
-        trees,
-        bytes_used: superblock.bytes_used.get(),
-        devid: superblock.dev_item.devid.get(),
+        devid,
         // A device that was made larger or smaller: what either number leaves out is copied.
         size: size.min(ByteLen(own.total_bytes.get())),
-        geometry,
-        chunks,
+        commit,
         siblings,
         warnings: Vec::new(),
         is_checked: OnceLock::new(),
@@ -299,158 +245,4 @@ fn members(
         ));
     }
     Ok(members)
-}
-
-/// All chunks, the root of their tree, and what that tree says of this device.
-fn read_chunks(
-    superblock: &SuperBlock,
-    geometry: &Geometry,
-    devices: &Devices<'_>,
-) -> Result<(ChunkMap, Root, DevItem)> {
-    let sector_size = geometry.sector_size;
-    let array_len = superblock.sys_chunk_array_size.get() as usize;
-    let array = superblock.sys_chunk_array.get(..array_len);
-    let system = ChunkMap::of_system(array.unwrap_or_default(), sector_size)?;
-    let root = Root::of(
-        format::CHUNK_TREE,
-        superblock.chunk_root.get(),
-        superblock.chunk_root_generation.get(),
-        superblock.chunk_root_level,
-    );
-    let reader = Reader {
-        geometry,
-        chunks: &system,
-        devices,
-    };
-    let mut chunks = ChunkMap::default();
-    let mut items: Vec<DevItem> = Vec::new();
-    let mut visit = |key: Key, bytes: &[u8]| match key.kind {
-        format::CHUNK_ITEM => chunks.add(key, bytes, sector_size),
-        format::DEV_ITEM if key.objectid == format::DEV_ITEMS => {
-            let item = DevItem::read_from_bytes(bytes)
-                .map_err(|_| damaged("the item of a device makes no sense"))?;
-            if item.devid.get() != key.offset {
-                return Err(damaged("the item of a device makes no sense"));
-            }
-            if item.fsid != geometry.metadata_uuid {
-                let what = "it grows from a seed device";
-                return Err(Error::new(Kind::NotApplicable, what));
-            }
-            items.push(item);
-            match items.len() as u64 > superblock.num_devices.get() {
-                true => Err(damaged("it has more devices than it counts")),
-                false => Ok(()),
-            }
-        }
-        _ => Ok(()),
-    };
-    reader.walk(&root, Key::MIN..=Key::MAX, &mut visit)?;
-    if items.len() as u64 != superblock.num_devices.get() {
-        return Err(damaged("it has fewer devices than it counts"));
-    }
-    let is_listed = |chunk: &chunks::Chunk| {
-        let found = chunks.find(chunk.logical.start);
-        found.is_some_and(|(_, other)| other == chunk)
-    };
-    if !system.chunks().iter().all(is_listed) {
-        return Err(damaged(
-            "its list of system chunks is not that of its chunk tree",
-        ));
-    }
-    for chunk in chunks.chunks() {
-        for stripe in &chunk.stripes {
-            let item = items.iter().find(|item| item.devid.get() == stripe.devid);
-            if item.is_none_or(|item| item.uuid != stripe.dev_uuid) {
-                return Err(damaged("a chunk lies on a device that is none of its own"));
-            }
-        }
-    }
-    let this = &superblock.dev_item;
-    let own = items
-        .into_iter()
-        .find(|item| item.devid == this.devid && item.uuid == this.uuid)
-        .ok_or_else(|| damaged("this device is not in its list of devices"))?;
-    Ok((chunks, root, own))
-}
-
-/// Where the trees begin, as the root tree says.
-fn find_trees(superblock: &SuperBlock, chunk: Root, reader: &Reader<'_>) -> Result<Trees> {
-    let root = Root::of(
-        format::ROOT_TREE,
-        superblock.root.get(),
-        superblock.generation.get(),
-        superblock.root_level,
-    );
-    let find = |tree: u64| -> Result<Root> {
-        let mut found = None;
-        let key = Key::new(tree, format::ROOT_ITEM, 0);
-        reader.walk(&root, key..=key, &mut |_: Key, bytes: &[u8]| {
-            let item = RootItem::read_from_prefix(bytes);
-            let (item, _) = item.map_err(|_| damaged("the item of a tree is cut short"))?;
-            found = Some(Root::of(
-                tree,
-                item.bytenr.get(),
-                item.generation.get(),
-                item.level,
-            ));
-            Ok(())
-        })?;
-        found.ok_or_else(|| damaged(format!("its root tree does not know tree {tree}")))
-    };
-    let has_group_tree = superblock.compat_ro.get() & format::COMPAT_RO_BLOCK_GROUP_TREE != 0;
-    let block_group = has_group_tree.then(|| find(format::BLOCK_GROUP_TREE));
-    let balance = Key::new(format::BALANCE, format::TEMPORARY_ITEM, 0);
-    reader.walk(&root, balance..=balance, &mut |_: Key, _: &[u8]| {
-        let what = "a balance was begun and has not ended";
-        Err(Error::new(Kind::NotApplicable, what))
-    })?;
-    Ok(Trees {
-        root,
-        chunk,
-        extent: find(format::EXTENT_TREE)?,
-        dev: find(format::DEV_TREE)?,
-        block_group: block_group.transpose()?,
-    })
-}
-
-/// Checks that the device tree knows the stripes of all chunks and no others, and that no device is
-/// being replaced.
-fn check_devices(dev: &Root, reader: &Reader<'_>) -> Result<()> {
-    let mut known = 0usize;
-    let mut visit = |key: Key, bytes: &[u8]| match key.kind {
-        format::DEV_EXTENT => {
-            let nonsense = || damaged("an extent of a device belongs to no chunk");
-            let item = DevExtent::read_from_bytes(bytes).map_err(|_| nonsense())?;
-            let (_, chunk) = reader
-                .chunks
-                .find(item.chunk_offset.get())
-                .ok_or_else(nonsense)?;
-            let is_one = chunk.logical.start == item.chunk_offset.get()
-                && chunk.stripe_len() == item.length.get()
-                && chunk
-                    .stripes
-                    .iter()
-                    .any(|stripe| (stripe.devid, stripe.start) == (key.objectid, key.offset));
-            known += 1;
-            is_one.then_some(()).ok_or_else(nonsense)
-        }
-        format::DEV_REPLACE => {
-            let item = DevReplaceItem::read_from_prefix(bytes);
-            let (item, _) = item.map_err(|_| damaged("a device replacement makes no sense"))?;
-            match item.state.get() {
-                format::REPLACE_STARTED | format::REPLACE_SUSPENDED => {
-                    let what = "the replacement of a device was begun and has not ended";
-                    Err(Error::new(Kind::NotApplicable, what))
-                }
-                _ => Ok(()),
-            }
-        }
-        _ => Ok(()),
-    };
-    reader.walk(dev, Key::MIN..=Key::MAX, &mut visit)?;
-    let stripes = reader.chunks.chunks().iter();
-    match known == stripes.map(|chunk| chunk.stripes.len()).sum::<usize>() {
-        true => Ok(()),
-        false => Err(damaged("a chunk has no extent on its device")),
-    }
 }

@@ -185,6 +185,42 @@ pub struct Trailer {
     /// What was achieved for each stream.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub streams: Vec<StreamTrailer>,
+    /// Of filesystems that were imaged at a commit while in use: what proves that it is all there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub commits: Vec<CommitProof>,
+}
+
+/// A commit of a btrfs that was imaged while it was in use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CommitProof {
+    /// The UUID of the filesystem.
+    pub fsid: String,
+    /// Which commit: the generation in its superblocks.
+    pub generation: u64,
+    /// How many devices it has.
+    pub devices: u64,
+    /// How many subvolumes are in it, snapshots included.
+    pub subvolumes: u64,
+    /// How many of them were pinned by a snapshot or an open folder.
+    pub pinned: u64,
+    /// How long the window was open: what was read in it, was read while this was the newest commit.
+    pub window_ms: f64,
+    /// How often a window was opened until one held.
+    pub windows: u32,
+    /// Bytes of tree blocks that were read in the window.
+    pub window_tree_bytes: u64,
+    /// Bytes of data that were read in the window, for no pin refers to them.
+    pub window_data_bytes: u64,
+    /// Bytes of pinned data whose checksums are right.
+    pub checked_bytes: u64,
+    /// Bytes of pinned data that have no checksums.
+    pub unchecked_bytes: u64,
+    /// Sectors that were wrong in one copy and taken from another.
+    pub mended_sectors: u64,
+    /// Sectors of subvolumes that were being deleted, and were gone before they could be copied.
+    pub gone_sectors: u64,
+    /// Which operation moved blocks meanwhile. Always `none`: else there is no image.
+    pub exclusive_operation: String,
 }
 
 /// One freeze, in milliseconds.

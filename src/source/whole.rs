@@ -1,5 +1,6 @@
 //! The other devices of a filesystem that lives on several: a btrfs.
 
+use holdstill_platform::btrfs::Mounted;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::node::{self, BlockDevice};
 use uuid::Uuid;
@@ -8,9 +9,9 @@ use super::{Medium, Source};
 use crate::error::Result;
 use crate::fs::{self, Member};
 
-/// The other devices of the filesystem that `source` is a part of, by their number in it. None if it
-/// lives on one device, or if not each of the others is here just once: then the source has to be taken
-/// by itself.
+/// The other devices of the filesystem that `source` is a part of: of a mounted one those that the
+/// kernel uses, else by their number in it. None if it lives on one device, or if not each of the others
+/// is here just once: then the source has to be taken by itself.
 ///
 /// # Errors
 /// If the source or the list of disks cannot be read.
@@ -20,6 +21,11 @@ pub fn siblings(source: &Source) -> Result<Vec<Source>> {
     };
     if own.devices <= 1 {
         return Ok(Vec::new());
+    }
+    if let Medium::Device(device) = &source.medium
+        && let Some(mounted) = Mounted::on(device.number)?
+    {
+        return siblings_of_mounted(device, own, &mounted);
     }
     let mut found = devices_of(own.fsid)?;
     found.retain(|(device, member)| {
@@ -32,12 +38,32 @@ pub fn siblings(source: &Source) -> Result<Vec<Source>> {
     if !is_once || found.len() as u64 + 1 != own.devices {
         return Ok(Vec::new());
     }
-    let sources = found.into_iter().map(|(device, _)| {
-        let path = device.path();
-        let given = path.display().to_string();
-        Source::device(&given, device, path)
-    });
-    sources.collect()
+    found
+        .into_iter()
+        .map(|(device, _)| sibling(device))
+        .collect()
+}
+
+/// What a copy of one of its devices shows is of no interest then.
+fn siblings_of_mounted(
+    device: &BlockDevice,
+    own: Member,
+    mounted: &Mounted,
+) -> Result<Vec<Source>> {
+    if mounted.devices.len() as u64 != own.devices {
+        return Ok(Vec::new());
+    }
+    let others = mounted.devices.iter().copied();
+    others
+        .filter(|number| *number != device.number)
+        .map(|number| sibling(BlockDevice::of(number)?))
+        .collect()
+}
+
+fn sibling(device: BlockDevice) -> Result<Source> {
+    let path = device.path();
+    let given = path.display().to_string();
+    Source::device(&given, device, path)
 }
 
 /// What of which btrfs a source is, if that is what it holds.

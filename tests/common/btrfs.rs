@@ -55,11 +55,20 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn make(making: &Making) -> Self {
-        let dir = temp_dir();
+        Self::make_sized(making, size_for(making))
+    }
+
+    /// The same with devices of so many bytes.
+    pub(crate) fn make_sized(making: &Making, size: u64) -> Self {
+        Self::make_in(temp_dir(), making, size)
+    }
+
+    /// The same in this folder.
+    pub(crate) fn make_in(dir: tempfile::TempDir, making: &Making, size: u64) -> Self {
         let mut loops = Vec::new();
         for number in 1..=making.devices {
             let file = dir.path().join(format!("device{number}"));
-            sparse_file(&file, size_for(making));
+            sparse_file(&file, size);
             loops.push(LoopDevice::attach(&file));
         }
         let mut args: Vec<OsString> = vec!["-q".into(), "-f".into(), "-L".into(), "label".into()];

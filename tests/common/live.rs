@@ -1,5 +1,6 @@
 //! A program that keeps a filesystem busy while it is imaged, and judges the copy afterwards.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::OnceLock;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use holdstill::backup::Report;
 use holdstill::error::{Kind, Result};
 
-use super::{command, output};
+use super::{command, output, spawn};
 
 /// The program, built once.
 fn program() -> &'static Path {
@@ -37,20 +38,33 @@ impl LiveWriter {
     /// written. `options` as of `live-writer run`.
     pub(crate) fn start(dir: &Path, journal: &Path, seed: u64, options: &[&str]) -> Self {
         std::fs::create_dir_all(dir).expect("a folder to write into");
+        let writer = Self::start_in(&[dir], journal, seed, options);
+        // Long enough for every thread to have written much.
+        std::thread::sleep(Duration::from_secs(1));
+        writer
+    }
+
+    /// The same in several folders in turn, without waiting for more than the first writes.
+    pub(crate) fn start_in(dirs: &[&Path], journal: &Path, seed: u64, options: &[&str]) -> Self {
         let mut run = command(program().to_str().expect("a path of text"), ["run"]);
-        run.arg(dir)
+        run.args(dirs)
             .arg("--journal")
             .arg(journal)
             .arg("--seed")
             .arg(seed.to_string());
-        run.args(options).stdin(Stdio::null());
-        let child = run.spawn().expect("live-writer starts");
-        // Long enough for the files to be laid out and every thread to be at work.
-        std::thread::sleep(Duration::from_secs(2));
-        Self {
+        run.args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut child = spawn(&mut run);
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("its output");
+        BufReader::new(stdout).read_line(&mut line).expect("a line");
+        let writer = Self {
             child,
             journal: journal.to_owned(),
-        }
+        };
+        assert_eq!(line, "running\n", "live-writer does not get to work");
+        writer
     }
 
     /// Ends the writers and waits until the journal is whole.
@@ -109,23 +123,63 @@ pub(crate) fn patiently(mut run: impl FnMut() -> Result<Report>) -> Report {
     }
 }
 
+/// How a copy is judged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Judgement {
+    /// It must show one instant.
+    OneInstant,
+    /// It must show this one: nanoseconds of CLOCK_MONOTONIC inside the freeze.
+    Monotonic(u64),
+    /// The same of CLOCK_REALTIME.
+    Realtime(u64),
+    /// It was taken without a freeze, between two moments of CLOCK_MONOTONIC: what was durable before
+    /// them is there, and what the kernel keeps in order is.
+    Crash { begin: u64, end: u64 },
+    /// The same of files that are written in place.
+    CrashInPlace { begin: u64, end: u64 },
+}
+
 /// Judges a copy of the folder: it must show one instant, and none but `instant` (nanoseconds of
 /// CLOCK_MONOTONIC inside the freeze), if that is known.
 ///
 /// # Panics
 /// With what is wrong.
 pub(crate) fn judge(dir: &Path, journal: &Path, instant: Option<u64>) {
-    let mut args = vec!["check".to_owned(), dir.display().to_string()];
+    let how = instant.map_or(Judgement::OneInstant, Judgement::Monotonic);
+    judge_in(&[dir], journal, how).unwrap_or_else(|wrong| panic!("the copy is wrong:\n{wrong}"));
+}
+
+/// Judges the copies of the folders that were written into; what was found, or what is wrong.
+pub(crate) fn judge_in(
+    dirs: &[&Path],
+    journal: &Path,
+    how: Judgement,
+) -> std::result::Result<String, String> {
+    let mut args = vec!["check".to_owned()];
+    args.extend(dirs.iter().map(|dir| dir.display().to_string()));
     args.extend(["--journal".to_owned(), journal.display().to_string()]);
-    if let Some(instant) = instant {
-        let at = instant.to_string();
-        args.extend(["--exact", "--frozen-begin", &at, "--frozen-end", &at].map(str::to_owned));
+    let mut between = |begin: u64, end: u64, more: &[&str]| {
+        let [begin, end] = [begin, end].map(|at| at.to_string());
+        let window = ["--frozen-begin", &begin, "--frozen-end", &end];
+        args.extend(window.iter().chain(more).map(|arg| (*arg).to_owned()));
+    };
+    match how {
+        Judgement::OneInstant => {}
+        Judgement::Monotonic(at) => between(at, at, &["--exact"]),
+        Judgement::Realtime(at) => between(at, at, &["--exact", "--realtime"]),
+        Judgement::Crash { begin, end } => between(begin, end, &["--crash"]),
+        Judgement::CrashInPlace { begin, end } => {
+            between(begin, end, &["--crash", "--in-place"]);
+        }
     }
     let output = output(program().to_str().expect("a path of text"), &args);
-    assert!(
-        output.status.success(),
-        "the copy is wrong:\n{}{}",
+    let said = format!(
+        "{}{}",
         String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
+        String::from_utf8_lossy(&output.stderr)
     );
+    match output.status.success() {
+        true => Ok(said),
+        false => Err(said),
+    }
 }

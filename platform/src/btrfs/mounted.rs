@@ -32,39 +32,56 @@ impl Mounted {
             .find(|mounted| mounted.devices.contains(&device)))
     }
 
+    /// The one that the folder at `path` lies on.
+    ///
+    /// # Errors
+    /// If `path` cannot be opened, or lies on no btrfs; if sysfs makes no sense.
+    pub fn at(path: &Path) -> Result<Self> {
+        let fsid = Filesystem::open(path)?.fsid();
+        let unknown = || Error::other("cannot find the devices of", path, "sysfs lists none");
+        let devices = devices(fsid)?.filter(|devices| !devices.is_empty());
+        Ok(Self {
+            fsid,
+            devices: devices.ok_or_else(unknown)?,
+        })
+    }
+
     /// Where it is mounted as this process sees it: where all of it is, if there is such a place, else
     /// where one of its subvolumes is. `None` if it is mounted out of sight only.
     ///
     /// # Errors
     /// If the mounts cannot be read.
     pub fn mount(&self) -> Result<Option<Mount>> {
-        let mut found = None;
-        for mount in mounts::of_this_process()? {
-            if mount.fs_type != "btrfs" || !self.is_at(&mount.point) {
-                continue;
-            }
-            if mount.is_whole() {
-                return Ok(Some(mount));
-            }
-            found = found.or(Some(mount));
-        }
-        Ok(found)
+        Ok(self.find()?.map(|(mount, _)| mount))
     }
 
     /// Opens it, where it is mounted; `None` if it is mounted out of sight only.
     ///
     /// # Errors
-    /// If it cannot be opened.
+    /// If the mounts cannot be read.
     pub fn open(&self) -> Result<Option<Filesystem>> {
-        let mount = self.mount()?;
-        mount
-            .map(|mount| Filesystem::open(&mount.point))
-            .transpose()
+        Ok(self.find()?.map(|(_, filesystem)| filesystem))
     }
 
-    /// Another mount may lie above it, and names of devices lie.
-    fn is_at(&self, point: &Path) -> bool {
-        Filesystem::open(point).is_ok_and(|open| open.fsid() == self.fsid)
+    fn find(&self) -> Result<Option<(Mount, Filesystem)>> {
+        let mut found = None;
+        for mount in mounts::of_this_process()? {
+            // Others are not even opened: that would be in the way of whoever unmounts them.
+            let shown = mount.block_device();
+            if mount.fs_type != "btrfs" || shown.is_some_and(|it| !self.devices.contains(&it)) {
+                continue;
+            }
+            // Another mount may lie above it, and names of devices lie.
+            let opened = Filesystem::open(&mount.point);
+            let Some(filesystem) = opened.ok().filter(|open| open.fsid() == self.fsid) else {
+                continue;
+            };
+            if mount.is_whole() {
+                return Ok(Some((mount, filesystem)));
+            }
+            found = found.or(Some((mount, filesystem)));
+        }
+        Ok(found)
     }
 }
 

@@ -298,7 +298,7 @@ impl Subvolume {
         let name = CString::new(name.as_bytes())
             .map_err(|_| Error::invalid("cannot delete", what(), "a name with a zero byte"))?;
         let fixed = emptying::clear_flags(&open).context("cannot change", folder)?;
-        subvolume::delete(open.as_raw_fd(), &name).context("cannot delete", what())?;
+        subvolume::delete_subvolume(open.as_raw_fd(), &name).context("cannot delete", what())?;
         let times = (
             TimeSpec::new(before.st_atime, before.st_atime_nsec),
             TimeSpec::new(before.st_mtime, before.st_mtime_nsec),

@@ -1,9 +1,10 @@
 //! Subvolumes: opened, snapshotted, deleted.
 
 use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -149,12 +150,12 @@ impl Subvolume {
     /// Deletes the subvolume `name` in its root folder. What is open of it stays.
     ///
     /// # Errors
-    /// `NotFound` if there is none, or it is no subvolume.
+    /// `NotFound` if there is nothing of that name; what the kernel says if it is no subvolume.
     pub fn delete_child(&self, name: &str) -> Result<()> {
         let what = || self.path.join(name);
         let name = CString::new(name)
             .map_err(|_| Error::other("cannot delete", what(), "no plain file name"))?;
-        delete(self.folder.as_raw_fd(), &name).context("cannot delete", what())
+        delete_subvolume(self.folder.as_raw_fd(), &name).context("cannot delete", what())
     }
 
     /// Hands to `visit` the items of its own tree: as
@@ -211,12 +212,22 @@ impl AsFd for Subvolume {
     }
 }
 
-/// The id of the subvolume whose root folder this is; `None` if it is another folder, or on another
-/// filesystem. `path` is what it is called. Needs no privilege.
+/// The id of the subvolume whose root folder is at `path`; `None` if that is another folder, or on
+/// another filesystem. Needs no privilege.
 ///
 /// # Errors
-/// What the kernel says.
-pub fn subvolume_of(folder: &File, path: &Path) -> Result<Option<u64>> {
+/// What `open(2)` says, or the kernel.
+pub fn subvolume_at(path: &Path) -> Result<Option<u64>> {
+    let folder = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(path)
+        .context("cannot open", path)?;
+    subvolume_of(&folder, path)
+}
+
+/// The same for an open folder; `path` is what it is called.
+fn subvolume_of(folder: &File, path: &Path) -> Result<Option<u64>> {
     if !is_root_of_subvolume(folder).context("cannot look at", path)? {
         return Ok(None);
     }
@@ -245,7 +256,7 @@ pub(super) fn mount(source: &CStr, id: u64) -> io::Result<File> {
 }
 
 /// Deletes the subvolume `name` of an open folder. Allocates nothing.
-pub(crate) fn delete(folder: RawFd, name: &CStr) -> std::result::Result<(), Errno> {
+pub(crate) fn delete_subvolume(folder: RawFd, name: &CStr) -> std::result::Result<(), Errno> {
     let mut args = VolArgs {
         fd: 0,
         name: [0; 4088],

@@ -55,10 +55,7 @@ impl Scene {
                 &self.path(name),
             ],
         );
-        fs::metadata(self.path(name)).unwrap();
-        subvolume_of(&File::open(self.path(name)).unwrap(), &self.path(name))
-            .unwrap()
-            .unwrap()
+        subvolume_at(&self.path(name)).unwrap().unwrap()
     }
 
     fn open(&self) -> Filesystem {
@@ -169,8 +166,8 @@ fn privileged_a_filesystem_says_what_it_is() {
 fn other_filesystems_are_none() {
     let proc = Filesystem::open(Path::new("/proc")).unwrap_err();
     assert!(proc.to_string().contains("no btrfs"), "{proc}");
-    let dev = File::open("/dev").unwrap();
-    assert_eq!(subvolume_of(&dev, Path::new("/dev")).unwrap(), None);
+    assert_eq!(subvolume_at(Path::new("/dev")).unwrap(), None);
+    assert!(subvolume_at(Path::new("/dev/null")).is_err());
 }
 
 #[test]
@@ -287,7 +284,11 @@ fn privileged_subvolumes_are_opened_wherever_they_are() {
     );
 
     let filesystem = Filesystem::open(&point).unwrap();
-    let mounts = || fs::read("/proc/self/mountinfo").unwrap();
+    let mounts = || -> Vec<_> {
+        let all = crate::mounts::of_this_process().unwrap().into_iter();
+        all.filter(|mount| mount.block_device() == Some(device.number()))
+            .collect()
+    };
     let before = mounts();
     let top = filesystem.subvolume(TOP_LEVEL).unwrap();
     assert_eq!(read_in(&top, "top").unwrap(), "top");
@@ -300,7 +301,7 @@ fn privileged_subvolumes_are_opened_wherever_they_are() {
     }
     let nested = filesystem.subvolume(nested).unwrap();
     assert_eq!(read_in(&nested, "file").unwrap(), "nested");
-    assert_eq!(mounts(), before);
+    assert_eq!((before.len(), mounts()), (1, before));
 
     // Writable, though the visible mount is not.
     top.delete_child("gone").unwrap();
@@ -421,6 +422,55 @@ fn privileged_a_snapshot_without_a_name_keeps_what_it_holds() {
     assert!(!roots(&filesystem, ROOT).contains_key(&gone));
     filesystem.sync().unwrap();
     assert!(!is_allocated());
+}
+
+#[test]
+fn privileged_leftovers_are_found_by_name_and_place() {
+    needs_root!();
+    let scene = Scene::new();
+    let one = scene.subvolume("one");
+    let nested = scene.subvolume("one/nested");
+    let name = snapshot_name("dead");
+    let filesystem = scene.open();
+    assert_eq!(filesystem.leftovers().unwrap(), []);
+    let mut expected: Vec<_> = [TOP_LEVEL, one, nested]
+        .into_iter()
+        .map(|parent| Leftover {
+            id: filesystem
+                .subvolume(parent)
+                .unwrap()
+                .snapshot_read_only(&name)
+                .unwrap()
+                .id(),
+            parent,
+            name: name.clone(),
+            run_id: "dead".to_owned(),
+        })
+        .collect();
+    // Writable; elsewhere; of another name.
+    scene.subvolume(&snapshot_name("other"));
+    let snapshot = |at: &str| {
+        let args = ["subvolume", "snapshot", "-r"].map(Path::new);
+        let paths = [scene.path("one"), scene.path(at)];
+        run(
+            "btrfs",
+            args.into_iter().chain(paths.iter().map(PathBuf::as_path)),
+        );
+    };
+    fs::create_dir(scene.path("folder")).unwrap();
+    snapshot("folder/.holdstill-dead");
+    snapshot("holdstill-dead");
+    let mut found = filesystem.leftovers().unwrap();
+    expected.sort_by_key(|leftover| leftover.id);
+    assert_eq!(found, expected);
+
+    let mut not_ours = found.pop().unwrap();
+    filesystem.delete_leftover(&not_ours).unwrap();
+    assert_eq!(filesystem.leftovers().unwrap(), found);
+    not_ours.parent = TOP_LEVEL;
+    not_ours.name = "one".to_owned();
+    assert!(filesystem.delete_leftover(&not_ours).is_err());
+    assert!(scene.path("one").exists());
 }
 
 #[test]

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::LeftoverKind;
 use super::wire::{self, Ask, Counts, MAX_NAME, Reply, Request, hook};
+use crate::btrfs;
 use crate::dm::Takeover;
 use crate::freeze;
 use crate::memory::Arena;
@@ -111,7 +113,7 @@ struct Entry {
     /// Its folder; negative: free.
     folder: RawFd,
     name: [u8; MAX_NAME + 1],
-    is_folder: bool,
+    kind: LeftoverKind,
 }
 
 struct Child<'a> {
@@ -144,7 +146,7 @@ pub(super) fn run(
         entries: [Entry {
             folder: -1,
             name: [0; MAX_NAME + 1],
-            is_folder: false,
+            kind: LeftoverKind::File,
         }; ENTRIES],
         hook,
         hook_owed: false,
@@ -225,13 +227,17 @@ impl Child<'_> {
                 slot.fd = -1;
                 Ok(0)
             }
-            Ask::File | Ask::Folder => {
+            Ask::File | Ask::Folder | Ask::Subvolume => {
                 let folder = fd.ok_or(Errno::EBADF)?;
                 let (id, entry) = find(&mut self.entries, |entry| entry.folder < 0)?;
                 *entry = Entry {
                     folder,
                     name: request.name(),
-                    is_folder: ask == Some(Ask::Folder),
+                    kind: match ask {
+                        Some(Ask::Folder) => LeftoverKind::Folder,
+                        Some(Ask::Subvolume) => LeftoverKind::Subvolume,
+                        _ => LeftoverKind::File,
+                    },
                 };
                 Ok(id)
             }
@@ -409,19 +415,25 @@ fn at<T>(all: &mut [T], id: u32) -> Result<&mut T, Errno> {
     all.get_mut(id).ok_or(Errno::EINVAL)
 }
 
-/// Removes a file or an empty folder; whether it is gone. A trace instance is busy until the
+/// Removes a file, an empty folder or a subvolume; whether it is gone. A trace instance is busy until the
 /// kernel has let go of the readers of the dead run.
 fn remove(entry: &Entry) -> bool {
-    let flags = if entry.is_folder {
-        libc::AT_REMOVEDIR
-    } else {
-        0
+    let Ok(name) = CStr::from_bytes_until_nul(&entry.name) else {
+        return false;
+    };
+    let unlink = |flags| {
+        // SAFETY: a terminated name.
+        let removed = unsafe { libc::unlinkat(entry.folder, name.as_ptr(), flags) };
+        Errno::result(removed).map(drop)
     };
     for _ in 0..200 {
-        // SAFETY: the name ends with a zero byte within its array.
-        let removed = unsafe { libc::unlinkat(entry.folder, entry.name.as_ptr().cast(), flags) };
-        match Errno::result(removed) {
-            Ok(_) | Err(Errno::ENOENT) => return true,
+        let removed = match entry.kind {
+            LeftoverKind::File => unlink(0),
+            LeftoverKind::Folder => unlink(libc::AT_REMOVEDIR),
+            LeftoverKind::Subvolume => btrfs::delete_subvolume(entry.folder, name),
+        };
+        match removed {
+            Ok(()) | Err(Errno::ENOENT) => return true,
             Err(Errno::EBUSY | Errno::EINTR) => sleep_ms(RETRY_MS),
             Err(_) => return false,
         }

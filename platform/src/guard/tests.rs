@@ -3,8 +3,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::{Signal, kill};
 
 use super::*;
+use crate::btrfs;
 use crate::lock::{self, Lock};
-use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, scratch};
+use crate::testing::{Loop, Mounted, Role, mkfs, needs_root, run, scratch};
 
 /// A scratch filesystem on a loop device, and a process that freezes it.
 struct Scene {
@@ -141,6 +142,15 @@ fn role_freezes() {
                 };
                 format!("{:?}", guard.register(&dir, OsStr::new(argument), kind))
             }
+            "subvolume" => {
+                // By a mount that is attached nowhere, as where the place is not mounted.
+                let top = btrfs::Filesystem::open(&args[0])
+                    .unwrap()
+                    .subvolume(btrfs::TOP_LEVEL)
+                    .unwrap();
+                let (name, kind) = (OsStr::new(argument), LeftoverKind::Subvolume);
+                format!("{:?}", guard.register(&top, name, kind))
+            }
             "forget" => {
                 let leftover = Leftover(argument.parse().unwrap());
                 format!("{:?}", guard.forget(leftover))
@@ -247,6 +257,41 @@ fn privileged_a_killed_run_is_thawed_hooked_and_swept() {
         let hook = std::fs::read_to_string(scene.path("hook")).unwrap();
         assert_eq!(hook, "post\n", "the hook ran once");
         assert!(!lock::is_held(&scene.path("locks"), "run").unwrap());
+    }
+}
+
+#[test]
+fn privileged_the_subvolumes_of_a_killed_run_are_deleted() {
+    needs_root!();
+    let scene = Scene::new("btrfs");
+    let (mut role, _, guard) = scene.start();
+    let path = |name: &str| scene.mounted.path().join(name);
+    let btrfs = |verb: &[&str], names: &[&str]| {
+        let verb = verb.iter().map(PathBuf::from);
+        run("btrfs", verb.chain(names.iter().map(|name| path(name))));
+    };
+    for name in ["one", "kept"] {
+        btrfs(&["subvolume", "create"], &[name]);
+        std::fs::write(path(name).join("file"), "x").unwrap();
+    }
+    btrfs(&["subvolume", "snapshot", "-r"], &["one", "snapshot"]);
+    std::fs::create_dir(path("folder")).unwrap();
+    for name in ["one", "snapshot", "never-made", "kept", "folder"] {
+        let registered = tell(&mut role, &format!("subvolume {name}"));
+        assert!(registered.starts_with("Ok"), "{registered}");
+    }
+    assert_eq!(tell(&mut role, "forget 3"), "Ok(())");
+    // Deleting would wait for ever, were it not thawed first.
+    assert_eq!(tell(&mut role, "freeze 60000"), "ok");
+    role.kill();
+    scene.wait_until_thawed();
+    until("the guard has ended", || !is_running(guard));
+    for name in ["one", "snapshot"] {
+        assert!(!path(name).exists(), "{name}");
+    }
+    // What is no subvolume is not taken for one.
+    for name in ["kept/file", "folder"] {
+        assert!(path(name).exists(), "{name}");
     }
 }
 

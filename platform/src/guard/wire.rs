@@ -24,6 +24,8 @@ pub(super) enum Ask {
     File,
     /// The same for an empty folder.
     Folder,
+    /// The same for a subvolume.
+    Subvolume,
     /// Forget entry `id`.
     Forget,
     /// Carry out undo `id` once the run is over.
@@ -39,12 +41,13 @@ pub(super) enum Ask {
 }
 
 /// All of them, in the order of their numbers.
-const ASKS: [Ask; 11] = [
+const ASKS: [Ask; 12] = [
     Ask::Ping,
     Ask::Arm,
     Ask::Disarm,
     Ask::File,
     Ask::Folder,
+    Ask::Subvolume,
     Ask::Forget,
     Ask::OweUndo,
     Ask::ForgetUndo,

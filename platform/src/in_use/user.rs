@@ -31,6 +31,13 @@ pub enum User {
         /// By the kernel's name, with the name its owner gave it: `dm-3 (vg-root)`.
         by: String,
     },
+    /// It is a device of a mounted btrfs: the list of mounts shows one device of each alone.
+    Btrfs {
+        /// Which of the devices searched for.
+        device: String,
+        /// The filesystem's UUID.
+        uuid: String,
+    },
     /// A loop device lies on it.
     Loop {
         /// The loop device.
@@ -84,6 +91,9 @@ impl fmt::Display for User {
                 }
             }
             Self::Swap { path } => write!(f, "swap space ({})", path.display()),
+            Self::Btrfs { device, uuid } => {
+                write!(f, "{device} is held by the mounted btrfs filesystem {uuid}")
+            }
             Self::Holder { device, by } => write!(f, "{device} is held by {by}"),
             Self::Loop {
                 name, read_only, ..

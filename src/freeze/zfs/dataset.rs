@@ -126,6 +126,7 @@ impl Datasets {
             },
             instant: self.instant,
             freezes: Vec::new(),
+            commit: None,
         })
     }
 

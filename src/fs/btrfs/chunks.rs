@@ -159,6 +159,28 @@ impl Chunk {
         Extent::between(place(range.start), place(range.end))
     }
 
+    /// The run of logical addresses that goes on without a gap from `place`, in bytes from the start of
+    /// stripe `index`.
+    pub(crate) fn logical_at(&self, index: usize, place: u64) -> Range<u64> {
+        if self.columns == 1 {
+            return self.logical.start + place..self.logical.end;
+        }
+        let column = index as u64 / self.copies as u64;
+        let piece = place / format::STRIPE_LEN * self.columns + column;
+        let start = self.logical.start + piece * format::STRIPE_LEN;
+        start + place % format::STRIPE_LEN..start + format::STRIPE_LEN
+    }
+
+    /// Which copy of what it holds stripe `index` has.
+    pub(crate) fn copy_of(&self, index: usize) -> usize {
+        index % self.copies
+    }
+
+    /// How many of its logical bytes of `used` lie in each of its stripes, about.
+    pub(crate) fn share(&self, used: u64) -> u64 {
+        used / self.columns
+    }
+
     /// Where copy number `copy` of the logical run `range` lies, in order. `range` lies in the chunk.
     pub(crate) fn pieces(
         &self,
@@ -337,7 +359,7 @@ impl<'a> Devices<'a> {
 }
 
 /// The filesystem contradicts itself.
-pub(super) fn damaged(what: impl Into<String>) -> Error {
+pub(crate) fn damaged(what: impl Into<String>) -> Error {
     Error::new(Kind::Damaged, what)
 }
 
@@ -481,6 +503,17 @@ mod tests {
             }
             for (index, pieces) in by_piece.into_iter().enumerate() {
                 let whole = chunk.on_stripe(index, &range);
+                // And back again.
+                let stripe = chunk.stripes[index].start;
+                let mut place = whole.start.0 - stripe;
+                while place < whole.end().0 - stripe {
+                    let run = chunk.logical_at(index, place);
+                    prop_assert!(range.contains(&run.start));
+                    let run = run.start..run.end.min(range.end);
+                    let back = chunk.on_stripe(index, &run);
+                    prop_assert_eq!(back.start.0 - stripe, place);
+                    place += run.end - run.start;
+                }
                 let mut at = whole.start;
                 for piece in pieces {
                     prop_assert_eq!(piece.start, at);

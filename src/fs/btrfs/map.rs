@@ -10,10 +10,12 @@ use std::ops::Range;
 
 use zerocopy::FromBytes;
 
+use super::Btrfs;
 use super::chunks::{Chunk, damaged};
+use super::commit::Trees;
 use super::format::{self, BlockGroupItem, ExtentItem, Key, RootItem};
+use super::superblock::Geometry;
 use super::tree::Reader;
-use super::{Btrfs, Trees};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs::Walk;
@@ -25,9 +27,11 @@ use crate::units::Offset;
 const MAX_ROOTS: usize = 1 << 22;
 
 /// An extent, as its item in the extent tree says.
-struct Listed {
-    logical: Range<u64>,
-    is_tree_block: bool,
+pub(crate) struct Listed {
+    pub(crate) logical: Range<u64>,
+    pub(crate) is_tree_block: bool,
+    /// The commit it was allocated in.
+    pub(crate) generation: u64,
 }
 
 /// Walks the used blocks: see [`Filesystem::walk_used`](crate::fs::Filesystem::walk_used).
@@ -40,7 +44,7 @@ pub(super) fn walk(
     let reader = btrfs.reader(&devices);
     // What is behind does not belong to it, and could be anything.
     let end = btrfs.size;
-    let stripes = btrfs.chunks.stripes_on(btrfs.devid, end)?;
+    let stripes = btrfs.commit.chunks.stripes_on(btrfs.devid, end)?;
     if btrfs.is_checked.get().is_none() {
         check(btrfs, &reader)?;
         let _ = btrfs.is_checked.set(());
@@ -56,17 +60,17 @@ pub(super) fn walk(
         emitter.used(run.start, run.end())
     };
     for (number, index) in stripes {
-        let Some(chunk) = btrfs.chunks.chunks().get(number) else {
+        let Some(chunk) = btrfs.commit.chunks.chunks().get(number) else {
             continue;
         };
         let logical = &chunk.logical;
         let first = Key::new(logical.start, 0, 0);
         let last = Key::new(logical.end - 1, u8::MAX, u64::MAX);
         reader.walk(
-            &btrfs.trees.extent,
+            &btrfs.commit.trees.extent,
             first..=last,
             &mut |key: Key, item: &[u8]| {
-                if let Some(listed) = listed(btrfs, key, item)? {
+                if let Some(listed) = listed(&btrfs.commit.geometry, key, item)? {
                     emit(chunk.on_stripe(index, &listed.logical))?;
                 }
                 Ok(())
@@ -88,7 +92,7 @@ fn check(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<()> {
         extent,
         block_group,
         ..
-    } = &btrfs.trees;
+    } = &btrfs.commit.trees;
     let mut roots = roots(btrfs, reader)?;
     roots.sort_unstable();
     roots.dedup();
@@ -99,10 +103,15 @@ fn check(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<()> {
         if key.kind == format::BLOCK_GROUP_ITEM && block_group.is_none() {
             return groups.note(key, item);
         }
-        let Some(listed) = listed(btrfs, key, item)? else {
+        let Some(listed) = listed(&btrfs.commit.geometry, key, item)? else {
             return Ok(());
         };
         let Range { start, end } = listed.logical;
+        if listed.generation > btrfs.commit.geometry.generation {
+            return Err(damaged(format!(
+                "the extent at logical {start} is newer than all else"
+            )));
+        }
         if start < last {
             return Err(damaged(format!("extents overlap at logical {start}")));
         }
@@ -126,7 +135,7 @@ fn check(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<()> {
         )?;
     }
     let used = groups.finish()?;
-    let noted = btrfs.bytes_used;
+    let noted = btrfs.commit.bytes_used;
     if used != noted {
         return Err(damaged(format!(
             "the superblock counts {noted} bytes in use and the extent tree {used}"
@@ -143,7 +152,7 @@ fn unlisted(root: u64) -> Error {
 
 /// The logical addresses of the roots of all trees there are.
 fn roots(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<Vec<u64>> {
-    let trees = &btrfs.trees;
+    let trees = &btrfs.commit.trees;
     let mut roots = vec![trees.root.block.bytenr, trees.chunk.block.bytenr];
     reader.walk(
         &trees.root,
@@ -168,14 +177,13 @@ fn roots(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<Vec<u64>> {
 }
 
 /// What an item of the extent tree lists: an extent, or `None` if it tells more about one.
-fn listed(btrfs: &Btrfs, key: Key, bytes: &[u8]) -> Result<Option<Listed>> {
+pub(crate) fn listed(geometry: &Geometry, key: Key, bytes: &[u8]) -> Result<Option<Listed>> {
     let Key {
         objectid: start,
         kind,
         offset,
     } = key;
     let nonsense = || damaged(format!("the extent at logical {start} makes no sense"));
-    let geometry = &btrfs.geometry;
     let node_len = geometry.node_len().0;
     let len = match kind {
         format::EXTENT_ITEM => offset,
@@ -202,12 +210,12 @@ fn listed(btrfs: &Btrfs, key: Key, bytes: &[u8]) -> Result<Option<Listed>> {
         && len.is_multiple_of(sector_size)
         && (!is_tree_block || len == node_len)
         && (is_tree_block || kind == format::EXTENT_ITEM)
-        && item.refs.get() > 0
-        && item.generation.get() <= geometry.generation;
+        && item.refs.get() > 0;
     match is_sane {
         true => Ok(Some(Listed {
             logical: start..end,
             is_tree_block,
+            generation: item.generation.get(),
         })),
         false => Err(nonsense()),
     }
@@ -224,12 +232,12 @@ impl<'a> Groups<'a> {
     fn new(btrfs: &'a Btrfs) -> Self {
         Self {
             btrfs,
-            used: vec![(0, None); btrfs.chunks.chunks().len()],
+            used: vec![(0, None); btrfs.commit.chunks.chunks().len()],
         }
     }
 
     fn chunk_at(&mut self, logical: u64) -> Result<(&'a Chunk, &mut (u64, Option<u64>))> {
-        let found = self.btrfs.chunks.find(logical);
+        let found = self.btrfs.commit.chunks.find(logical);
         let found = found.and_then(|(number, chunk)| Some((chunk, self.used.get_mut(number)?)));
         found.ok_or_else(|| damaged(format!("logical {logical} is in no chunk")))
     }
@@ -273,7 +281,7 @@ impl<'a> Groups<'a> {
     /// All bytes in use, if every block group counts just what is in it.
     fn finish(self) -> Result<u64> {
         let mut all = 0u64;
-        for (chunk, (used, noted)) in self.btrfs.chunks.chunks().iter().zip(self.used) {
+        for (chunk, (used, noted)) in self.btrfs.commit.chunks.chunks().iter().zip(self.used) {
             let start = chunk.logical.start;
             match noted {
                 Some(noted) if noted == used => {}

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use zerocopy::IntoBytes;
 
 use super::checksum::Checksum;
+use super::commit;
 use super::format::{self, SuperBlock};
 use super::superblock::{self, Found, Geometry};
 use crate::error::{Error, Kind, Result};
@@ -44,7 +45,12 @@ fn changeable(source: &dyn ReadAt) -> Result<(Found, Geometry)> {
         Error::new(Kind::NotApplicable, what)
     };
     let found = superblock::read(source)?.map_err(refused)?;
-    if let Some(why) = super::unknown(&found) {
+    if !found.is_first {
+        return Err(refused(
+            "its first superblock is damaged, or older than a copy of it",
+        ));
+    }
+    if let Some(why) = commit::unknown(&found.newest) {
         return Err(refused(&why));
     }
     if found.newest.flags.get() & format::SUPER_CHANGING != 0 {

@@ -1,5 +1,7 @@
 //! The superblock of a device and its copies, and the numbers in it, checked.
 
+use zerocopy::IntoBytes;
+
 use super::checksum::Checksum;
 use super::format::{self, SuperBlock};
 use crate::error::{Kind, Result};
@@ -70,7 +72,7 @@ pub(crate) fn read(source: &dyn ReadAt) -> Result<std::result::Result<Found, &'s
 ///
 /// # Errors
 /// If reading fails for another reason than that it cannot be read.
-pub(super) fn read_copy(
+pub(crate) fn read_copy(
     source: &dyn ReadAt,
     at: u64,
 ) -> Result<std::result::Result<SuperBlock, &'static str>> {
@@ -90,6 +92,28 @@ pub(super) fn read_copy(
         return Ok(Err("the superblock's checksum is wrong"));
     }
     Ok(Ok(superblock))
+}
+
+/// The copy at `at` of a superblock, for an image of its commit and nothing else: what is not in the
+/// commit itself, a log of fsyncs, older trees and the old kind of free space cache, is left out. The
+/// kernel does without all of them.
+pub(crate) fn of_commit_alone(
+    superblock: &SuperBlock,
+    at: u64,
+) -> [u8; format::SUPER_SIZE as usize] {
+    let mut alone = superblock.clone();
+    alone.bytenr = at.into();
+    alone.log_root = 0.into();
+    alone.log_root_level = 0;
+    alone.log_root_transid = 0.into();
+    alone.super_roots = [[0; 168]; 4];
+    if alone.compat_ro.get() & format::COMPAT_RO_FREE_SPACE_TREE == 0 {
+        alone.cache_generation = 0.into();
+    }
+    if let Some(checksum) = Checksum::of_type(alone.csum_type.get()) {
+        alone.csum = checksum.of(&alone.as_bytes()[format::CSUM_SIZE..]);
+    }
+    zerocopy::transmute!(alone)
 }
 
 /// The superblock's numbers that reading trees takes, checked.

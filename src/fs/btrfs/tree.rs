@@ -4,14 +4,19 @@
 //! ascend strictly over a whole tree, and every block has to begin with the key that its parent
 //! notes: so no block is met twice in one walk, and a walk ends however the tree was forged.
 
+use std::collections::HashMap;
 use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zerocopy::FromBytes;
 
-use super::chunks::{ChunkMap, Devices, damaged};
+use super::chunks::{Chunk, ChunkMap, Devices, damaged};
 use super::format::{self, Header, Item, Key, KeyPointer};
 use super::superblock::Geometry;
 use crate::error::{Error, Kind, Result};
+
+/// Most bytes that [`Reader::prefetch`] reads at a time.
+const PREFETCH: u64 = 1 << 20;
 
 /// What leads to a tree block: all that is known of it before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +90,33 @@ pub(crate) struct Reader<'a> {
     pub(crate) geometry: &'a Geometry,
     pub(crate) chunks: &'a ChunkMap,
     pub(crate) devices: &'a Devices<'a>,
+    /// Where blocks are kept that were read.
+    pub(crate) cache: Option<&'a Cache>,
+}
+
+/// Tree blocks that were read and found right, by logical address and generation: as such they never
+/// change.
+#[derive(Debug, Default)]
+pub(crate) struct Cache(Mutex<HashMap<Place, Block>>);
+
+/// The logical address and the generation of a block.
+type Place = (u64, u64);
+
+/// The bytes of a block.
+type Block = Arc<Vec<u8>>;
+
+impl Cache {
+    /// A block, if it is there.
+    pub(crate) fn get(&self, bytenr: u64, generation: u64) -> Option<Arc<Vec<u8>>> {
+        let blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.get(&(bytenr, generation)).cloned()
+    }
+
+    /// Keeps a block.
+    fn keep(&self, place: (u64, u64), bytes: &Arc<Vec<u8>>) {
+        let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.insert(place, Arc::clone(bytes));
+    }
 }
 
 /// A walk through one tree.
@@ -115,8 +147,31 @@ impl Reader<'_> {
         walk.descend(&root.block, Key::MAX, visitor)
     }
 
-    /// A block's bytes, from the first copy that is right.
-    fn read(&self, pointer: &Pointer, last: Key, owner: Option<u64>) -> Result<Vec<u8>> {
+    /// A block's bytes, from the first copy that is right. `last` is the greatest key it may have.
+    ///
+    /// # Errors
+    /// As [`walk`](Self::walk).
+    pub(crate) fn read(
+        &self,
+        pointer: &Pointer,
+        last: Key,
+        owner: Option<u64>,
+    ) -> Result<Arc<Vec<u8>>> {
+        if let Some(bytes) = self
+            .cache
+            .and_then(|cache| cache.get(pointer.bytenr, pointer.generation))
+            && self.check(pointer, last, owner, &bytes).is_ok()
+        {
+            return Ok(bytes);
+        }
+        let bytes = Arc::new(self.read_from_disk(pointer, last, owner)?);
+        if let Some(cache) = self.cache {
+            cache.keep((pointer.bytenr, pointer.generation), &bytes);
+        }
+        Ok(bytes)
+    }
+
+    fn read_from_disk(&self, pointer: &Pointer, last: Key, owner: Option<u64>) -> Result<Vec<u8>> {
         let what = |why: &str| {
             let at = pointer.bytenr;
             damaged(format!("the tree block at logical {at} {why}"))
@@ -147,6 +202,87 @@ impl Reader<'_> {
             }
         }
         Err(what(&trouble))
+    }
+
+    /// Reads blocks into the cache, by logical address and generation, several that follow each other at a
+    /// time. `blocks` ascend.
+    ///
+    /// # Errors
+    /// As [`walk`](Self::walk).
+    pub(crate) fn prefetch(&self, blocks: &[(u64, u64)]) -> Result<()> {
+        let node_len = self.geometry.node_len().0;
+        let Some(cache) = self.cache else {
+            return Ok(());
+        };
+        let missing: Vec<(u64, u64)> = blocks
+            .iter()
+            .filter(|(bytenr, generation)| cache.get(*bytenr, *generation).is_none())
+            .copied()
+            .collect();
+        let mut rest = missing.as_slice();
+        while let Some((first, _)) = rest.first() {
+            let nowhere = || damaged(format!("the tree block at logical {first} is in no chunk"));
+            let (_, chunk) = self.chunks.find(*first).ok_or_else(nowhere)?;
+            let most = (PREFETCH / node_len).max(1) as usize;
+            let follows = |(number, (bytenr, _)): &(usize, &(u64, u64))| {
+                *bytenr == first + *number as u64 * node_len
+                    && *number < most
+                    && chunk.logical.contains(bytenr)
+            };
+            let count = rest.iter().enumerate().take_while(follows).count().max(1);
+            let (run, behind) = rest.split_at(count);
+            rest = behind;
+            let end = first + count as u64 * node_len;
+            let mut bytes = vec![0; count * self.geometry.node_len().as_usize()];
+            let is_read = self.devices.read(chunk, 0, *first..end, &mut bytes);
+            for ((bytenr, generation), block) in
+                run.iter().zip(bytes.chunks_exact(node_len as usize))
+            {
+                let is_right = |block: &[u8]| self.is_block(*bytenr, *generation, block);
+                let right = match is_read.is_ok() && is_right(block) {
+                    true => Some(block.to_vec()),
+                    false => self.read_other_copy(chunk, *bytenr, is_right)?,
+                };
+                let wrong = || damaged(format!("the tree block at logical {bytenr} is wrong"));
+                let right = Arc::new(right.ok_or_else(wrong)?);
+                cache.keep((*bytenr, *generation), &right);
+            }
+        }
+        Ok(())
+    }
+
+    /// The first copy of a block that `is_right`.
+    fn read_other_copy(
+        &self,
+        chunk: &Chunk,
+        bytenr: u64,
+        is_right: impl Fn(&[u8]) -> bool,
+    ) -> Result<Option<Vec<u8>>> {
+        let len = self.geometry.node_len();
+        let Some(end) = bytenr.checked_add(len.0) else {
+            return Ok(None);
+        };
+        for copy in 0..chunk.copies() {
+            let mut block = vec![0; len.as_usize()];
+            match self.devices.read(chunk, copy, bytenr..end, &mut block) {
+                Ok(()) if is_right(&block) => return Ok(Some(block)),
+                Err(error) if error.kind() != Kind::Io => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether `bytes` are the block at this address, of this generation.
+    fn is_block(&self, bytenr: u64, generation: u64, bytes: &[u8]) -> bool {
+        let header = Header::read_from_prefix(bytes);
+        self.geometry.checksum.holds(bytes)
+            && header.is_ok_and(|(header, _)| {
+                header.bytenr.get() == bytenr
+                    && header.generation.get() == generation
+                    && header.fsid == self.geometry.metadata_uuid
+                    && header.flags.get() & format::HEADER_WRITTEN != 0
+            })
     }
 
     /// Whether `bytes` are the block that `pointer` leads to, with all its keys up to `last`.
@@ -234,39 +370,63 @@ impl Walk<'_> {
         }
         let bytes = self.reader.read(pointer, last, self.owner)?;
         visitor.block(pointer, &bytes)?;
-        let (header, body) = Header::read_from_prefix(bytes.as_slice()).map_err(|_| cut_short())?;
-        let count = header.count.get() as usize;
-        for number in 0..count {
-            if pointer.level == 0 {
-                let item: Item = entry_of(body, number).ok_or_else(cut_short)?;
-                let key = Key::from(item.key);
-                if self.range.contains(&key) {
-                    let start = item.offset.get() as usize;
-                    let data = body.get(start..start + item.size.get() as usize);
-                    visitor.item(key, data.ok_or_else(cut_short)?)?;
+        for entry in entries(&bytes)? {
+            match entry? {
+                Entry::Item(key, data) => {
+                    if self.range.contains(&key) {
+                        visitor.item(key, data)?;
+                    }
                 }
-                continue;
+                Entry::Child(child, next) => {
+                    // What is below ends before the next child begins.
+                    let child_last = next.map_or(last, before);
+                    let first = child.first.unwrap_or(Key::MIN);
+                    if first <= *self.range.end() && child_last >= *self.range.start() {
+                        self.descend(&child, child_last, visitor)?;
+                    }
+                }
             }
-            let child: KeyPointer = entry_of(body, number).ok_or_else(cut_short)?;
-            let first = Key::from(child.key);
-            // What is below ends before the next child begins.
-            let child_last = match entry_of::<KeyPointer>(body, number + 1) {
-                Some(next) if number + 1 < count => before(next.key.into()),
-                _ => last,
-            };
-            if first > *self.range.end() || child_last < *self.range.start() {
-                continue;
-            }
-            let child = Pointer {
-                bytenr: child.bytenr.get(),
-                generation: child.generation.get(),
-                level: pointer.level - 1,
-                first: Some(first),
-            };
-            self.descend(&child, child_last, visitor)?;
         }
         Ok(())
     }
+}
+
+/// What a tree block holds.
+pub(crate) enum Entry<'a> {
+    /// An item of a leaf.
+    Item(Key, &'a [u8]),
+    /// A child of a node, and the key that the next one begins with.
+    Child(Pointer, Option<Key>),
+}
+
+/// The entries of a block that was found right.
+///
+/// # Errors
+/// [`Kind::Damaged`] if it was not.
+pub(crate) fn entries(bytes: &[u8]) -> Result<impl Iterator<Item = Result<Entry<'_>>>> {
+    let (header, body) = Header::read_from_prefix(bytes).map_err(|_| cut_short())?;
+    let (count, level) = (header.count.get() as usize, header.level);
+    let entry = move |number: usize| -> Option<Entry<'_>> {
+        let Some(level) = level.checked_sub(1) else {
+            let item: Item = entry_of(body, number)?;
+            let start = item.offset.get() as usize;
+            let data = body.get(start..start.checked_add(item.size.get() as usize)?)?;
+            return Some(Entry::Item(item.key.into(), data));
+        };
+        let child: KeyPointer = entry_of(body, number)?;
+        let next = match number + 1 < count {
+            true => Some(entry_of::<KeyPointer>(body, number + 1)?.key.into()),
+            false => None,
+        };
+        let pointer = Pointer {
+            bytenr: child.bytenr.get(),
+            generation: child.generation.get(),
+            level,
+            first: Some(child.key.into()),
+        };
+        Some(Entry::Child(pointer, next))
+    };
+    Ok((0..count).map(move |number| entry(number).ok_or_else(cut_short)))
 }
 
 /// The greatest key below `key`, which is not the least of all: it follows another one.
@@ -416,6 +576,7 @@ mod tests {
                 geometry: &self.geometry,
                 chunks: &self.chunks,
                 devices: &devices,
+                cache: None,
             };
             let first = Key::new(*range.start(), 0, 0);
             let last = Key::new(*range.end(), 0, 0);

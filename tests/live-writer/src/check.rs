@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Kind, Thread};
 use crate::journal::{Journal, Timeline};
-use crate::{append, churn, random, sqlite};
+use crate::{append, churn, pair, random, sqlite};
 
 #[cfg(test)]
 mod tests;
@@ -38,6 +38,29 @@ pub(crate) struct Window {
     pub(crate) end: Option<u64>,
     /// Both instants lie inside the freeze: nothing can have been written between them.
     pub(crate) exact: bool,
+    /// Nothing was frozen: what was never made durable may be missing, unless the kernel keeps it in
+    /// order.
+    pub(crate) after_crash: bool,
+    /// Files are written in place: what they hold may be newer than the rest.
+    pub(crate) in_place: bool,
+}
+
+impl Window {
+    /// Whether what a thread writes into its files may be of any time.
+    fn is_loose(self, kind: Kind) -> bool {
+        let has_blocks = matches!(
+            kind,
+            Kind::Buffered | Kind::Direct | Kind::Mmap | Kind::Pair
+        );
+        self.after_crash && self.in_place && has_blocks
+    }
+
+    /// Whether a thread's writes are in order. After a crash of btrfs, one commit holds what system
+    /// calls had changed by then, but of writes through the page cache only what was written out.
+    fn is_ordered(self, kind: Kind) -> bool {
+        let keeps_order = matches!(kind, Kind::Direct | Kind::Churn | Kind::Sqlite | Kind::Pair);
+        !self.after_crash || keeps_order && !self.is_loose(kind)
+    }
 }
 
 /// What was found, for people, and what is wrong with it.
@@ -49,13 +72,18 @@ pub(crate) struct Verdict {
     pub(crate) wrong: Vec<String>,
 }
 
-/// Judges the copy of a run's folder at `dir`.
-pub(crate) fn check(dir: &Path, journal: &Journal, window: Window) -> Verdict {
+/// Judges the copies of a run's folders at `dirs`.
+pub(crate) fn check(dirs: &[PathBuf], journal: &Journal, window: Window) -> Verdict {
     let mut verdict = Verdict::default();
     let mut cut = Vec::new();
-    for (thread, timeline) in journal.config.threads().iter().zip(&journal.threads) {
+    let threads = journal.config.threads();
+    for (thread, timeline) in threads.iter().zip(&journal.threads) {
         let name = &thread.name;
-        match contents(dir, &journal.config, thread, timeline, window) {
+        if window.after_crash && window.in_place && thread.kind == Kind::Sqlite {
+            // Its log relies on an order that is not kept.
+            continue;
+        }
+        match contents(dirs, &journal.config, thread, timeline, window) {
             Ok(found) => {
                 verdict.found.push(format!(
                     "{name}: {} of {} writes{}",
@@ -67,11 +95,18 @@ pub(crate) fn check(dir: &Path, journal: &Journal, window: Window) -> Verdict {
                         ""
                     }
                 ));
-                let wrong = outside(found, timeline, window);
+                let ordered = window.is_ordered(thread.kind);
+                let wrong = outside(found, timeline, window, ordered);
                 verdict
                     .wrong
                     .extend(wrong.into_iter().map(|what| format!("{name}: {what}")));
-                cut.push((name.clone(), found, timeline));
+                cut.push(Cut {
+                    name,
+                    found,
+                    timeline,
+                    ordered,
+                    tells_time: !window.is_loose(thread.kind),
+                });
             }
             Err(wrong) => {
                 // A damaged file may have many damaged blocks: the first ones say enough.
@@ -87,37 +122,59 @@ pub(crate) fn check(dir: &Path, journal: &Journal, window: Window) -> Verdict {
         }
     }
     verdict.wrong.extend(inconsistent(&cut));
-    verdict.wrong.extend(unreadable(dir));
+    verdict.wrong.extend(forgotten(&cut));
+    for dir in dirs {
+        verdict.wrong.extend(unreadable(dir));
+    }
     verdict
+}
+
+/// What was found of one thread.
+struct Cut<'a> {
+    name: &'a str,
+    found: Found,
+    timeline: &'a Timeline,
+    ordered: bool,
+    /// Whether something that is there tells when the copy was taken.
+    tells_time: bool,
 }
 
 /// Which prefix of a thread's writes the copy holds.
 fn contents(
-    dir: &Path,
+    dirs: &[PathBuf],
     config: &Config,
     thread: &Thread,
     timeline: &Timeline,
     window: Window,
 ) -> Result<Found, Vec<String>> {
-    let path = dir.join(&thread.name);
+    let path = thread.place(dirs);
     match thread.kind {
         Kind::Buffered | Kind::Direct | Kind::Mmap => {
-            random::check(&path, config, thread, timeline)
+            if window.is_ordered(thread.kind) {
+                random::check(&path, config, thread, timeline)
+            } else {
+                random::check_after_crash(&path, config, thread, timeline)
+            }
         }
         Kind::Append => {
             let begun = match window.end {
                 Some(end) => timeline.begun_until(end),
                 None => timeline.begun_count(),
             };
-            append::check(&path, config, thread, timeline, begun)
+            append::check(&path, config, thread, timeline, begun, window.after_crash)
         }
-        Kind::Churn => churn::check(&path, config, thread, timeline),
+        Kind::Churn => churn::check(&path, config, thread, timeline, window.after_crash),
         Kind::Sqlite => sqlite::check(&path, timeline),
+        Kind::Pair => {
+            let paths = [&*path, &*thread.second_place(dirs)];
+            let loose = [window.after_crash, window.is_loose(thread.kind)];
+            pair::check(paths, config, thread, timeline, loose)
+        }
     }
 }
 
 /// What cannot be, given when the filesystem was frozen.
-fn outside(found: Found, timeline: &Timeline, window: Window) -> Vec<String> {
+fn outside(found: Found, timeline: &Timeline, window: Window, ordered: bool) -> Vec<String> {
     let mut wrong = Vec::new();
     if timeline.begun_count() == 0 {
         wrong.push("never wrote, so nothing is proven".into());
@@ -130,7 +187,7 @@ fn outside(found: Found, timeline: &Timeline, window: Window) -> Vec<String> {
                 "holds {} writes, but {acked} were durable before the freeze",
                 found.whole
             ));
-        } else if found.whole < returned {
+        } else if found.whole < returned && ordered {
             wrong.push(format!(
                 "holds {} writes, but {returned} had returned before the freeze",
                 found.whole
@@ -159,31 +216,59 @@ fn outside(found: Found, timeline: &Timeline, window: Window) -> Vec<String> {
 
 /// Where the copy is not one instant: a write that is there was begun after another thread's write
 /// that is not there had returned.
-fn inconsistent(cut: &[(String, Found, &Timeline)]) -> Vec<String> {
+fn inconsistent(cut: &[Cut<'_>]) -> Vec<String> {
     let mut wrong = Vec::new();
     let missing = cut
         .iter()
-        .filter_map(|(name, found, timeline)| {
-            let seq = found.whole + 1;
-            Some((name, seq, timeline.returned_at(seq)?))
+        .filter(|cut| cut.ordered)
+        .filter_map(|cut| {
+            let seq = cut.found.whole + 1;
+            Some((cut.name, seq, cut.timeline.returned_at(seq)?))
         })
         .min_by_key(|(_, _, at)| *at);
     let Some((first, missing, returned)) = missing else {
         return wrong;
     };
-    for (name, found, timeline) in cut {
-        let last = found.seen;
-        if let Some(begun) = timeline.begun_at(last)
+    for cut in cut.iter().filter(|cut| cut.tells_time) {
+        let last = cut.found.seen;
+        if let Some(begun) = cut.timeline.begun_at(last)
             && begun > returned
         {
             wrong.push(format!(
-                "{name}: write {last} is there, but was begun {} us after write {missing} of \
+                "{}: write {last} is there, but was begun {} us after write {missing} of \
                  {first} had returned, which is not there",
+                cut.name,
                 (begun - returned) / 1000
             ));
         }
     }
     wrong
+}
+
+/// What is missing although it was durable before something began that is there.
+fn forgotten(cut: &[Cut<'_>]) -> Vec<String> {
+    let latest = cut
+        .iter()
+        .filter(|cut| cut.tells_time)
+        .filter_map(|cut| Some((cut.timeline.begun_at(cut.found.seen)?, cut)))
+        .max_by_key(|(begun, _)| *begun);
+    let Some((begun, last)) = latest else {
+        return Vec::new();
+    };
+    let durable = |cut: &Cut<'_>| cut.timeline.acked_before(begun);
+    cut.iter()
+        .filter(|cut| cut.found.whole < durable(cut))
+        .map(|cut| {
+            format!(
+                "{}: holds {} writes, but {} were durable before write {} of {} began, which is there",
+                cut.name,
+                cut.found.whole,
+                durable(cut),
+                last.found.seen,
+                last.name
+            )
+        })
+        .collect()
 }
 
 /// The files and folders under `dir` that cannot be read to their ends.

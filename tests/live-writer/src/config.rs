@@ -1,8 +1,10 @@
 //! What a run does: who writes, how much, from which seed. It stands at the head of the journal,
 //! so that the checker needs nothing else.
 
+use std::path::{Path, PathBuf};
+
 /// Marks the beginning of a journal.
-const MAGIC: u64 = 0x314a_5257_4556_494c;
+const MAGIC: u64 = 0x324a_5257_4556_494c;
 
 /// What a thread does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,16 +21,19 @@ pub(crate) enum Kind {
     Churn,
     /// `SQLite` transactions in WAL mode with synchronous=FULL.
     Sqlite,
+    /// Two files: a write through the page cache to one, then one past it to the other.
+    Pair,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Buffered,
         Self::Direct,
         Self::Mmap,
         Self::Append,
         Self::Churn,
         Self::Sqlite,
+        Self::Pair,
     ];
 
     fn name(self) -> &'static str {
@@ -39,6 +44,7 @@ impl Kind {
             Self::Append => "append",
             Self::Churn => "churn",
             Self::Sqlite => "sqlite",
+            Self::Pair => "pair",
         }
     }
 }
@@ -50,8 +56,28 @@ pub(crate) struct Thread {
     pub(crate) index: usize,
     /// What it does.
     pub(crate) kind: Kind,
-    /// The file or folder it writes to, in the run's folder.
+    /// Its number among those of its kind.
+    pub(crate) number: u8,
+    /// The file or folder it writes to, in one of the run's folders.
     pub(crate) name: String,
+}
+
+impl Thread {
+    /// Where it writes: the folders are taken in turn.
+    pub(crate) fn place(&self, dirs: &[PathBuf]) -> PathBuf {
+        self.folder(dirs, 0).join(&self.name)
+    }
+
+    /// The other file of a pair: of every other thread in the next folder.
+    pub(crate) fn second_place(&self, dirs: &[PathBuf]) -> PathBuf {
+        let next = usize::from(self.number.is_multiple_of(2));
+        self.folder(dirs, next)
+            .join(format!("{}.second", self.name))
+    }
+
+    fn folder<'a>(&self, dirs: &'a [PathBuf], next: usize) -> &'a Path {
+        &dirs[(self.index + next) % dirs.len()]
+    }
 }
 
 /// What a run does.
@@ -64,7 +90,7 @@ pub(crate) struct Config {
     /// Bytes the run may take up, roughly.
     pub(crate) budget: u64,
     /// How many threads of each kind, in the order of [`Kind::ALL`].
-    pub(crate) counts: [u8; 6],
+    pub(crate) counts: [u8; 7],
     /// `CLOCK_REALTIME` minus `CLOCK_MONOTONIC` at the beginning, in nanoseconds.
     pub(crate) realtime_offset: u64,
 }
@@ -81,6 +107,7 @@ impl Config {
             .enumerate()
             .map(|(index, (kind, number))| Thread {
                 index,
+                number,
                 kind,
                 name: format!("{}-{number}", kind.name()),
             })
@@ -105,7 +132,7 @@ impl Config {
         bytes[16..24].copy_from_slice(&self.budget.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.realtime_offset.to_le_bytes());
         bytes[32] = u8::from(self.light);
-        bytes[33..39].copy_from_slice(&self.counts);
+        bytes[33..40].copy_from_slice(&self.counts);
         bytes
     }
 
@@ -118,7 +145,7 @@ impl Config {
             budget: number(16)?,
             realtime_offset: number(24)?,
             light: bytes[32] != 0,
-            counts: bytes[33..39].try_into().ok()?,
+            counts: bytes[33..40].try_into().ok()?,
         })
     }
 }

@@ -4,6 +4,11 @@
 /// Bytes of one block of a random writer, and of its stamp's checksummed content.
 pub(crate) const BLOCK: usize = 4096;
 
+/// A block where `O_DIRECT` wants it.
+#[derive(Debug)]
+#[repr(C, align(4096))]
+pub(crate) struct Aligned(pub(crate) [u8; BLOCK]);
+
 /// Marks the beginning of every stamp.
 const MAGIC: u32 = 0x4c57_5354;
 

@@ -1,8 +1,8 @@
 //! Keeps a filesystem busy in a way that a copy of it can be judged by, and judges the copy.
 //!
 //! `live-writer run` writes with many threads at once: random writes through the page cache, past
-//! it and through a mapping, appends, changes of metadata, and `SQLite` transactions. Everything
-//! it writes follows from a seed, and a journal on another filesystem says which write began and
+//! it and through a mapping, pairs of both, appends, changes of metadata, and `SQLite`
+//! transactions. Everything it writes follows from a seed, and a journal on another filesystem says which write began and
 //! returned when. `live-writer check` looks at a copy that was taken meanwhile: each thread's
 //! files must hold exactly a prefix of its writes, and all prefixes together one instant, inside
 //! the freeze. Exit status: 0 all is right; 1 the copy is wrong, or the run failed; 2 usage.
@@ -14,6 +14,7 @@ mod config;
 mod content;
 mod journal;
 mod orphans;
+mod pair;
 mod random;
 mod run;
 mod sqlite;
@@ -37,9 +38,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Writes into a folder until SIGTERM, SIGINT or the end of `--duration`.
+    /// Writes into folders until SIGTERM, SIGINT or the end of `--duration`.
     Run(Run),
-    /// Judges a copy of that folder.
+    /// Judges a copy of those folders.
     Check(Check),
     /// Prints CLOCK_MONOTONIC in nanoseconds.
     Clock,
@@ -47,8 +48,9 @@ enum Verb {
 
 #[derive(Args, Debug)]
 struct Run {
-    /// The folder to write into.
-    dir: PathBuf,
+    /// The folder to write into; of several, the threads take one after the other.
+    #[arg(required = true, value_name = "DIR")]
+    dirs: Vec<PathBuf>,
     /// The journal to write, on another filesystem.
     #[arg(long)]
     journal: PathBuf,
@@ -85,12 +87,16 @@ struct Run {
     /// Databases.
     #[arg(long, default_value_t = 1)]
     sqlite: u8,
+    /// Threads that write in pairs, through the page cache and past it, and make nothing durable.
+    #[arg(long, default_value_t = 0)]
+    pair: u8,
 }
 
 #[derive(Args, Debug)]
 struct Check {
-    /// The copy of the folder that was written into.
-    dir: PathBuf,
+    /// The copies of the folders that were written into, in the same order.
+    #[arg(required = true, value_name = "DIR")]
+    dirs: Vec<PathBuf>,
     /// The journal of the run.
     #[arg(long)]
     journal: PathBuf,
@@ -103,6 +109,13 @@ struct Check {
     /// Both instants lie inside the freeze: nothing may have been written between them.
     #[arg(long, requires = "frozen_begin", requires = "frozen_end")]
     exact: bool,
+    /// Nothing was frozen: only what was made durable must be there, and what the kernel keeps in
+    /// order.
+    #[arg(long, conflicts_with = "exact")]
+    crash: bool,
+    /// The files are written in place, without a copy: they may be newer than the commit.
+    #[arg(long, requires = "crash")]
+    in_place: bool,
     /// The instants are of CLOCK_REALTIME.
     #[arg(long)]
     realtime: bool,
@@ -127,6 +140,7 @@ fn run(args: &Run) -> io::Result<ExitCode> {
             args.append,
             args.churn,
             args.sqlite,
+            args.pair,
         ],
         realtime_offset: journal::realtime_offset(),
     };
@@ -136,7 +150,7 @@ fn run(args: &Run) -> io::Result<ExitCode> {
     }
     let duration = args.duration.map(Duration::from_secs_f64);
     run::run(
-        &args.dir,
+        &args.dirs,
         &args.journal,
         config,
         args.orphans,
@@ -160,8 +174,10 @@ fn check(args: &Check) -> io::Result<ExitCode> {
         begin: monotonic(args.frozen_begin),
         end: monotonic(args.frozen_end),
         exact: args.exact,
+        after_crash: args.crash,
+        in_place: args.in_place,
     };
-    let verdict = check::check(&args.dir, &journal, window);
+    let verdict = check::check(&args.dirs, &journal, window);
     for line in &verdict.found {
         println!("{line}");
     }

@@ -10,14 +10,9 @@ use rustix::fs::OFlags;
 
 use crate::check::Found;
 use crate::config::Kind;
-use crate::content::{BLOCK, Stamp, intact, mix};
+use crate::content::{Aligned, BLOCK, Stamp, intact, mix};
 use crate::journal::Timeline;
 use crate::run::Task;
-
-/// A block where `O_DIRECT` wants it.
-#[derive(Debug)]
-#[repr(C, align(4096))]
-struct Aligned([u8; BLOCK]);
 
 /// How a block gets into the file.
 #[derive(Debug)]
@@ -184,6 +179,64 @@ pub(crate) fn check(
         }
     }
     Err(wrong.into_iter().map(|(_, message)| message).collect())
+}
+
+/// Which writes the file at `path` holds after a crash: each block any of those to it, whole; of a
+/// mapping perhaps a part of one. What is found is the first write that is missing, and the last that
+/// is there.
+pub(crate) fn check_after_crash(
+    path: &Path,
+    config: &crate::config::Config,
+    thread: &crate::config::Thread,
+    timeline: &Timeline,
+) -> Result<Found, Vec<String>> {
+    let blocks = config.blocks();
+    let content = std::fs::read(path)
+        .map_err(|error| vec![format!("cannot read {}: {error}", path.display())])?;
+    if content.len() as u64 != blocks * BLOCK as u64 {
+        return Err(vec![format!("{} bytes long", content.len())]);
+    }
+    // All writes to each block, in their order.
+    let mut written = vec![vec![0]; blocks as usize];
+    for seq in 1..=timeline.begun_count() {
+        written[block_of(config.seed, thread.index, seq, blocks) as usize].push(seq);
+    }
+    let mut wrong = Vec::new();
+    let (mut seen, mut missing) = (0, timeline.begun_count() + 1);
+    let mut buf = [0; BLOCK];
+    for (block, have) in content.chunks(BLOCK).enumerate() {
+        let all = &written[block];
+        let mut is_write = |seq: &u64| {
+            render(config.seed, thread.index, block as u64, *seq, &mut buf);
+            have == buf
+        };
+        let Some(stamp) = Stamp::read(have) else {
+            wrong.push(format!("block {block} has no stamp"));
+            continue;
+        };
+        match all.iter().position(|seq| *seq == stamp.seq) {
+            Some(at) if is_write(&stamp.seq) => {
+                seen = seen.max(stamp.seq);
+                missing = missing.min(*all.get(at + 1).unwrap_or(&u64::MAX));
+            }
+            // A store that was under way, over the one before it.
+            Some(at) if thread.kind == Kind::Mmap && at > 0 => {
+                seen = seen.max(stamp.seq);
+                missing = missing.min(stamp.seq);
+            }
+            _ => wrong.push(format!(
+                "block {block} holds no write to it (stamp of write {})",
+                stamp.seq
+            )),
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(wrong);
+    }
+    Ok(Found {
+        seen,
+        whole: missing - 1,
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{Config, Kind};
 use crate::journal::Recorder;
-use crate::{about, append, churn, orphans, random, sqlite};
+use crate::{about, append, churn, orphans, pair, random, sqlite};
 
 /// The folder in which nameless files are made.
 const ORPHANS: &str = "orphans";
@@ -20,6 +20,8 @@ pub(crate) struct Task {
     pub(crate) index: usize,
     /// Its file or folder.
     pub(crate) path: PathBuf,
+    /// The other file of a pair.
+    pub(crate) second: PathBuf,
     /// The run's configuration.
     pub(crate) config: Arc<Config>,
     /// Where it reports to.
@@ -49,25 +51,28 @@ impl Task {
     }
 }
 
-/// Writes into the folder `dir` until `stop` is set or `duration` is over. Prints `running` once
+/// Writes into the folders `dirs` until `stop` is set or `duration` is over. Prints `running` once
 /// every thread has written and the files are durable.
 ///
 /// # Errors
 /// If anything at all fails: what was not written as planned cannot be judged.
 pub(crate) fn run(
-    dir: &Path,
+    dirs: &[PathBuf],
     journal: &Path,
     config: Config,
     with_orphans: bool,
     duration: Option<Duration>,
     stop: &Arc<AtomicBool>,
 ) -> io::Result<()> {
-    std::fs::create_dir_all(dir).map_err(|error| about("cannot create", dir, &error))?;
+    for dir in dirs {
+        std::fs::create_dir_all(dir).map_err(|error| about("cannot create", dir, &error))?;
+    }
     let recorder = Recorder::create(journal, &config)?;
     let threads = config.threads();
     let base = Task {
         index: threads.len(),
-        path: dir.join(ORPHANS),
+        path: dirs[0].join(ORPHANS),
+        second: PathBuf::new(),
         config: Arc::new(config),
         journal: recorder,
         stop: Arc::clone(stop),
@@ -78,7 +83,8 @@ pub(crate) fn run(
     for thread in &threads {
         let task = Task {
             index: thread.index,
-            path: dir.join(&thread.name),
+            path: thread.place(dirs),
+            second: thread.second_place(dirs),
             journal: base.journal.for_thread(thread.index),
             ..base.clone()
         };
@@ -87,6 +93,7 @@ pub(crate) fn run(
             Kind::Append => append::prepare(&task),
             Kind::Churn => churn::prepare(&task),
             Kind::Sqlite => sqlite::prepare(&task),
+            Kind::Pair => pair::prepare(&task),
         }
         .map_err(|error| about("cannot prepare", &task.path, &error))?;
         tasks.push((thread.kind, task));
@@ -94,8 +101,9 @@ pub(crate) fn run(
     if with_orphans {
         orphans::prepare(&base)?;
     }
-    let folder = std::fs::File::open(dir)?;
-    rustix::fs::syncfs(&folder)?;
+    for dir in dirs {
+        rustix::fs::syncfs(std::fs::File::open(dir)?)?;
+    }
 
     std::thread::scope(|scope| {
         let mut running = Vec::new();
@@ -106,6 +114,7 @@ pub(crate) fn run(
                     Kind::Append => append::run(task),
                     Kind::Churn => churn::run(task),
                     Kind::Sqlite => sqlite::run(task),
+                    Kind::Pair => pair::run(task),
                 };
                 finish(task, result)
             }));

@@ -13,8 +13,13 @@ struct Case {
     journal: Journal,
 }
 
+/// The folders of a run.
+fn dirs(root: &tempfile::TempDir) -> [PathBuf; 2] {
+    ["dir", "dir-2"].map(|name| root.path().join(name))
+}
+
 impl Case {
-    fn new(counts: [u8; 6]) -> Self {
+    fn new(counts: [u8; 7]) -> Self {
         let root = tempfile::tempdir().unwrap();
         let config = Config {
             seed: monotonic(),
@@ -25,20 +30,20 @@ impl Case {
         };
         println!("seed {}", config.seed);
         let path = root.path().join("journal");
-        let dir = root.path().join("dir");
+        let dirs = dirs(&root);
         let stop = std::sync::Arc::default();
         let duration = Some(std::time::Duration::from_millis(700));
-        crate::run::run(&dir, &path, config, true, duration, &stop).unwrap();
+        crate::run::run(&dirs, &path, config, true, duration, &stop).unwrap();
         let journal = Journal::read(&path).unwrap();
         Self { root, journal }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.root.path().join("dir").join(name)
+        dirs(&self.root)[0].join(name)
     }
 
     fn verdict(&self, window: Window) -> Verdict {
-        check(&self.root.path().join("dir"), &self.journal, window)
+        check(&dirs(&self.root), &self.journal, window)
     }
 
     /// Everything was written before the freeze.
@@ -47,6 +52,8 @@ impl Case {
             begin: Some(monotonic()),
             end: None,
             exact: false,
+            after_crash: false,
+            in_place: false,
         }
     }
 
@@ -75,14 +82,14 @@ fn patch(path: &Path, offset: u64, bytes: &[u8]) {
     file.write_all_at(bytes, offset).unwrap();
 }
 
-const ALL: [u8; 6] = [1, 1, 1, 1, 1, 1];
+const ALL: [u8; 7] = [1, 1, 1, 1, 1, 1, 1];
 
 #[test]
 fn a_run_that_ended_is_right() {
-    let case = Case::new([2, 1, 1, 2, 2, 1]);
+    let case = Case::new([2, 1, 1, 2, 2, 1, 2]);
     case.assert_right(Window::default());
     case.assert_right(Case::after());
-    assert_eq!(case.verdict(Window::default()).found.len(), 9);
+    assert_eq!(case.verdict(Window::default()).found.len(), 11);
     for thread in &case.journal.threads {
         assert!(thread.begun_count() > 0);
     }
@@ -90,7 +97,7 @@ fn a_run_that_ended_is_right() {
 
 #[test]
 fn random_files_hold_exactly_a_prefix() {
-    let case = Case::new([1, 0, 0, 0, 0, 0]);
+    let case = Case::new([1, 0, 0, 0, 0, 0, 0]);
     let n = case.begun(0);
     assert!(n > 20, "only {n} writes");
     let (path, config) = (case.path("buffered-0"), &case.journal.config);
@@ -123,7 +130,7 @@ fn random_files_hold_exactly_a_prefix() {
 
 #[test]
 fn the_last_store_into_a_mapping_may_be_there_in_part() {
-    let case = Case::new([0, 0, 1, 0, 0, 0]);
+    let case = Case::new([0, 0, 1, 0, 0, 0, 0]);
     let (path, config, n) = (case.path("mmap-0"), &case.journal.config, case.begun(0));
     assert!(n > 20, "only {n} writes");
     rewind(&path, config, 0, n - 1);
@@ -157,7 +164,7 @@ fn appended_records_are_whole_and_in_order() {
     // A run may end just after the file was truncated.
     let (case, content) = (0..20)
         .map(|_| {
-            let case = Case::new([0, 0, 0, 1, 0, 0]);
+            let case = Case::new([0, 0, 0, 1, 0, 0, 0]);
             let content = std::fs::read(case.path("append-0")).unwrap();
             (case, content)
         })
@@ -183,7 +190,7 @@ fn appended_records_are_whole_and_in_order() {
 
 #[test]
 fn churned_folders_are_as_the_model_says() {
-    let case = Case::new([0, 0, 0, 0, 1, 0]);
+    let case = Case::new([0, 0, 0, 0, 1, 0, 0]);
     assert!(case.begun(0) > 200, "only {} changes", case.begun(0));
     case.assert_right(Case::after());
     let mut files: Vec<_> = std::fs::read_dir(case.path("churn-0"))
@@ -221,7 +228,7 @@ fn churned_folders_are_as_the_model_says() {
 
 #[test]
 fn committed_transactions_are_there() {
-    let case = Case::new([0, 0, 0, 0, 0, 1]);
+    let case = Case::new([0, 0, 0, 0, 0, 1, 0]);
     case.assert_right(Case::after());
     let folder = case.path("sqlite-0");
     let database = folder.join("counter.db");
@@ -249,12 +256,93 @@ fn committed_transactions_are_there() {
 
 #[test]
 fn all_threads_stop_at_one_instant() {
-    let case = Case::new([2, 0, 0, 0, 0, 0]);
+    let case = Case::new([2, 0, 0, 0, 0, 0, 0]);
     // Two files that are each a good prefix, but one is older than the other.
     let n = case.begun(0);
     assert!(n > 40, "only {n} writes");
     rewind(&case.path("buffered-0"), &case.journal.config, 0, n / 2);
     case.assert_wrong(Window::default(), "which is not there");
+}
+
+#[test]
+fn of_a_pair_the_second_is_not_there_without_the_first() {
+    let case = Case::new([0, 0, 0, 0, 0, 0, 2]);
+    let config = &case.journal.config;
+    let [dir, other] = dirs(&case.root);
+    for (thread, paths) in [
+        [dir.join("pair-0"), other.join("pair-0.second")],
+        [other.join("pair-1"), other.join("pair-1.second")],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let paths = [&*paths[0], &*paths[1]];
+        let n = case.begun(thread) / 2 * 2;
+        assert!(n > 40, "only {n} writes");
+        let restore = |n| pair::tests::rewind(paths, config, thread, n);
+        let second = |n| {
+            let first = std::fs::read(paths[0]).unwrap();
+            restore(n);
+            std::fs::write(paths[0], first).unwrap();
+        };
+        restore(n - 4);
+        second(n);
+        case.assert_wrong(Window::default(), "of the first file holds write");
+        case.assert_right(Window {
+            after_crash: true,
+            ..Window::default()
+        });
+        restore(n);
+        second(n - 4);
+        case.assert_wrong(Window::default(), "of the second file holds write");
+        restore(n);
+        case.assert_right(Window::default());
+    }
+}
+
+#[test]
+fn after_a_crash_what_was_durable_is_there() {
+    let crash = Window {
+        after_crash: true,
+        ..Window::default()
+    };
+    let case = Case::new([1, 1, 1, 0, 0, 0, 0]);
+    let config = &case.journal.config;
+    case.assert_right(crash);
+    let [dir, other] = dirs(&case.root);
+    for (thread, path) in [
+        dir.join("buffered-0"),
+        other.join("direct-0"),
+        dir.join("mmap-0"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let n = case.begun(thread);
+        assert!(n > 40, "only {n} writes");
+        // Everything that is there began before the last of what was made durable here.
+        rewind(path, config, thread, n - 24);
+        case.assert_wrong(crash, "were durable before write");
+        rewind(path, config, thread, n);
+    }
+    case.assert_right(crash);
+
+    // A hole among what was never made durable, in order or not.
+    let acked = |thread: usize| case.journal.threads[thread].acked_before(u64::MAX);
+    for (path, thread) in [(dir.join("buffered-0"), 0), (other.join("direct-0"), 1)] {
+        rewind(&path, config, thread, acked(thread) - 20);
+        put(&path, config, thread, acked(thread), 4096);
+        let verdict = case.verdict(crash);
+        let about = ["were durable", "it should hold"][thread];
+        assert!(
+            verdict.wrong.iter().any(|line| line.contains(about)),
+            "{verdict:#?}"
+        );
+        rewind(&path, config, thread, case.begun(thread));
+    }
+    // What nobody wrote.
+    patch(&dir.join("buffered-0"), 5 * 4096 + 1000, &[0x5a]);
+    case.assert_wrong(crash, "holds no write to it");
 }
 
 #[test]
@@ -266,6 +354,8 @@ fn the_freeze_is_where_it_was_said_to_be() {
         begin: None,
         end: Some(early),
         exact: false,
+        after_crash: false,
+        in_place: false,
     });
     assert!(
         verdict
@@ -279,19 +369,21 @@ fn the_freeze_is_where_it_was_said_to_be() {
         begin: Some(first.begun_at(1).unwrap() - 1),
         end: Some(monotonic()),
         exact: true,
+        after_crash: false,
+        in_place: false,
     };
     case.assert_wrong(exact, "while the filesystem was frozen");
 }
 
 #[test]
 fn a_thread_that_never_wrote_proves_nothing() {
-    let case = Case::new([1, 0, 0, 0, 0, 0]);
+    let case = Case::new([1, 0, 0, 0, 0, 0, 0]);
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("journal");
     drop(Recorder::create(&path, &case.journal.config).unwrap());
     let journal = Journal::read(&path).unwrap();
     rewind(&case.path("buffered-0"), &journal.config, 0, 0);
-    let verdict = check(&case.root.path().join("dir"), &journal, Window::default());
+    let verdict = check(&dirs(&case.root), &journal, Window::default());
     assert!(
         verdict
             .wrong
@@ -304,7 +396,7 @@ fn a_thread_that_never_wrote_proves_nothing() {
 #[test]
 fn a_journal_that_contradicts_itself_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let config = Case::new([1, 0, 0, 0, 0, 0]).journal.config;
+    let config = Case::new([1, 0, 0, 0, 0, 0, 0]).journal.config;
     for wrong in [
         |journal: &Recorder| journal.begun(2),
         |journal: &Recorder| journal.returned(1),

@@ -1,0 +1,594 @@
+//! `btrfs`: a mounted btrfs, on one device or several, imaged as a whole at one of its commits while it is
+//! in use.
+//!
+//! A commit is a consistent state by itself, but what it leads to may be overwritten as soon as the next
+//! one is complete. So the state of one commit is taken in three ways:
+//!
+//! * Tree blocks are copied in rounds beforehand. A block of the same address and generation never changes:
+//!   each round copies what came since the one before.
+//! * Data is pinned by a read-only snapshot of every subvolume, see [`pins`], and copied afterwards, without
+//!   haste, every sector checked against its checksum.
+//! * What is left, tree blocks of the last moments and data that no pin refers to, is read in one go, in the
+//!   [`window`], while the commit is the newest one.
+//!
+//! The window is opened under a freeze of some milliseconds. The image would be whole without one, but not
+//! show what a writer may expect: a commit holds what was written past the page cache, and not what was
+//! written into it before. A freeze writes out everything first. With `--no-freeze` nobody waits, and the
+//! copy is as after a power cut.
+//!
+//! What could spoil it is a balance, or the removal or replacement of a device: they move what is pinned.
+//! None may be going on at any time, the pinned trees must be the same at the end, and so must the chunks
+//! that data was copied from.
+
+mod captured;
+mod checked;
+mod devices;
+mod mirrors;
+mod pins;
+mod proof;
+mod rounds;
+mod stream;
+mod window;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use holdstill_platform::btrfs::{Filesystem, Key};
+use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::memory::{self, LockedProcess};
+use zerocopy::FromBytes;
+
+use super::mounted::{self, milliseconds};
+use crate::error::{Error, Kind, Result};
+use crate::extent::ExtentSet;
+use crate::freeze::{Context, Pass, Proof, Purpose, Still};
+use crate::fs::btrfs::chunks::damaged;
+use crate::fs::btrfs::commit::Commit;
+use crate::fs::btrfs::format::{self, BlockGroupItem};
+use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
+use crate::progress::{Event, Progress};
+use crate::run::Run;
+use crate::source::{Medium, Source};
+use crate::survey::Survey;
+use crate::units::ByteLen;
+use captured::Captured;
+use checked::{Checked, Checks};
+use devices::Devices;
+use pins::Pins;
+use rounds::Round;
+use stream::Stream;
+use window::{Seen, Sight, Window};
+
+/// When the freeze ends at the latest, by the guard's hand.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Rounds go on until one copies no more than this.
+const SMALL: u64 = 4 << 20;
+
+/// After so many rounds what changed since is taken as it is, if it fits into memory.
+const MOST_ROUNDS: u32 = 8;
+
+/// How often a window is opened: each time with new pins.
+const MOST_WINDOWS: u32 = 6;
+
+/// Data that has checksums is read after the freeze if there is more than this of it: nothing overwrites it
+/// before the next commit.
+const IN_FREEZE: ByteLen = ByteLen::mib(16);
+
+/// Memory for what the window gives: at most this, and a quarter of what is available.
+const MOST_MEMORY: u64 = 256 << 20;
+
+/// A mounted btrfs that is being imaged.
+pub struct Live {
+    source: Source,
+    filesystem: Arc<Filesystem>,
+    point: Arc<MountPoint>,
+    devices: Arc<Devices>,
+    run: Run,
+    surveys: Vec<Survey>,
+    /// Whether the window is opened under a freeze.
+    freezes_it: bool,
+    /// Whether what was copied is still to be compared.
+    compare: bool,
+    /// Memory for what the window gives, at most.
+    room: ByteLen,
+    phase: Phase,
+    round: Round,
+    windows: u32,
+    pins: Pins,
+    /// Those of windows that did not hold.
+    old_pins: Vec<Pins>,
+    moment: Option<Moment>,
+    freezes: Vec<FreezeTimes>,
+    checks: Arc<Checks>,
+}
+
+/// What is copied next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Tree blocks, in rounds.
+    Rounds { done: u32, volume: usize },
+    /// The same again, to be compared.
+    Compare { volume: usize },
+    /// Nothing before a window was opened.
+    Ready,
+    /// Pinned data.
+    Data { volume: usize },
+    /// What the window gave.
+    Last { volume: usize },
+    /// Nothing.
+    Over,
+}
+
+/// What one window gave, and how long writers were blocked for it.
+struct Opened {
+    /// `None` if it did not hold.
+    moment: Option<Moment>,
+    freeze: Option<FreezeTimes>,
+    /// More changed since the last round than there is memory for.
+    is_too_much: bool,
+}
+
+/// The moment that the copy shows.
+struct Moment {
+    seen: Arc<Seen>,
+    instant: jiff::Timestamp,
+    /// The devices as sources of pinned data, by volume.
+    checked: Vec<Checked>,
+    /// What the window gave, by volume.
+    captured: Vec<Captured>,
+    /// The chunks that pinned data was copied from, by number.
+    chunks: Vec<AtomicBool>,
+}
+
+/// Why the source cannot be imaged this way; `None` if nothing speaks against it.
+///
+/// # Errors
+/// If it cannot be examined.
+pub fn objection(source: &Source) -> Result<Option<String>> {
+    proof::objection(source)
+}
+
+impl fmt::Debug for Live {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Live")
+            .field("source", &self.source)
+            .field("phase", &self.phase)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Live {
+    /// Begins with all devices of a filesystem.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`] if it cannot be imaged this way; else if it cannot be read.
+    pub fn begin(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
+        let Context {
+            run,
+            output,
+            no_freeze,
+            all_blocks,
+            compare,
+            memory,
+            ..
+        } = *context;
+        let nothing = || Error::new(Kind::Usage, "no source was named");
+        let source = *sources.first().ok_or_else(nothing)?;
+        let no = |why: &str| {
+            let what = format!("it cannot be imaged at a commit: {why}");
+            Error::new(Kind::NotApplicable, what).on(&source.path)
+        };
+        if all_blocks {
+            return Err(no("what is free has no state at a commit")
+                .hint("leave out --all-blocks, or unmount it"));
+        }
+        let mount = source
+            .mount
+            .as_ref()
+            .ok_or_else(|| no("it is not mounted here"))?;
+        for source in sources {
+            if let Medium::Device(device) = &source.medium
+                && !no_freeze
+                && let Some(why) = mounted::would_wait_for_itself(device, output)?
+            {
+                return Err(no(why).hint(
+                    "write the image elsewhere, or to a pipe that does; or say --no-freeze",
+                ));
+            }
+        }
+        let filesystem = Arc::new(Filesystem::open(&mount.point)?);
+        let devices = Arc::new(Devices::open(&filesystem, sources)?);
+        let point = Arc::new(MountPoint::open(&mount.point)?);
+        run.note(|record| record.mount_points.push(mount.point.clone()))?;
+        proof::nothing_moves(&filesystem).map_err(|error| no(&error.to_string()))?;
+        let round = Round::begin(&devices, 0)?;
+        let mut surveys = Vec::new();
+        for disk in &devices.disks {
+            surveys.push(Survey::of_mounted(disk)?);
+        }
+        let most = memory.map_or(MOST_MEMORY, |memory| memory.0.min(MOST_MEMORY));
+        let mut live = Self {
+            source: source.clone(),
+            filesystem,
+            point,
+            devices,
+            run: run.clone(),
+            surveys,
+            freezes_it: !no_freeze,
+            compare,
+            room: ByteLen(most.min(memory::available()? / 4)),
+            phase: Phase::Rounds { done: 0, volume: 0 },
+            round,
+            windows: 0,
+            pins: Pins::default(),
+            old_pins: Vec::new(),
+            moment: None,
+            freezes: Vec::new(),
+            checks: Arc::default(),
+        };
+        live.count_used()?;
+        if no_freeze {
+            for survey in &mut live.surveys {
+                survey.grade = Grade::Crash;
+            }
+            if let Some(first) = live.surveys.first_mut() {
+                first.warnings.push(NO_FREEZE.to_owned());
+            }
+        }
+        Ok(live)
+    }
+
+    /// Counts what is in use on each device.
+    fn count_used(&mut self) -> Result<()> {
+        let commit = self
+            .moment
+            .as_ref()
+            .map_or(&self.round.commit, |it| &it.seen.commit);
+        let used = used_by_chunk(&self.filesystem, commit)?;
+        for (volume, survey) in self.surveys.iter_mut().enumerate() {
+            let (id, _) = self.devices.id_and_size(volume);
+            let mut bytes = format::RESERVED;
+            for (chunk, used) in commit.chunks.chunks().iter().zip(&used) {
+                let stripes = chunk.stripes.iter().filter(|stripe| stripe.devid == id);
+                bytes += stripes.count() as u64 * chunk.share(*used);
+            }
+            survey.bytes = ByteLen(bytes);
+        }
+        Ok(())
+    }
+
+    /// Decides what comes after a round over all devices.
+    fn after_round(&mut self, done: u32) -> Result<Phase> {
+        self.run.check_guard()?;
+        proof::nothing_moves(&self.filesystem)?;
+        if std::mem::take(&mut self.compare) {
+            return Ok(Phase::Compare { volume: 0 });
+        }
+        if done > 1 && (self.round.given() <= SMALL || done >= MOST_ROUNDS) {
+            return Ok(Phase::Ready);
+        }
+        self.another_round(done)
+    }
+
+    fn another_round(&mut self, done: u32) -> Result<Phase> {
+        self.round = Round::begin(&self.devices, self.round.until())?;
+        Ok(Phase::Rounds { done, volume: 0 })
+    }
+
+    /// Opens a window, with new pins. Whether there is a moment now; if not, another round is needed.
+    fn open_window(&mut self, progress: &dyn Progress) -> Result<bool> {
+        if self.windows == 0 {
+            self.run.before_freeze()?;
+        }
+        self.run.check_guard()?;
+        while self.windows < MOST_WINDOWS {
+            progress.check()?;
+            proof::nothing_moves(&self.filesystem)?;
+            self.windows += 1;
+            mounted::sync_within_budget(&self.point, &self.source)?;
+            // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
+            self.old_pins.push(std::mem::take(&mut self.pins));
+            self.pins = Pins::take(&self.filesystem, &self.run)?;
+            // Without it, the commit that is looked at may show them still, with their names.
+            self.filesystem.sync()?;
+            let opened = self.look_through_window(progress)?;
+            if let Some(times) = opened.freeze {
+                progress.event(&Event::Thawed(&times));
+                self.freezes.push(times);
+            }
+            if opened.is_too_much {
+                return Ok(false);
+            }
+            if let Some(moment) = opened.moment {
+                self.run.after_thaw(progress);
+                progress.event(&Event::Frozen {
+                    instant: &moment.instant.to_string(),
+                });
+                self.moment = Some(moment);
+                self.count_used()?;
+                return Ok(true);
+            }
+        }
+        let what = "its commits follow each other faster than one can be read";
+        Err(Error::new(Kind::Inconsistent, what)
+            .on(&self.source.path)
+            .hint("try again when less is written"))
+    }
+
+    fn look_through_window(&self, progress: &dyn Progress) -> Result<Opened> {
+        let mut opened = Opened {
+            moment: None,
+            freeze: None,
+            is_too_much: false,
+        };
+        let mut window = Window::new(&self.devices, &self.pins, self.round.until(), self.room);
+        let mut instant = jiff::Timestamp::now();
+        let mut is_whole = None;
+        let mut sight = window.look(self.room)?;
+        if self.freezes_it {
+            if let Sight::Commit(seen) = sight {
+                window.keep(*seen);
+            }
+            // The second time round, nothing is left for after the freeze.
+            let most = match self.windows {
+                1 => IN_FREEZE,
+                _ => self.room,
+            };
+            let locked = LockedProcess::new()?;
+            let frozen = self
+                .run
+                .guard()?
+                .freeze(&self.point, DEADLINE)
+                .map_err(|error| mounted::explain(error, &self.source))?;
+            instant = jiff::Timestamp::now();
+            let mut looked = window.look(most);
+            // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
+            is_whole = match &mut looked {
+                Ok(Sight::Commit(seen)) if seen.is_complete() => Some(window.confirm(seen)),
+                _ => None,
+            };
+            let read_ms = milliseconds(frozen.held());
+            progress.while_frozen();
+            let thawed = frozen
+                .thaw()
+                .map_err(|error| mounted::explain(error, &self.source))?;
+            drop(locked);
+            opened.freeze = Some(mounted::times("final", &thawed, 0.0, read_ms));
+            sight = looked?;
+        }
+        let mut seen = match sight {
+            Sight::Moved => return Ok(opened),
+            Sight::TooMuch => {
+                opened.is_too_much = true;
+                return Ok(opened);
+            }
+            Sight::Commit(seen) => *seen,
+        };
+        let is_whole = match is_whole {
+            Some(is_whole) => is_whole?,
+            None => (self.freezes_it || window.has_settled(&seen)?) && window.confirm(&mut seen)?,
+        };
+        if is_whole {
+            opened.moment = Some(self.moment_of(seen, instant)?);
+        }
+        Ok(opened)
+    }
+
+    fn moment_of(&self, seen: Seen, instant: jiff::Timestamp) -> Result<Moment> {
+        let seen = Arc::new(seen);
+        let mut captured = Vec::new();
+        let mut checked = Vec::new();
+        for volume in 0..self.surveys.len() {
+            let (id, size) = self.devices.id_and_size(volume);
+            captured.push(Captured::on(&seen, volume, id, size)?);
+            checked.push(Checked::new(
+                Arc::clone(&self.devices),
+                volume,
+                Arc::clone(&self.filesystem),
+                Arc::clone(&seen),
+                Arc::clone(&self.checks),
+            )?);
+        }
+        let chunks = seen.commit.chunks.chunks().iter();
+        Ok(Moment {
+            chunks: chunks.map(|_| AtomicBool::new(false)).collect(),
+            seen,
+            instant,
+            checked,
+            captured,
+        })
+    }
+
+    fn no_moment(&self) -> Error {
+        Error::new(Kind::Failed, "the instant never came").on(&self.source.path)
+    }
+
+    fn commit_proof(&self, moment: &Moment) -> CommitProof {
+        let Seen { commit, .. } = &*moment.seen;
+        let sum = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let blocks = moment.seen.blocks.len() as u64;
+        let uuid = self
+            .surveys
+            .first()
+            .and_then(|survey| survey.info.as_ref()?.uuid.clone());
+        CommitProof {
+            fsid: uuid.unwrap_or_default(),
+            generation: commit.geometry.generation,
+            devices: self.surveys.len() as u64,
+            subvolumes: moment.seen.subvolumes as u64,
+            pinned: self.pins.iter().count() as u64,
+            window_ms: milliseconds(moment.seen.took),
+            windows: self.windows,
+            window_tree_bytes: blocks * commit.geometry.node_len().0,
+            window_data_bytes: moment.seen.data_len().0,
+            checked_bytes: sum(&self.checks.right),
+            unchecked_bytes: sum(&self.checks.without),
+            mended_sectors: sum(&self.checks.mended),
+            gone_sectors: sum(&self.checks.gone),
+            exclusive_operation: "none".to_owned(),
+        }
+    }
+
+    /// The pass of a phase that has one.
+    fn pass(&self, phase: Phase) -> Result<Pass<'_>> {
+        let round = &self.round;
+        let filesystem = &self.filesystem;
+        let disk = |volume: usize| &*self.devices.disks[volume];
+        Ok(match phase {
+            Phase::Rounds { volume, .. } => {
+                let device = self.devices.id_and_size(volume);
+                Pass {
+                    volume,
+                    source: disk(volume),
+                    walk: Box::new(move |sink| round.walk(filesystem, device, sink)),
+                    purpose: Purpose::Copy,
+                }
+            }
+            Phase::Compare { volume } => {
+                let device = self.devices.id_and_size(volume);
+                Pass {
+                    volume,
+                    source: disk(volume),
+                    walk: Box::new(move |sink| round.walk_again(filesystem, device, sink)),
+                    purpose: Purpose::Compare,
+                }
+            }
+            Phase::Data { volume } => {
+                let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
+                let device = self.devices.id_and_size(volume);
+                let stream = Stream {
+                    filesystem,
+                    seen: &moment.seen,
+                    chunks: &moment.chunks,
+                };
+                Pass {
+                    volume,
+                    source: moment.checked.get(volume).ok_or_else(|| self.no_moment())?,
+                    walk: Box::new(move |sink| stream.walk(device, sink)),
+                    purpose: Purpose::Copy,
+                }
+            }
+            Phase::Last { volume } => {
+                let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
+                let captured = moment
+                    .captured
+                    .get(volume)
+                    .ok_or_else(|| self.no_moment())?;
+                Pass {
+                    volume,
+                    source: captured,
+                    walk: Box::new(move |sink| {
+                        captured
+                            .extents()
+                            .try_for_each(|extent| sink(rounds::data(extent)))
+                    }),
+                    purpose: Purpose::Copy,
+                }
+            }
+            Phase::Ready | Phase::Over => return Err(self.no_moment()),
+        })
+    }
+}
+
+impl Still for Live {
+    fn surveys(&self) -> &[Survey] {
+        &self.surveys
+    }
+
+    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        let volumes = self.surveys.len();
+        loop {
+            let now = self.phase;
+            self.phase = match now {
+                Phase::Rounds { done, volume } if volume == volumes => {
+                    self.after_round(done + 1)?
+                }
+                Phase::Compare { volume } if volume == volumes => self.another_round(1)?,
+                Phase::Ready => match self.open_window(progress)? {
+                    true => Phase::Data { volume: 0 },
+                    false => self.another_round(0)?,
+                },
+                Phase::Data { volume } if volume == volumes => Phase::Last { volume: 0 },
+                Phase::Last { volume } if volume == volumes => Phase::Over,
+                Phase::Over => return Ok(None),
+                Phase::Rounds { done, volume } => {
+                    self.phase = Phase::Rounds {
+                        done,
+                        volume: volume + 1,
+                    };
+                    return self.pass(now).map(Some);
+                }
+                Phase::Compare { volume } => {
+                    self.phase = Phase::Compare { volume: volume + 1 };
+                    return self.pass(now).map(Some);
+                }
+                Phase::Data { volume } => {
+                    self.phase = Phase::Data { volume: volume + 1 };
+                    return self.pass(now).map(Some);
+                }
+                Phase::Last { volume } => {
+                    self.phase = Phase::Last { volume: volume + 1 };
+                    return self.pass(now).map(Some);
+                }
+            };
+        }
+    }
+
+    /// Only tree blocks are compared while they may be freed: what differs was, and then written to.
+    fn has_rewritten(&self, differing: &ExtentSet) -> Result<bool> {
+        let device = self.devices.id_and_size(0);
+        self.round.has_freed(&self.filesystem, device, differing)
+    }
+
+    fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
+        let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
+        proof::nothing_moved(&self.filesystem, &moment.seen, &moment.chunks)?;
+        let commit = self.commit_proof(moment);
+        if commit.mended_sectors > 0 {
+            progress.warn(&format!(
+                "{} sectors were damaged in one copy and taken from another: scrub the filesystem",
+                commit.mended_sectors
+            ));
+        }
+        if commit.gone_sectors > 0 {
+            progress.warn(&format!(
+                "{} sectors of subvolumes that were being deleted are left out",
+                commit.gone_sectors
+            ));
+        }
+        let grades = self.surveys.iter().map(|survey| survey.grade);
+        Ok(Proof {
+            grade: grades.max().unwrap_or(Grade::Torn),
+            instant: moment.instant,
+            freezes: self.freezes,
+            commit: Some(commit),
+        })
+    }
+}
+
+/// How many logical bytes of each chunk are in use, as its block group counts.
+fn used_by_chunk(filesystem: &Filesystem, commit: &Commit) -> Result<Vec<u64>> {
+    let tree = match commit.trees.block_group {
+        Some(_) => format::BLOCK_GROUP_TREE,
+        None => format::EXTENT_TREE,
+    };
+    let used = commit.chunks.chunks().iter().map(|chunk| {
+        let len = chunk.logical.end - chunk.logical.start;
+        let key = Key::new(chunk.logical.start, format::BLOCK_GROUP_ITEM, len);
+        let mut used = 0;
+        filesystem.search(tree, key, key, 0, &mut |item| {
+            let group = BlockGroupItem::read_from_bytes(item.data)
+                .map_err(|_| damaged("a block group makes no sense"))?;
+            used = group.used.get();
+            Result::Ok(())
+        })?;
+        Ok(used)
+    });
+    used.collect()
+}
+
+/// What the user should know of a window without a freeze.
+const NO_FREEZE: &str = "nobody was made to wait (--no-freeze): its files are as after a power cut";
