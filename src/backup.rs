@@ -439,6 +439,7 @@ fn manifest(
             fs: info.map(|info| info.kind.name().to_owned()),
             label: info.and_then(|info| info.label.clone()),
             group: uuid.clone().filter(|_| !plan.siblings.is_empty()),
+            subvolume: None,
             uuid,
             size: geometry.size,
             logical_sector: geometry.logical_sector,

@@ -58,12 +58,17 @@ pub(super) fn backup(report: &backup::Report) -> String {
 pub(super) fn restore(report: &restore::Report) -> String {
     let mut text = String::new();
     for target in &report.targets {
-        let _ = writeln!(
+        let _ = write!(
             text,
             "volume {} is restored to {}",
             target.n,
             Escaped(&target.path)
         );
+        if let Some(subvolume) = &target.subvolume {
+            let _ = write!(text, ", only its subvolume {}", Escaped(&subvolume.path));
+        }
+        text.push_str(&new_uuid(target.new_uuid.as_deref()));
+        text.push('\n');
     }
     let read_back = if report.verified {
         ", read back and compared"
@@ -81,9 +86,10 @@ pub(super) fn restore(report: &restore::Report) -> String {
 
 pub(super) fn clone(report: &clone::Report) -> String {
     let mut text = format!(
-        "{} is cloned to {}{}: {}, {}",
+        "{} is cloned to {}{}{}: {}, {}",
         Escaped(&report.source),
         Escaped(&report.target),
+        new_uuid(report.new_uuid.as_deref()),
         if report.verified {
             " and read back"
         } else {
@@ -137,6 +143,9 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
         }
         if action.overwrites {
             line.push_str(", overwriting what is there");
+        }
+        if action.new_ids {
+            line.push_str(", with a new UUID");
         }
         for step in &action.passed_over {
             let why = step.objection.as_deref().unwrap_or_default();
@@ -242,6 +251,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             ByteLen(achieved.used_bytes),
             achieved.grade.name(),
         );
+        if let Some(subvolume) = &volume.subvolume {
+            let _ = write!(text, ", only subvolume {}", Escaped(&subvolume.path));
+        }
         if !achieved.unreadable.is_empty() {
             let _ = write!(text, ", {} unreadable ranges", achieved.unreadable.len());
         }
@@ -304,6 +316,10 @@ fn inspect_source(report: &inspect::SourceReport) -> String {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
     }
     text
+}
+
+fn new_uuid(new: Option<&str>) -> String {
+    new.map_or(String::new(), |new| format!(", with the new UUID {new}"))
 }
 
 fn identity(fs: Option<&str>, label: Option<&str>, uuid: Option<&str>) -> String {
