@@ -175,6 +175,33 @@ fn privileged_clones_and_streams_get_new_ids() {
     forget(&[source]);
 }
 
+#[test]
+fn privileged_a_mounted_filesystem_is_cloned_to_a_neighbour() {
+    needs_root!();
+    let scene = Scene::make(&making("", 1, ""));
+    let mounted = scene.mount("");
+    fill(mounted.dir(), &mut Rng(seed()), 3 << 20);
+    run("sync", [Path::new("-f"), mounted.dir()]);
+    let file = scene.path("target");
+    sparse_file(&file, FileSource::open(&scene.path("device1")).len().0);
+    let target = LoopDevice::attach(&file);
+    let clone = |more: &str| {
+        let args = ["clone", "--yes", "--json", more].map(Path::new);
+        program::run(args.into_iter().chain([mounted.dir(), target.path()]))
+    };
+    clone("--quiet").expect(3);
+    let report = clone("--new-ids").expect(0).last();
+    let (new, _) = ids(target.path(), 2);
+    assert_eq!(report["new_uuid"], new.as_str());
+    check(target.path());
+    {
+        let copy = Mount::new(target.path(), &scene.path("copy"), "btrfs", "");
+        assert_eq!(digests(copy.dir()), digests(mounted.dir()));
+    }
+    drop(mounted);
+    forget(&[target]);
+}
+
 /// The third copy of the superblock is 256 GiB behind the start.
 #[test]
 fn privileged_the_last_copy_is_changed_too() {
