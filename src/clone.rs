@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 use uuid::Uuid;
@@ -22,6 +23,7 @@ use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
+use crate::subvolume;
 use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
@@ -116,6 +118,10 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
                 "backup takes all of them into one image, which restore writes to as many targets",
             ));
     }
+    if plan.source.subvolume.is_some() {
+        // What is not wanted is removed by the kernel.
+        Filesystem::can_mount()?;
+    }
     let size = ByteLen(plan.geometry()?.size);
     let candidate = Candidate::examine(&options.target, size)?;
     if options.new_ids {
@@ -199,10 +205,14 @@ pub fn run(
         commit,
     } = still.finish(progress)?;
     progress.check()?;
-    if let Some(new) = new_uuid {
-        new_ids::give(&target, new, options.verify)?;
+    if let Some(wanted) = &plan.source.subvolume {
+        subvolume::finish(vec![target], wanted, new_uuid, options.verify, progress)?;
+    } else {
+        if let Some(new) = new_uuid {
+            new_ids::give(&target, new, options.verify)?;
+        }
+        target.finish(options.verify)?;
     }
-    target.finish(options.verify)?;
     Ok(Report {
         source: plan.source.path.display().to_string(),
         target: options.target.display().to_string(),

@@ -40,6 +40,8 @@ pub(super) struct Window<'a> {
     devices: &'a Devices,
     by_id: chunks::Devices<'a>,
     pins: &'a Pins,
+    /// The only subvolume whose data is wanted.
+    only: Option<u64>,
     /// Tree blocks of this generation and before are in the image already.
     since: u64,
     /// Most bytes there is memory for.
@@ -128,8 +130,15 @@ pub(super) struct PinnedRoot {
 
 impl<'a> Window<'a> {
     /// A window over what is newer than generation `since`.
-    pub(super) fn new(devices: &'a Devices, pins: &'a Pins, since: u64, room: ByteLen) -> Self {
+    pub(super) fn new(
+        devices: &'a Devices,
+        pins: &'a Pins,
+        only: Option<u64>,
+        since: u64,
+        room: ByteLen,
+    ) -> Self {
         Self {
+            only,
             by_id: devices.by_id(),
             devices,
             pins,
@@ -250,7 +259,8 @@ impl<'a> Window<'a> {
         let mut roots = Roots::read(&commit, &reader)?;
         let pinned = roots.pinned(self.pins)?;
         let mut loose = LooseExtents::default();
-        for root in &roots.alive {
+        let is_wanted = |root: &&PinnedRoot| self.only.is_none_or(|only| only == root.tree);
+        for root in roots.alive.iter().filter(is_wanted) {
             let pin = self.pins.of(root.tree);
             let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
             self.find_loose(&reader, root, pin, &mut loose)?;
