@@ -8,7 +8,7 @@ use crate::clone;
 use crate::demo::{self, Verdict};
 use crate::dry_run;
 use crate::error::Escaped;
-use crate::image::manifest::Grade;
+use crate::image::manifest::{CommitProof, Grade};
 use crate::inspect;
 use crate::restore;
 use crate::units::ByteLen;
@@ -126,6 +126,34 @@ pub(super) fn verify(report: &verify::Report) -> String {
     );
     if let Some(content_id) = &report.content_id {
         let _ = write!(text, "\ncontent id {content_id}");
+    }
+    text
+}
+
+/// What proves that a commit of a filesystem in use is all there.
+fn commit_proof(commit: &CommitProof) -> String {
+    let mut text = format!(
+        "\ncommit {} of {}: {} subvolumes, {} pinned, window of {:.0} ms with {} of trees and {} of data; \
+         of the rest {} have right checksums and {} have none",
+        commit.generation,
+        Escaped(&commit.fsid),
+        commit.subvolumes,
+        commit.pinned,
+        commit.window_ms,
+        ByteLen(commit.window_tree_bytes),
+        ByteLen(commit.window_data_bytes),
+        ByteLen(commit.checked_bytes),
+        ByteLen(commit.unchecked_bytes),
+    );
+    if commit.mended_sectors > 0 {
+        let _ = write!(text, "; {} sectors were mended", commit.mended_sectors);
+    }
+    if commit.gone_sectors > 0 {
+        let _ = write!(
+            text,
+            "; {} sectors of what was being deleted are left out",
+            commit.gone_sectors
+        );
     }
     text
 }
@@ -266,6 +294,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             Escaped(&stream.kind),
             Escaped(&stream.path)
         );
+    }
+    for commit in &report.trailer.commits {
+        text.push_str(&commit_proof(commit));
     }
     for warning in &report.trailer.warnings {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
