@@ -28,6 +28,8 @@ mod pins;
 mod proof;
 mod rounds;
 mod stream;
+mod stripes;
+mod trees;
 mod window;
 
 use std::fmt;
@@ -251,7 +253,7 @@ impl Live {
     /// Counts what is in use on each device.
     fn count_used(&mut self) -> Result<()> {
         let moment = self.moment.as_ref();
-        let commit = moment.map_or(&self.round.commit, |it| &it.seen.commit);
+        let commit = moment.map_or(&*self.round.commit, |it| &it.seen.commit);
         let used = self.used_by(commit, format::CONTENT_MASK)?;
         for (survey, used) in self.surveys.iter_mut().zip(used) {
             survey.bytes = used;
@@ -316,7 +318,10 @@ impl Live {
             progress.check()?;
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
-            mounted::sync_within_budget(&self.point, &self.source)?;
+            match self.freezes_it {
+                true => mounted::sync_within_budget(&self.point, &self.source)?,
+                false => self.filesystem.sync()?,
+            }
             // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
             self.old_pins.push(std::mem::take(&mut self.pins));
             self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
@@ -484,13 +489,13 @@ impl Live {
     fn pass(&self, phase: Phase) -> Result<Pass<'_>> {
         let round = &self.round;
         let filesystem = &self.filesystem;
-        let disk = |volume: usize| &*self.devices.disks[volume];
+        let trees = |volume: usize| round.sources.get(volume).ok_or_else(|| self.no_moment());
         Ok(match phase {
             Phase::Rounds { volume, .. } => {
                 let device = self.devices.id_and_size(volume);
                 Pass {
                     volume,
-                    source: disk(volume),
+                    source: trees(volume)?,
                     walk: Box::new(move |sink| round.walk(filesystem, device, sink)),
                     purpose: Purpose::Copy,
                 }
@@ -499,7 +504,7 @@ impl Live {
                 let device = self.devices.id_and_size(volume);
                 Pass {
                     volume,
-                    source: disk(volume),
+                    source: trees(volume)?,
                     walk: Box::new(move |sink| round.walk_again(filesystem, device, sink)),
                     purpose: Purpose::Compare,
                 }

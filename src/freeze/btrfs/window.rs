@@ -58,7 +58,7 @@ type Held = Option<Arc<Vec<u8>>>;
 pub(super) enum Sight {
     /// A commit, of which data may still be missing.
     Commit(Box<Seen>),
-    /// The next commit came.
+    /// The next commit came, or a subvolume that has no pin.
     Moved,
     /// More changed since the last round than there is memory for.
     TooMuch,
@@ -159,19 +159,16 @@ impl<'a> Window<'a> {
         let Some(superblocks) = self.devices.superblocks()? else {
             return Ok(Sight::Moved);
         };
-        let looked = self.look_at(&superblocks, most);
-        match looked {
-            Ok(Some((seen, missing))) => Ok(Sight::Commit(Box::new(Seen {
-                superblocks,
-                missing,
-                took: begun.elapsed(),
-                ..seen
-            }))),
-            Ok(None) => Ok(Sight::TooMuch),
+        match self.look_at(&superblocks, most) {
+            Ok(Sight::Commit(mut seen)) => {
+                seen.took = begun.elapsed();
+                Ok(Sight::Commit(seen))
+            }
             Err(error) => match self.devices.are_still(&superblocks)? {
                 true => Err(error),
                 false => Ok(Sight::Moved),
             },
+            other => other,
         }
     }
 
@@ -231,13 +228,8 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// What the commit of these superblocks is, and which of its data is not read yet; `None` if it is too
-    /// much.
-    fn look_at(
-        &mut self,
-        superblocks: &[SuperBlock],
-        most: ByteLen,
-    ) -> Result<Option<(Seen, Vec<usize>)>> {
+    /// Looks at the commit of these superblocks.
+    fn look_at(&mut self, superblocks: &[SuperBlock], most: ByteLen) -> Result<Sight> {
         let first = superblocks
             .first()
             .ok_or_else(|| damaged("it has no superblock"))?;
@@ -247,7 +239,7 @@ impl<'a> Window<'a> {
         let node_len = commit.geometry.node_len();
         let block_bytes = places.len() as u64 * node_len.0;
         if block_bytes > self.room.0 {
-            return Ok(None);
+            return Ok(Sight::TooMuch);
         }
         reader.prefetch(&places)?;
         let mut blocks = BTreeMap::new();
@@ -263,6 +255,10 @@ impl<'a> Window<'a> {
         for root in roots.alive.iter().filter(is_wanted) {
             let pin = self.pins.of(root.tree);
             let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
+            if pin.is_none() && root.level > 0 {
+                // One that came after the pins, and too large to be read here: it needs a pin, too.
+                return Ok(Sight::Moved);
+            }
             self.find_loose(&reader, root, pin, &mut loose)?;
         }
         let mut pieces = pieces(&commit, &loose.written)?;
@@ -273,7 +269,7 @@ impl<'a> Window<'a> {
             }
         }
         if block_bytes + pieces.values().sum::<u64>() > self.room.0 {
-            return Ok(None);
+            return Ok(Sight::TooMuch);
         }
         let mut runs = take_held(&mut self.held, &mut pieces);
         runs.extend(merged(&commit, pieces).map(|run| (run, None)));
@@ -310,18 +306,17 @@ impl<'a> Window<'a> {
                 missing.push(number);
             }
         }
-        let seen = Seen {
-            superblocks: Vec::new(),
+        Ok(Sight::Commit(Box::new(Seen {
+            superblocks: superblocks.to_vec(),
             blocks,
             data: loose,
             pinned,
             subvolumes: roots.alive.len(),
             has_dying: roots.has_dying,
             took: Duration::ZERO,
-            missing: Vec::new(),
+            missing,
             commit,
-        };
-        Ok(Some((seen, missing)))
+        })))
     }
 
     /// All tree blocks newer than what the image has, by address and generation, ascending.
