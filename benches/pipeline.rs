@@ -62,6 +62,7 @@ fn manifest() -> Manifest {
         blocks: Blocks::All,
         used_bytes: SIZE as u64,
         group: None,
+        subvolume: None,
     };
     Manifest {
         tool: "bench".to_owned(),

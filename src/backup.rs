@@ -165,11 +165,20 @@ pub fn plan(options: &Options) -> Result<Planned> {
         match Named::resolve(text)? {
             Named::Blocks(source) => {
                 // It may be imaged already, with another device of its filesystem.
-                if !planned.volumes.iter().any(|plan| plan.includes(&source)) {
-                    let plan = Plan::of(*source, options.freeze)?;
-                    plan.allow_freeze(options.no_freeze)?;
-                    planned.volumes.push(plan);
+                let mut before = planned.volumes.iter();
+                if let Some(plan) = before.find(|plan| plan.includes(&source)) {
+                    let had = &plan.source.subvolume;
+                    if had.is_some() && *had != source.subvolume {
+                        let what = "of a filesystem, an image holds one subvolume or all";
+                        return Err(Error::new(Kind::Usage, what)
+                            .on(text)
+                            .hint("make an image of each, or name the whole filesystem alone"));
+                    }
+                    continue;
                 }
+                let plan = Plan::of(*source, options.freeze)?;
+                plan.allow_freeze(options.no_freeze)?;
+                planned.volumes.push(plan);
             }
             Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
                 let reach = match options.recursive {
@@ -439,6 +448,7 @@ fn manifest(
             fs: info.map(|info| info.kind.name().to_owned()),
             label: info.and_then(|info| info.label.clone()),
             group: uuid.clone().filter(|_| !plan.siblings.is_empty()),
+            subvolume: plan.source.subvolume.clone(),
             uuid,
             size: geometry.size,
             logical_sector: geometry.logical_sector,

@@ -3,13 +3,18 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::btrfs::Filesystem;
+use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
+use crate::fs;
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
+use crate::new_ids;
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
 use crate::pipeline::load::Receive;
@@ -18,6 +23,7 @@ use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
+use crate::subvolume;
 use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
@@ -45,6 +51,8 @@ pub struct Options {
     pub verify: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
+    /// Give the copy a UUID of its own.
+    pub new_ids: bool,
     /// Commands around the freeze.
     pub hooks: Hooks,
     /// What it may take of the machine.
@@ -76,6 +84,8 @@ pub struct Report {
     pub used_bytes: u64,
     /// What could not be read and is zeros: offset and length in bytes.
     pub unreadable: Vec<(u64, u64)>,
+    /// The UUID the copy was given, if it is not the source's.
+    pub new_uuid: Option<String>,
     /// Whether the target was read back and compared.
     pub verified: bool,
     /// Seconds from the start to the end.
@@ -108,9 +118,17 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
                 "backup takes all of them into one image, which restore writes to as many targets",
             ));
     }
+    if plan.source.subvolume.is_some() {
+        // What is not wanted is removed by the kernel.
+        Filesystem::can_mount()?;
+    }
     let size = ByteLen(plan.geometry()?.size);
     let candidate = Candidate::examine(&options.target, size)?;
-    if !options.allow_twin
+    if options.new_ids {
+        let found = fs::probe(&Disk::open(&plan.source.path, Access::Read)?)?;
+        let fs = found.map(|info| info.kind.name());
+        new_ids::refuse_others(fs, "the source").map_err(|error| error.on(&plan.source.path))?;
+    } else if !options.allow_twin
         && let Some(member) = whole::member(&plan.source)?
     {
         twin::refuse(member.fsid, &options.target, &[&options.target])?;
@@ -132,8 +150,10 @@ pub fn run(
     if candidate.exists() {
         confirm(&options.target, &options.source)?;
     }
+    let new_uuid = options.new_ids.then(Uuid::new_v4);
+    let note = new_uuid.map_or(String::new(), |new| format!(", {}", new_ids::note(new)));
     progress.event(&Event::Plan(&format!(
-        "{plan}, to {}",
+        "{plan}, to {}{note}",
         options.target.display()
     )));
     let sources = [options.source.clone()];
@@ -160,7 +180,9 @@ pub fn run(
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
     let mut warnings = survey.warnings.clone();
-    if let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref()) {
+    if !options.new_ids
+        && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
+    {
         warnings.push(format!(
             "source and target will both have the UUID {uuid}: what is mounted by UUID may then be either"
         ));
@@ -183,7 +205,14 @@ pub fn run(
         commit,
     } = still.finish(progress)?;
     progress.check()?;
-    target.finish(options.verify)?;
+    if let Some(wanted) = &plan.source.subvolume {
+        subvolume::finish(vec![target], wanted, new_uuid, options.verify, progress)?;
+    } else {
+        if let Some(new) = new_uuid {
+            new_ids::give(&target, new, options.verify)?;
+        }
+        target.finish(options.verify)?;
+    }
     Ok(Report {
         source: plan.source.path.display().to_string(),
         target: options.target.display().to_string(),
@@ -200,6 +229,7 @@ pub fn run(
             .iter()
             .map(|extent| (extent.start.0, extent.len.0))
             .collect(),
+        new_uuid: new_uuid.map(|new| new.to_string()),
         verified: options.verify,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,

@@ -153,6 +153,11 @@ impl Damages {
         }
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
     /// The damage as an error: the first place, how many there are, and `hint`.
     ///
     /// # Errors

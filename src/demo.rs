@@ -96,6 +96,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         discard: false,
         verify: true,
         allow_twin: false,
+        new_ids: false,
         salvage: false,
         expect_id: None,
         bounds: options.bounds,

@@ -28,6 +28,8 @@ pub struct Action {
     pub target: String,
     /// Whether something is there that would be overwritten.
     pub overwrites: bool,
+    /// Whether the copy would get UUIDs of its own.
+    pub new_ids: bool,
     /// How the source would be made to hold still, where it has to be.
     pub step: Option<String>,
     /// Steps that come earlier, and why they do not apply.
@@ -44,6 +46,7 @@ impl Action {
             source: source.path.display().to_string(),
             target,
             overwrites,
+            new_ids: false,
             step: Some(plan.step.name().to_owned()),
             passed_over: passed_over.collect(),
         }
@@ -67,6 +70,7 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         source: wanted.name.clone(),
         target: target.clone(),
         overwrites,
+        new_ids: false,
         step: Some(Step::Zfs.name().to_owned()),
         passed_over: Vec::new(),
     });
@@ -86,7 +90,10 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
     let target = options.target.display().to_string();
     Ok(Report {
         dry_run: true,
-        actions: vec![Action::new(&plan, &plan.source, target, candidate.exists())],
+        actions: vec![Action {
+            new_ids: options.new_ids,
+            ..Action::new(&plan, &plan.source, target, candidate.exists())
+        }],
     })
 }
 
@@ -100,12 +107,17 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
         source: format!("{what} of {}", options.image.display()),
         target,
         overwrites,
+        new_ids: options.new_ids,
         step: None,
         passed_over: Vec::new(),
     };
-    let volumes = planned.volumes.iter().map(|(volume, path, candidate)| {
-        let what = format!("volume {}", volume.n);
-        action(what, path.display().to_string(), candidate.exists())
+    let volumes = planned.volumes.iter().map(|wanted| {
+        let mut what = format!("volume {}", wanted.volume.n);
+        if let Some(subvolume) = &wanted.volume.subvolume {
+            what = format!("subvolume {} from {what}", subvolume.path);
+        }
+        let target = wanted.path.display().to_string();
+        action(what, target, wanted.candidate.exists())
     });
     let streams = planned.streams.iter();
     let streams =

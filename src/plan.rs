@@ -192,6 +192,9 @@ fn siblings_or_objection(
     step: Step,
     source: &Source,
 ) -> Result<std::result::Result<Vec<Source>, String>> {
+    if source.subvolume.is_some() && step != Step::Btrfs {
+        return Ok(Err("it images no single subvolume".to_owned()));
+    }
     if let Some(why) = objection(step, source)? {
         return Ok(Err(why));
     }
@@ -231,6 +234,9 @@ impl fmt::Display for Plan {
         write!(f, "{}", self.source.path.display())?;
         for sibling in &self.siblings {
             write!(f, ", {}", sibling.path.display())?;
+        }
+        if let Some(subvolume) = &self.source.subvolume {
+            write!(f, ", of it only the subvolume {}", subvolume.path)?;
         }
         write!(f, ": {}", self.step)?;
         for (step, why) in &self.passed_over {

@@ -4,20 +4,24 @@ mod stream;
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::node::device_with_uuid;
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::damage::{Damages, Tolerant};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
-use crate::image::manifest::{Grade, Manifest, StreamManifest, VolumeManifest};
+use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeManifest};
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
+use crate::new_ids;
 use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
+use crate::subvolume;
 use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
@@ -37,6 +41,8 @@ pub struct Options {
     pub verify: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
+    /// Give every filesystem a UUID of its own.
+    pub new_ids: bool,
     /// Go on behind damage: write all that is whole, and zeros for the rest.
     pub salvage: bool,
     /// The id the image must have.
@@ -73,6 +79,10 @@ pub struct TargetReport {
     pub n: u32,
     /// Where it went.
     pub path: String,
+    /// The UUID its filesystem was given, if it is not that of the image.
+    pub new_uuid: Option<String>,
+    /// The only subvolume that is in it, if it is not whole.
+    pub subvolume: Option<Subvolume>,
 }
 
 /// Asked before something that exists is overwritten.
@@ -81,10 +91,23 @@ pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 /// What a restore would do.
 #[derive(Debug)]
 pub struct Planned {
-    /// Volumes, where they go, and what was found there.
-    pub volumes: Vec<(VolumeManifest, PathBuf, Candidate)>,
+    /// Volumes, and where they go.
+    pub volumes: Vec<WantedVolume>,
     /// Streams, and where they go.
     pub streams: Vec<WantedStream>,
+}
+
+/// A volume of an image and the target it goes to.
+#[derive(Debug)]
+pub struct WantedVolume {
+    /// What the image says of it.
+    pub volume: VolumeManifest,
+    /// Where it goes.
+    pub path: PathBuf,
+    /// What was found there.
+    pub candidate: Candidate,
+    /// The UUID that its filesystem will be given.
+    pub new_uuid: Option<Uuid>,
 }
 
 /// Says what a restore would do; changes nothing.
@@ -127,13 +150,19 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
             Part::Volume(volume) => {
                 refuse_image_as_target(&options.image, &path)?;
                 let candidate = Candidate::examine(&path, ByteLen(volume.size))?;
-                planned.volumes.push((volume.clone(), path, candidate));
+                planned.volumes.push(WantedVolume {
+                    volume: volume.clone(),
+                    path,
+                    candidate,
+                    new_uuid: None,
+                });
             }
             Part::Stream(stream) => {
                 for (is_set, name) in [
                     (options.verify, "verify"),
                     (options.discard, "discard"),
                     (options.salvage, "salvage"),
+                    (options.new_ids, "new-ids"),
                 ] {
                     if is_set {
                         return Err(Error::new(
@@ -147,23 +176,61 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
         }
     }
     WantedStream::keep_apart(&mut planned.streams);
-    if !options.allow_twin {
+    let is_partial = |wanted: &WantedVolume| wanted.volume.subvolume.is_some();
+    if planned.volumes.iter().any(is_partial) {
+        let why = "to restore one subvolume, what else is in its filesystem has to be removed";
+        refuse_left_out(why, &planned, manifest)?;
+        Filesystem::can_mount()?;
+    }
+    if options.new_ids {
+        choose_new_uuids(&mut planned, manifest)?;
+    } else if !options.allow_twin {
         refuse_twins(&planned.volumes)?;
     }
     Ok(planned)
 }
 
+/// Gives each filesystem a new UUID, the same on all its devices.
+fn choose_new_uuids(planned: &mut Planned, manifest: &Manifest) -> Result<()> {
+    refuse_left_out(
+        "a new UUID has to be given to all devices of a filesystem",
+        planned,
+        manifest,
+    )?;
+    let mut groups: Vec<(String, Uuid)> = Vec::new();
+    for wanted in &mut planned.volumes {
+        let volume = &wanted.volume;
+        new_ids::refuse_others(volume.fs.as_deref(), &format!("volume {}", volume.n))?;
+        let known = groups
+            .iter()
+            .find(|(group, _)| volume.group.as_ref() == Some(group));
+        let new = known.map_or_else(Uuid::new_v4, |(_, new)| *new);
+        groups.extend(volume.group.clone().map(|group| (group, new)));
+        wanted.new_uuid = Some(new);
+    }
+    Ok(())
+}
+
 /// Refuses to make a btrfs visible twice.
-fn refuse_twins(volumes: &[(VolumeManifest, PathBuf, Candidate)]) -> Result<()> {
-    let targets: Vec<&Path> = volumes.iter().map(|(_, path, _)| path.as_path()).collect();
-    for (volume, path, _) in volumes {
+fn refuse_twins(volumes: &[WantedVolume]) -> Result<()> {
+    let targets: Vec<&Path> = volumes.iter().map(|wanted| wanted.path.as_path()).collect();
+    for WantedVolume { volume, path, .. } in volumes {
         let is_btrfs = volume.fs.as_deref() == Some(fs::Kind::Btrfs.name());
-        let fsid = volume.uuid.as_deref().map(uuid::Uuid::parse_str);
+        let fsid = volume.uuid.as_deref().map(Uuid::parse_str);
         if let (true, Some(Ok(fsid))) = (is_btrfs, fsid) {
             twin::refuse(fsid, path, &targets)?;
         }
     }
     Ok(())
+}
+
+/// Refuses to restore only some of the devices of a filesystem.
+fn refuse_left_out(why: &str, planned: &Planned, manifest: &Manifest) -> Result<()> {
+    let Some(left_out) = left_out(planned, manifest) else {
+        return Ok(());
+    };
+    let what = format!("{why}, and volume {} is left out", left_out.n);
+    Err(Error::new(Kind::NotApplicable, what).hint("name a target for it, too, by --map"))
 }
 
 /// Restores an image.
@@ -186,11 +253,18 @@ pub fn run(
     let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
     let planned = examine(options, &manifest)?;
-    for (volume, path, candidate) in &planned.volumes {
-        if candidate.exists() {
+    for wanted in &planned.volumes {
+        let WantedVolume { volume, path, .. } = wanted;
+        if wanted.candidate.exists() {
             confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
         }
-        let what = format!("volume {} to {}", volume.n, path.display());
+        let mut what = format!("volume {} to {}", volume.n, path.display());
+        if let Some(new) = wanted.new_uuid {
+            what = format!("{what}, {}", new_ids::note(new));
+        }
+        if let Some(subvolume) = &volume.subvolume {
+            what = format!("{what}, of it only the subvolume {}", subvolume.path);
+        }
         progress.event(&Event::Plan(&what));
     }
     for stream in &planned.streams {
@@ -203,9 +277,16 @@ pub fn run(
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
-    for (volume, _, candidate) in planned.volumes {
-        let has_content = candidate.exists();
-        let target = candidate.open(options.discard)?;
+    let mut filesystems = Vec::new();
+    for wanted in planned.volumes {
+        let volume = wanted.volume;
+        filesystems.push(Finishing {
+            group: volume.group,
+            subvolume: volume.subvolume,
+            new_uuid: wanted.new_uuid,
+        });
+        let has_content = wanted.candidate.exists();
+        let target = wanted.candidate.open(options.discard)?;
         if options.salvage && has_content {
             // Nobody can tell where all that is lost belongs: nothing may shine through.
             target.zero(Extent::new(0, volume.size))?;
@@ -244,9 +325,15 @@ pub fn run(
         let comparisons = comparisons.collect::<Result<Vec<_>>>()?;
         verify::compare(&options.image, &comparisons, options.bounds, progress)?;
     }
-    for (_, target) in targets.volumes {
-        target.finish(options.verify)?;
+    if !damages.is_empty() && manifest.has_subvolume() {
+        progress.warn(
+            "what is damaged is not mounted to remove what is not wanted: all subvolumes are there, and \
+             the data of one",
+        );
+        filesystems.iter_mut().for_each(|it| it.subvolume = None);
     }
+    let volumes = targets.volumes.into_iter().map(|(_, target)| target);
+    finish(volumes.zip(filesystems).collect(), options.verify, progress)?;
     let received = targets.streams.into_iter().map(Receiving::finish);
     stream::place(received.collect::<Result<_>>()?)?;
     damages
@@ -271,12 +358,49 @@ pub fn run(
     })
 }
 
+/// How the filesystem on a target is finished.
+struct Finishing {
+    /// Targets with the same one hold one together.
+    group: Option<String>,
+    /// The only subvolume to be left.
+    subvolume: Option<Subvolume>,
+    new_uuid: Option<Uuid>,
+}
+
+/// Makes targets whole. Those of one filesystem of which a subvolume is wanted are finished together.
+fn finish(
+    mut targets: Vec<(Target, Finishing)>,
+    compare: bool,
+    progress: &dyn Progress,
+) -> Result<()> {
+    for (target, finishing) in &targets {
+        if let (Some(new), None) = (finishing.new_uuid, &finishing.subvolume) {
+            new_ids::give(target, new, compare)?;
+        }
+    }
+    while !targets.is_empty() {
+        let (target, finishing) = targets.remove(0);
+        let Some(wanted) = finishing.subvolume else {
+            target.finish(compare)?;
+            continue;
+        };
+        let is_same = |other: &Option<String>| other.is_some() && *other == finishing.group;
+        let (others, rest) = targets.into_iter().partition(|(_, it)| is_same(&it.group));
+        targets = rest;
+        let others: Vec<(Target, Finishing)> = others;
+        let others = others.into_iter().map(|(target, _)| target);
+        let all = std::iter::once(target).chain(others).collect();
+        subvolume::finish(all, &wanted, finishing.new_uuid, compare, progress)?;
+    }
+    Ok(())
+}
+
 /// Names a UUID that is visible twice now.
-fn twin_warning((volume, target, _): &(VolumeManifest, PathBuf, Candidate)) -> Option<String> {
-    let uuid = volume.uuid.as_ref()?;
+fn twin_warning(wanted: &WantedVolume) -> Option<String> {
+    let uuid = wanted.volume.uuid.as_ref()?;
     let other = device_with_uuid(uuid)?;
-    let is_other = std::fs::canonicalize(target).is_ok_and(|target| target != other);
-    is_other.then(|| {
+    let is_other = std::fs::canonicalize(&wanted.path).is_ok_and(|target| target != other);
+    (is_other && wanted.new_uuid.is_none()).then(|| {
         format!(
             "{} has the UUID {uuid}, too: what is mounted by UUID may then be either",
             other.display()
@@ -286,15 +410,20 @@ fn twin_warning((volume, target, _): &(VolumeManifest, PathBuf, Candidate)) -> O
 
 /// Names a filesystem of several volumes of which not all are restored.
 fn part_warning(planned: &Planned, manifest: &Manifest) -> Option<String> {
-    let is_chosen = |n| planned.volumes.iter().any(|(volume, ..)| volume.n == n);
-    let groups = planned.volumes.iter().map(|(volume, ..)| &volume.group);
-    let left_out = manifest.volumes.iter().find(|volume| {
-        volume.group.is_some() && !is_chosen(volume.n) && groups.clone().any(|g| *g == volume.group)
-    })?;
+    let n = left_out(planned, manifest)?.n;
     Some(format!(
-        "volume {} is not restored, and holds a filesystem together with one that is",
-        left_out.n
+        "volume {n} is not restored, and holds a filesystem together with one that is"
     ))
+}
+
+/// A volume that is not restored, of a filesystem of which another is.
+fn left_out<'a>(planned: &Planned, manifest: &'a Manifest) -> Option<&'a VolumeManifest> {
+    let chosen = planned.volumes.iter().map(|wanted| &wanted.volume);
+    manifest.volumes.iter().find(|volume| {
+        volume.group.is_some()
+            && chosen.clone().all(|chosen| chosen.n != volume.n)
+            && chosen.clone().any(|chosen| chosen.group == volume.group)
+    })
 }
 
 /// Checks, once everything is read, that it is the content it should be.
@@ -313,13 +442,17 @@ fn check_whole(options: &Options, end: Box<End>, content: RunningContent) -> Res
 
 impl Planned {
     fn reports(&self) -> Vec<TargetReport> {
-        let volumes = self.volumes.iter().map(|(volume, path, _)| TargetReport {
-            n: volume.n,
-            path: path.display().to_string(),
+        let volumes = self.volumes.iter().map(|wanted| TargetReport {
+            n: wanted.volume.n,
+            path: wanted.path.display().to_string(),
+            new_uuid: wanted.new_uuid.map(|new| new.to_string()),
+            subvolume: wanted.volume.subvolume.clone(),
         });
         let streams = self.streams.iter().map(|stream| TargetReport {
             n: stream.n,
             path: stream.target.clone(),
+            new_uuid: None,
+            subvolume: None,
         });
         volumes.chain(streams).collect()
     }

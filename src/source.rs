@@ -13,6 +13,7 @@ use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 use holdstill_platform::zfs;
 
 use crate::error::{Error, Kind, Result};
+use crate::image::manifest::Subvolume;
 
 /// A source that exists. Nothing is opened or held yet.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct Source {
     /// Where its filesystem is mounted in this process's view, as seen from its root: all of it, or of
     /// a btrfs, if there is no such place, one of its subvolumes.
     pub mount: Option<Mount>,
+    /// The only subvolume of its btrfs whose data is wanted.
+    pub subvolume: Option<Subvolume>,
 }
 
 /// What a source's name stands for.
@@ -74,7 +77,7 @@ impl Source {
 }
 
 impl Named {
-    /// Finds out what `text` names: a path to a block device, a mount point or a regular file; else a
+    /// Finds out what `text` names: a path to a block device, a mount point, a subvolume or a regular file; else a
     /// logical volume, `VG/LV`, or a volume of ZFS, `POOL/NAME`; said plainly, `lvm:VG/LV` and
     /// `zfs:POOL/NAME`.
     ///
@@ -137,7 +140,10 @@ impl Named {
     fn mount_point(text: &str) -> Result<Self> {
         let place = Place::of(Path::new(text))?;
         if !place.is_mount_point {
-            return Err(not_a_mount_point(text, &place));
+            return match btrfs::subvolume_at(&place.path)? {
+                Some(id) => Source::one_subvolume(text, place, id).map(Self::blocks),
+                None => Err(not_a_mount_point(text, &place)),
+            };
         }
         if place.mount.fs_type == "btrfs" && btrfs::subvolume_at(&place.path)?.is_some() {
             return Source::btrfs(text, place).map(Self::blocks);
@@ -168,6 +174,7 @@ impl Named {
             path: device.mapper_path().unwrap_or_else(|| device.path()),
             medium: Medium::Device(device),
             mount: Some(place.mount),
+            subvolume: None,
         }))
     }
 
@@ -191,7 +198,7 @@ impl Named {
     }
 }
 
-/// What to say of a folder that is no mount point, be it a subvolume of a btrfs or not.
+/// What to say of a folder that is neither a mount point nor a subvolume.
 fn not_a_mount_point(text: &str, place: &Place) -> Error {
     let point = place.mount.point.display();
     Error::new(Kind::Usage, "this folder is not a mount point")
@@ -216,6 +223,23 @@ impl Source {
             path: device.mapper_path().unwrap_or_else(|| device.path()),
             medium: Medium::Device(device),
             mount: Some(place.mount),
+            subvolume: None,
+        })
+    }
+
+    /// The same, of which only the subvolume is wanted that this folder is.
+    fn one_subvolume(text: &str, place: Place, id: u64) -> Result<Self> {
+        // What is mounted may be a folder of the filesystem, and this one lies below that.
+        let below = place.path.strip_prefix(&place.mount.point);
+        let path = place.mount.root.join(below.unwrap_or(&place.path));
+        let path = path.strip_prefix("/").unwrap_or(&path);
+        let subvolume = Subvolume {
+            id,
+            path: path.to_string_lossy().into_owned(),
+        };
+        Ok(Self {
+            subvolume: Some(subvolume),
+            ..Self::btrfs(text, place)?
         })
     }
 
@@ -245,6 +269,7 @@ impl Source {
             path: device.mapper_path().unwrap_or(path),
             medium: Medium::Device(device),
             mount,
+            subvolume: None,
         })
     }
 
@@ -283,6 +308,7 @@ impl Source {
             path: node.path.clone(),
             medium: Medium::File(node.id),
             mount: None,
+            subvolume: None,
         })
     }
 }

@@ -6,6 +6,8 @@
 //! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
 //! nothing that a system would mount, neither the new volume nor the one that was there.
 
+mod unsettled;
+
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,6 +27,8 @@ use crate::extent::Extent;
 use crate::image::format::BLOCK;
 use crate::read_at::{ReadAt, check_range};
 use crate::units::{ByteLen, Offset};
+
+pub(crate) use unsettled::Unsettled;
 
 /// What is held back of the start until the end.
 const HEAD: ByteLen = ByteLen::mib(1);
@@ -152,7 +156,8 @@ impl Candidate {
 /// partitioning tools keep their hands off its disk.
 #[derive(Debug)]
 struct Claimed {
-    _claim: Claim,
+    /// `None` while its filesystem is mounted by us.
+    claim: Option<Claim>,
     _lock: DiskLock,
 }
 
@@ -166,7 +171,7 @@ impl Claimed {
         };
         let disk = BlockDevice::of(BlockDevice::at(path)?.disk)?.path();
         Ok(Self {
-            _claim: Claim::new(path).map_err(taken)?,
+            claim: Some(Claim::new(path).map_err(taken)?),
             _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
         })
     }
@@ -224,11 +229,11 @@ impl Held {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what is held of `extent`: `change` gets that part and where it is in `extent`.
-    fn change(&self, extent: Extent, change: impl FnOnce(&mut [u8], usize)) {
+    /// Hands out what is held of `extent`, and where in `extent` that is.
+    fn with(&self, extent: Extent, use_it: impl FnOnce(&mut [u8], usize)) {
         if let Some(part) = extent.intersect(self.extent) {
             let start = part.start.since(self.extent.start).as_usize();
-            change(
+            use_it(
                 &mut self.bytes()[start..start + part.len.as_usize()],
                 part.start.since(extent.start).as_usize(),
             );
@@ -268,7 +273,7 @@ impl Target {
         check_range(self.size, offset, ByteLen(bytes.len() as u64))?;
         let extent = Extent::new(offset.0, bytes.len() as u64);
         for held in [&self.head, &self.tail] {
-            held.change(extent, |part, at| {
+            held.with(extent, |part, at| {
                 part.copy_from_slice(&bytes[at..at + part.len()]);
             });
         }
@@ -288,7 +293,7 @@ impl Target {
     pub fn zero(&self, extent: Extent) -> Result<()> {
         check_range(self.size, extent.start, extent.len)?;
         for held in [&self.head, &self.tail] {
-            held.change(extent, |part, _| part.fill(0));
+            held.with(extent, |part, _| part.fill(0));
         }
         let Some(rest) = extent.intersect(self.middle()) else {
             return Ok(());
@@ -315,11 +320,22 @@ impl Target {
     /// If the device refuses; the target then holds no signature, or is damaged at its ends.
     /// [`Kind::Mismatch`] if it holds something else: it is without a signature again then.
     pub fn finish(mut self, compare: bool) -> Result<()> {
+        self.complete(compare)?;
+        self.let_go();
+        Ok(())
+    }
+
+    fn complete(&mut self, compare: bool) -> Result<()> {
         self.disk.sync()?;
         self.write_held()?;
-        if compare {
-            self.compare_held()?;
+        match compare {
+            true => self.compare_held(),
+            false => Ok(()),
         }
+    }
+
+    /// It is whole.
+    fn let_go(mut self) {
         self.is_done = true;
         if self.claimed.take().is_some() {
             // A whole disk may have a partition table now. A partition cannot be asked, and a disk
@@ -328,7 +344,6 @@ impl Target {
                 log::debug!("{error}");
             }
         }
-        Ok(())
     }
 
     /// A large write that is cut short, by SIGKILL or a power cut, leaves a part of what it should
@@ -355,6 +370,30 @@ impl Target {
                     .on(self.disk.path())
                     .at(start));
             }
+        }
+        Ok(())
+    }
+}
+
+/// What the volume holds so far, what is kept back included.
+impl ReadAt for Target {
+    fn len(&self) -> ByteLen {
+        self.size
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
+        let extent = Extent::new(offset.0, buf.len() as u64);
+        check_range(self.size, extent.start, extent.len)?;
+        if let Some(rest) = extent.intersect(self.middle()) {
+            let at = rest.start.since(offset).as_usize();
+            self.disk
+                .read_exact_at(&mut buf[at..at + rest.len.as_usize()], rest.start.0)
+                .map_err(|error| Error::from(error).at(rest.start))?;
+        }
+        for held in [&self.head, &self.tail] {
+            held.with(extent, |part, at| {
+                buf[at..at + part.len()].copy_from_slice(part);
+            });
         }
         Ok(())
     }

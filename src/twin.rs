@@ -46,7 +46,7 @@ fn twin(fsid: Uuid, target: &Path, place: &str) -> Error {
     let what = format!("the btrfs {fsid} is {place} already, and must not be there twice");
     Error::new(Kind::Twin, what)
         .on(target)
-        .hint("take the other away first; --allow-twin writes it all the same: then mount neither")
+        .hint("--new-ids gives the copy a UUID of its own; --allow-twin writes it as it is: then mount neither")
 }
 
 /// Whether a loop device shows a file.

@@ -8,20 +8,11 @@ use std::sync::Arc;
 use holdstill::fs::{self, Opened};
 use holdstill::read_at::ReadAt;
 
-use crate::common::btrfs::{Scene, filled, forget, making, number_after, patch, why_all_blocks};
+use crate::common::btrfs::{
+    Scene, change_super, filled, forget, making, number_after, patch, why_all_blocks,
+};
 use crate::common::volume::{copy, map, walk};
 use crate::common::{FileSource, Mount, Rng, holdstill as program, needs_root, run, seed};
-
-/// Changes the first superblock of a filesystem with CRC-32C, its checksum included.
-fn change_super(file: &Path, offset: usize, bytes: &[u8]) {
-    let opened = File::open(file).unwrap();
-    let mut block = vec![0; 4096];
-    opened.read_exact_at(&mut block, 64 << 10).unwrap();
-    block[offset..offset + bytes.len()].copy_from_slice(bytes);
-    let sum = crc32c::crc32c(&block[32..]);
-    block[..4].copy_from_slice(&sum.to_le_bytes());
-    patch(file, 64 << 10, &block);
-}
 
 #[test]
 fn privileged_what_is_not_understood_is_copied_as_a_whole() {

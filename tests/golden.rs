@@ -52,6 +52,7 @@ fn manifest(sizes: &[usize]) -> Manifest {
         blocks: Blocks::Used,
         used_bytes: *size as u64,
         group: None,
+        subvolume: None,
     };
     Manifest {
         tool: "holdstill golden".into(),

@@ -44,6 +44,7 @@ fn manifest(size: u64) -> Manifest {
             blocks: Blocks::Used,
             used_bytes: size,
             group: None,
+            subvolume: None,
         }],
     }
 }

@@ -13,7 +13,8 @@ except ImportError:
 
 BLOCK, CELL, FRAME, MIB = 4096, 1 << 20, 4096, 1 << 20
 MAGIC, FOOTER_MAGIC = b"\x89holdstill\r\n\x1a\n\0\0", b"\x89stillness\r\n\x1a\n\0\0"
-FEATURES = {0: "a parent image (incremental)", 1: "encryption", 2: "mirrored extents", 3: "opaque streams"}
+FEATURES = {0: "a parent image (incremental)", 1: "encryption", 2: "mirrored extents", 3: "opaque streams",
+            4: "one subvolume of a filesystem"}
 READS = 1 << 3
 MANIFEST, DATA, INDEX, ROOT, TRAILER, STREAM = range(1, 7)
 LONGEST = {MANIFEST: 4 * MIB, INDEX: 4096 * 40, ROOT: 262144 * 48, TRAILER: 4 * MIB}

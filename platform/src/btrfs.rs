@@ -7,9 +7,11 @@
 //! opened and deleted at once pins every block it refers to for as long as the descriptor lives, and
 //! there is nothing to clean up, however the process ends.
 
+mod emptying;
 mod leftovers;
 mod members;
 mod mounted;
+mod pruning;
 mod search;
 mod subvolume;
 
@@ -27,6 +29,7 @@ use crate::error::{Context, Error, Result};
 pub use leftovers::{Leftover, snapshot_name};
 pub use members::Member;
 pub use mounted::{Mounted, mounted};
+pub use pruning::{Child, Dropping, forget};
 pub use search::{Item, Key};
 pub(crate) use subvolume::delete_subvolume;
 pub use subvolume::{Subvolume, subvolume_at};

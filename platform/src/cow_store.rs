@@ -1,11 +1,9 @@
 //! Where a snapshot of the device mapper keeps what is overwritten: a device that the user named, or a
-//! nameless file behind a loop device (include/uapi/linux/loop.h), which both go by themselves when the
+//! nameless file behind a loop device, which both go by themselves when the
 //! last user of the loop device does.
 
-use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -18,35 +16,12 @@ use crate::device::{Access, Disk};
 use crate::error::{Context, Error, Result};
 use crate::exclusive::Claim;
 use crate::in_use;
+use crate::loop_device::LoopDevice;
 use crate::memory;
-use crate::node::{BlockDevice, DeviceNumber, LoopInfo, Node};
+use crate::node::{BlockDevice, DeviceNumber, Node};
 
 /// What is zeroed at the begin of a device, in bytes: what was kept there last may look like something.
 const HEAD: u64 = 1 << 20;
-
-/// `LO_FLAGS_AUTOCLEAR`: detached when nobody has it open any more.
-const AUTOCLEAR: u32 = 4;
-/// `LO_FLAGS_DIRECT_IO`: past the page cache, where the filesystem can do that.
-const DIRECT_IO: u32 = 16;
-
-/// How often another free loop device is asked for, when somebody is faster.
-const TRIES: u32 = 50;
-
-mod ioctl {
-    nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
-    nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, super::LoopConfig);
-}
-
-/// `struct loop_config`.
-#[repr(C)]
-struct LoopConfig {
-    fd: u32,
-    block_size: u32,
-    info: LoopInfo,
-    reserved: [u64; 8],
-}
-
-const _: () = assert!(size_of::<LoopConfig>() == 304);
 
 /// A copy-on-write store that nobody uses yet.
 #[derive(Debug)]
@@ -55,7 +30,7 @@ pub struct CowStore {
     pub device: DeviceNumber,
     path: PathBuf,
     /// Keeps a loop device attached until a snapshot does.
-    open: Option<File>,
+    open: Option<LoopDevice>,
 }
 
 /// A folder where a store can be, and how much of it.
@@ -130,7 +105,12 @@ impl CowStore {
                 .context("cannot make a file in", folder)?,
             reserved => reserved.context("cannot set aside room in", folder)?,
         }
-        attach(&file)
+        let device = LoopDevice::attach(&file)?;
+        Ok(Self {
+            device: device.number(),
+            path: device.path().to_owned(),
+            open: Some(device),
+        })
     }
 
     /// Uses a device that nobody else does, and that is neither part of `source` nor the other way round.
@@ -193,47 +173,6 @@ fn nameless(folder: &Path) -> Result<File> {
         .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
         .open(folder);
     made.context("cannot make a file in", folder)
-}
-
-fn attach(file: &File) -> Result<CowStore> {
-    const CONTROL: &str = "/dev/loop-control";
-    let control = File::open(CONTROL).context("cannot open", CONTROL)?;
-    for _ in 0..TRIES {
-        // SAFETY: a request without an argument, on an open descriptor.
-        let number = unsafe { ioctl::loop_ctl_get_free(control.as_raw_fd()) };
-        let number = number.context("cannot find a free loop device by", CONTROL)?;
-        let path = PathBuf::from(format!("/dev/loop{number}"));
-        let open = OpenOptions::new().read(true).write(true).open(&path);
-        let open = open.context("cannot open", &path)?;
-        // SAFETY: integers only, for which zeros are values.
-        let mut config: LoopConfig = unsafe { std::mem::zeroed() };
-        config.fd = file.as_fd().as_raw_fd().cast_unsigned();
-        config.info.flags = AUTOCLEAR | DIRECT_IO;
-        copy_name(&mut config.info.file_name, c"holdstill");
-        // SAFETY: one initialized `struct loop_config`, which the kernel reads.
-        match unsafe { ioctl::loop_configure(open.as_raw_fd(), &raw const config) } {
-            Ok(_) => {
-                return Ok(CowStore {
-                    device: BlockDevice::at(&path)?.number,
-                    path,
-                    open: Some(open),
-                });
-            }
-            Err(Errno::EBUSY) => {}
-            Err(errno) => return Err(Error::new("cannot attach a file to", path, errno)),
-        }
-    }
-    Err(Error::new(
-        "cannot find a free loop device by",
-        CONTROL,
-        Errno::EBUSY,
-    ))
-}
-
-fn copy_name(place: &mut [u8], name: &CStr) {
-    for (to, from) in place.iter_mut().zip(name.to_bytes()) {
-        *to = *from;
-    }
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ pub mod fsmap;
 pub mod guard;
 pub mod in_use;
 pub mod lock;
+pub mod loop_device;
 pub mod lvm;
 pub mod memory;
 pub mod mounts;

@@ -28,18 +28,7 @@ const ATTRIBUTES: libc::c_uint = 2 | 4 | 8 | 0x10;
 /// # Errors
 /// `Unsupported` if this kernel has no such filesystem, or cannot mount like this; else what it says.
 pub(crate) fn open_root(fs_type: &CStr, options: &[(&CStr, Option<&CStr>)]) -> io::Result<File> {
-    // SAFETY: a terminated string and a flag.
-    let opened = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), CLOEXEC) };
-    let context = descriptor(opened).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENODEV | libc::ENOSYS) => io::Error::new(
-            io::ErrorKind::Unsupported,
-            format!(
-                "this kernel has no {} that could be mounted",
-                fs_type.to_string_lossy()
-            ),
-        ),
-        _ => error,
-    })?;
+    let context = prepare(fs_type)?;
     for (name, value) in options {
         match value {
             Some(value) => configure(&context, SET_STRING, Some(name), Some(value))?,
@@ -59,6 +48,26 @@ pub(crate) fn open_root(fs_type: &CStr, options: &[(&CStr, Option<&CStr>)]) -> i
         Mode::empty(),
     )?;
     Ok(File::from(root))
+}
+
+/// What a mount is configured in: made only if this process may mount, and this kernel knows the
+/// filesystem.
+///
+/// # Errors
+/// As [`open_root`].
+pub(crate) fn prepare(fs_type: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: a terminated string and a flag.
+    let opened = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), CLOEXEC) };
+    descriptor(opened).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENODEV | libc::ENOSYS) => io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!(
+                "this kernel has no {} that could be mounted",
+                fs_type.to_string_lossy()
+            ),
+        ),
+        _ => error,
+    })
 }
 
 fn configure(

@@ -313,6 +313,9 @@ pub(super) struct RestoreArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
+    /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
+    #[arg(long, conflicts_with = "allow_twin")]
+    new_ids: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -360,6 +363,7 @@ impl RestoreArgs {
             discard: self.discard,
             verify: self.verify,
             allow_twin: self.allow_twin,
+            new_ids: self.new_ids,
             salvage: self.salvage,
             expect_id: expected_id(self.expect_id.as_ref())?,
             bounds: self.copying.bounds.or(Bounds::for_target()),
@@ -384,6 +388,9 @@ pub(super) struct CloneArgs {
     /// Read the target back and compare
     #[arg(long)]
     verify: bool,
+    /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
+    #[arg(long, conflicts_with = "allow_twin")]
+    new_ids: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -407,6 +414,7 @@ impl CloneArgs {
             discard: self.discard,
             verify: self.verify,
             allow_twin: self.allow_twin,
+            new_ids: self.new_ids,
             hooks: self.freeze.hooks(),
             bounds: self.copying.bounds.or(Bounds::for_target()),
             run_id: run_id.to_owned(),

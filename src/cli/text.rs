@@ -8,7 +8,7 @@ use crate::clone;
 use crate::demo::{self, Verdict};
 use crate::dry_run;
 use crate::error::Escaped;
-use crate::image::manifest::Grade;
+use crate::image::manifest::{CommitProof, Grade};
 use crate::inspect;
 use crate::restore;
 use crate::units::ByteLen;
@@ -58,12 +58,17 @@ pub(super) fn backup(report: &backup::Report) -> String {
 pub(super) fn restore(report: &restore::Report) -> String {
     let mut text = String::new();
     for target in &report.targets {
-        let _ = writeln!(
+        let _ = write!(
             text,
             "volume {} is restored to {}",
             target.n,
             Escaped(&target.path)
         );
+        if let Some(subvolume) = &target.subvolume {
+            let _ = write!(text, ", only its subvolume {}", Escaped(&subvolume.path));
+        }
+        text.push_str(&new_uuid(target.new_uuid.as_deref()));
+        text.push('\n');
     }
     let read_back = if report.verified {
         ", read back and compared"
@@ -81,9 +86,10 @@ pub(super) fn restore(report: &restore::Report) -> String {
 
 pub(super) fn clone(report: &clone::Report) -> String {
     let mut text = format!(
-        "{} is cloned to {}{}: {}, {}",
+        "{} is cloned to {}{}{}: {}, {}",
         Escaped(&report.source),
         Escaped(&report.target),
+        new_uuid(report.new_uuid.as_deref()),
         if report.verified {
             " and read back"
         } else {
@@ -124,6 +130,34 @@ pub(super) fn verify(report: &verify::Report) -> String {
     text
 }
 
+/// What proves that a commit of a filesystem in use is all there.
+fn commit_proof(commit: &CommitProof) -> String {
+    let mut text = format!(
+        "\ncommit {} of {}: {} subvolumes, {} pinned, window of {:.0} ms with {} of trees and {} of data; \
+         of the rest {} have right checksums and {} have none",
+        commit.generation,
+        Escaped(&commit.fsid),
+        commit.subvolumes,
+        commit.pinned,
+        commit.window_ms,
+        ByteLen(commit.window_tree_bytes),
+        ByteLen(commit.window_data_bytes),
+        ByteLen(commit.checked_bytes),
+        ByteLen(commit.unchecked_bytes),
+    );
+    if commit.mended_sectors > 0 {
+        let _ = write!(text, "; {} sectors were mended", commit.mended_sectors);
+    }
+    if commit.gone_sectors > 0 {
+        let _ = write!(
+            text,
+            "; {} sectors of what was being deleted are left out",
+            commit.gone_sectors
+        );
+    }
+    text
+}
+
 pub(super) fn dry_run(report: &dry_run::Report) -> String {
     let mut lines = Vec::new();
     for action in &report.actions {
@@ -137,6 +171,9 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
         }
         if action.overwrites {
             line.push_str(", overwriting what is there");
+        }
+        if action.new_ids {
+            line.push_str(", with a new UUID");
         }
         for step in &action.passed_over {
             let why = step.objection.as_deref().unwrap_or_default();
@@ -242,6 +279,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             ByteLen(achieved.used_bytes),
             achieved.grade.name(),
         );
+        if let Some(subvolume) = &volume.subvolume {
+            let _ = write!(text, ", only subvolume {}", Escaped(&subvolume.path));
+        }
         if !achieved.unreadable.is_empty() {
             let _ = write!(text, ", {} unreadable ranges", achieved.unreadable.len());
         }
@@ -254,6 +294,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             Escaped(&stream.kind),
             Escaped(&stream.path)
         );
+    }
+    for commit in &report.trailer.commits {
+        text.push_str(&commit_proof(commit));
     }
     for warning in &report.trailer.warnings {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
@@ -304,6 +347,10 @@ fn inspect_source(report: &inspect::SourceReport) -> String {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
     }
     text
+}
+
+fn new_uuid(new: Option<&str>) -> String {
+    new.map_or(String::new(), |new| format!(", with the new UUID {new}"))
 }
 
 fn identity(fs: Option<&str>, label: Option<&str>, uuid: Option<&str>) -> String {

@@ -28,11 +28,13 @@ mod pins;
 mod proof;
 mod rounds;
 mod stream;
+mod stripes;
+mod trees;
 mod window;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use holdstill_platform::btrfs::{Filesystem, Key};
@@ -58,7 +60,7 @@ use checked::{Checked, Checks};
 use devices::Devices;
 use pins::Pins;
 use rounds::Round;
-use stream::Stream;
+use stream::{Extents, Stream};
 use window::{Seen, Sight, Window};
 
 /// When the freeze ends at the latest, by the guard's hand.
@@ -90,6 +92,8 @@ pub struct Live {
     surveys: Vec<Survey>,
     /// Whether the window is opened under a freeze.
     freezes_it: bool,
+    /// The only subvolume whose data is wanted.
+    only: Option<u64>,
     /// Whether what was copied is still to be compared.
     compare: bool,
     /// Memory for what the window gives, at most.
@@ -139,6 +143,10 @@ struct Moment {
     checked: Vec<Checked>,
     /// What the window gave, by volume.
     captured: Vec<Captured>,
+    /// What is wanted of pinned data, if not all is.
+    only: Option<Extents>,
+    /// What was copied of it, in bytes, by volume.
+    given: Vec<AtomicU64>,
     /// The chunks that pinned data was copied from, by number.
     chunks: Vec<AtomicBool>,
 }
@@ -218,6 +226,7 @@ impl Live {
             run: run.clone(),
             surveys,
             freezes_it: !no_freeze,
+            only: source.subvolume.as_ref().map(|only| only.id),
             compare,
             room: ByteLen(most.min(memory::available()? / 4)),
             phase: Phase::Rounds { done: 0, volume: 0 },
@@ -243,21 +252,42 @@ impl Live {
 
     /// Counts what is in use on each device.
     fn count_used(&mut self) -> Result<()> {
-        let commit = self
-            .moment
-            .as_ref()
-            .map_or(&self.round.commit, |it| &it.seen.commit);
-        let used = used_by_chunk(&self.filesystem, commit)?;
-        for (volume, survey) in self.surveys.iter_mut().enumerate() {
-            let (id, _) = self.devices.id_and_size(volume);
-            let mut bytes = format::RESERVED;
-            for (chunk, used) in commit.chunks.chunks().iter().zip(&used) {
-                let stripes = chunk.stripes.iter().filter(|stripe| stripe.devid == id);
-                bytes += stripes.count() as u64 * chunk.share(*used);
-            }
-            survey.bytes = ByteLen(bytes);
+        let moment = self.moment.as_ref();
+        let commit = moment.map_or(&*self.round.commit, |it| &it.seen.commit);
+        let used = self.used_by(commit, format::CONTENT_MASK)?;
+        for (survey, used) in self.surveys.iter_mut().zip(used) {
+            survey.bytes = used;
         }
         Ok(())
+    }
+
+    /// What is in use of one subvolume is known only when it was copied.
+    fn count_copied(&mut self) -> Result<()> {
+        let Some(moment) = self.moment.as_ref().filter(|moment| moment.only.is_some()) else {
+            return Ok(());
+        };
+        let trees = self.used_by(&moment.seen.commit, format::METADATA | format::SYSTEM)?;
+        let copied = trees.into_iter().zip(&moment.given);
+        for (survey, (trees, given)) in self.surveys.iter_mut().zip(copied) {
+            survey.bytes = trees + ByteLen(given.load(Ordering::Relaxed)) + moment.seen.data_len();
+        }
+        Ok(())
+    }
+
+    /// The bytes in use on each device, in chunks that hold any of `contents`.
+    fn used_by(&self, commit: &Commit, contents: u64) -> Result<Vec<ByteLen>> {
+        let used = used_by_chunk(&self.filesystem, commit)?;
+        let on = |id: &u64| {
+            let mut bytes = format::RESERVED;
+            for (chunk, used) in commit.chunks.chunks().iter().zip(&used) {
+                let stripes = chunk.stripes.iter().filter(|stripe| stripe.devid == *id);
+                if chunk.kind & contents != 0 {
+                    bytes += stripes.count() as u64 * chunk.share(*used);
+                }
+            }
+            ByteLen(bytes)
+        };
+        Ok(self.devices.ids.iter().map(on).collect())
     }
 
     /// Decides what comes after a round over all devices.
@@ -288,10 +318,13 @@ impl Live {
             progress.check()?;
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
-            mounted::sync_within_budget(&self.point, &self.source)?;
+            match self.freezes_it {
+                true => mounted::sync_within_budget(&self.point, &self.source)?,
+                false => self.filesystem.sync()?,
+            }
             // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
             self.old_pins.push(std::mem::take(&mut self.pins));
-            self.pins = Pins::take(&self.filesystem, &self.run)?;
+            self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
             // Without it, the commit that is looked at may show them still, with their names.
             self.filesystem.sync()?;
             let opened = self.look_through_window(progress)?;
@@ -324,7 +357,13 @@ impl Live {
             freeze: None,
             is_too_much: false,
         };
-        let mut window = Window::new(&self.devices, &self.pins, self.round.until(), self.room);
+        let mut window = Window::new(
+            &self.devices,
+            &self.pins,
+            self.only,
+            self.round.until(),
+            self.room,
+        );
         let mut instant = jiff::Timestamp::now();
         let mut is_whole = None;
         let mut sight = window.look(self.room)?;
@@ -369,15 +408,20 @@ impl Live {
         };
         let is_whole = match is_whole {
             Some(is_whole) => is_whole?,
-            None => (self.freezes_it || window.has_settled(&seen)?) && window.confirm(&mut seen)?,
+            None => (self.freezes_it || window.settle(&mut seen)?) && window.confirm(&mut seen)?,
         };
         if is_whole {
-            opened.moment = Some(self.moment_of(seen, instant)?);
+            opened.moment = Some(self.moment_of(seen, instant, progress)?);
         }
         Ok(opened)
     }
 
-    fn moment_of(&self, seen: Seen, instant: jiff::Timestamp) -> Result<Moment> {
+    fn moment_of(
+        &self,
+        seen: Seen,
+        instant: jiff::Timestamp,
+        progress: &dyn Progress,
+    ) -> Result<Moment> {
         let seen = Arc::new(seen);
         let mut captured = Vec::new();
         let mut checked = Vec::new();
@@ -392,8 +436,17 @@ impl Live {
                 Arc::clone(&self.checks),
             )?);
         }
+        let pin = self.only.and_then(|only| self.pins.of(only));
+        let only = pin.map(|pin| Extents::of(pin, self.room)).transpose()?;
+        if only.as_ref().is_some_and(Option::is_none) {
+            progress.warn(
+                "the subvolume has more extents than there is memory for: all data is copied",
+            );
+        }
         let chunks = seen.commit.chunks.chunks().iter();
         Ok(Moment {
+            only: only.flatten(),
+            given: checked.iter().map(|_| AtomicU64::new(0)).collect(),
             chunks: chunks.map(|_| AtomicBool::new(false)).collect(),
             seen,
             instant,
@@ -408,7 +461,7 @@ impl Live {
 
     fn commit_proof(&self, moment: &Moment) -> CommitProof {
         let Seen { commit, .. } = &*moment.seen;
-        let sum = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let sum = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let blocks = moment.seen.blocks.len() as u64;
         let uuid = self
             .surveys
@@ -436,13 +489,13 @@ impl Live {
     fn pass(&self, phase: Phase) -> Result<Pass<'_>> {
         let round = &self.round;
         let filesystem = &self.filesystem;
-        let disk = |volume: usize| &*self.devices.disks[volume];
+        let trees = |volume: usize| round.sources.get(volume).ok_or_else(|| self.no_moment());
         Ok(match phase {
             Phase::Rounds { volume, .. } => {
                 let device = self.devices.id_and_size(volume);
                 Pass {
                     volume,
-                    source: disk(volume),
+                    source: trees(volume)?,
                     walk: Box::new(move |sink| round.walk(filesystem, device, sink)),
                     purpose: Purpose::Copy,
                 }
@@ -451,7 +504,7 @@ impl Live {
                 let device = self.devices.id_and_size(volume);
                 Pass {
                     volume,
-                    source: disk(volume),
+                    source: trees(volume)?,
                     walk: Box::new(move |sink| round.walk_again(filesystem, device, sink)),
                     purpose: Purpose::Compare,
                 }
@@ -462,6 +515,8 @@ impl Live {
                 let stream = Stream {
                     filesystem,
                     seen: &moment.seen,
+                    only: moment.only.as_ref(),
+                    given: &moment.given[volume],
                     chunks: &moment.chunks,
                 };
                 Pass {
@@ -512,7 +567,10 @@ impl Still for Live {
                     false => self.another_round(0)?,
                 },
                 Phase::Data { volume } if volume == volumes => Phase::Last { volume: 0 },
-                Phase::Last { volume } if volume == volumes => Phase::Over,
+                Phase::Last { volume } if volume == volumes => {
+                    self.count_copied()?;
+                    Phase::Over
+                }
                 Phase::Over => return Ok(None),
                 Phase::Rounds { done, volume } => {
                     self.phase = Phase::Rounds {

@@ -14,6 +14,7 @@ pub(crate) mod commit;
 pub(crate) mod difference;
 pub(crate) mod format;
 pub(crate) mod map;
+pub(crate) mod renew;
 pub(crate) mod sums;
 pub(crate) mod superblock;
 pub(crate) mod tree;

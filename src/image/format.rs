@@ -81,15 +81,19 @@ pub mod feature {
     /// Incompatible: it holds opaque streams.
     pub const STREAMS: u64 = 1 << 3;
 
+    /// Incompatible: of a filesystem it has the metadata as a whole, and the data of one subvolume.
+    pub const SUBVOLUME: u64 = 1 << 4;
+
     /// Incompatible bits that this version reads.
-    pub const KNOWN_INCOMPATIBLE: u64 = STREAMS;
+    pub const KNOWN_INCOMPATIBLE: u64 = STREAMS | SUBVOLUME;
 
     /// Names of the incompatible bits that are defined, for messages.
-    pub const INCOMPATIBLE_NAMES: [(u64, &str); 4] = [
+    pub const INCOMPATIBLE_NAMES: [(u64, &str); 5] = [
         (PARENT, "a parent image (incremental)"),
         (ENCRYPTED, "encryption"),
         (MIRRORED, "mirrored extents"),
         (STREAMS, "opaque streams"),
+        (SUBVOLUME, "one subvolume of a filesystem"),
     ];
 }
 

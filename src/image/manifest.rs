@@ -97,6 +97,19 @@ pub struct VolumeManifest {
     /// together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// The only subvolume of its filesystem whose data is in the image: everything else has to be removed
+    /// before the filesystem may be used. Only with the feature bit for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subvolume: Option<Subvolume>,
+}
+
+/// A subvolume of a btrfs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subvolume {
+    /// Its id.
+    pub id: u64,
+    /// Where it is, as seen from the top level.
+    pub path: String,
 }
 
 /// The kind of a stream that `zfs send` wrote.
@@ -254,6 +267,11 @@ pub struct StreamTrailer {
 }
 
 impl Manifest {
+    /// Whether of a filesystem only one subvolume is here.
+    pub fn has_subvolume(&self) -> bool {
+        self.volumes.iter().any(|volume| volume.subvolume.is_some())
+    }
+
     /// The sizes of the volumes.
     pub fn sizes(&self) -> impl Iterator<Item = ByteLen> + '_ {
         self.volumes.iter().map(|volume| ByteLen(volume.size))

@@ -573,6 +573,7 @@ fn decode_manifest(json: &[u8], header: &FileHeader) -> Result<Manifest> {
     let has = |bit| header.incompatible.get() & bit != 0;
     if has(feature::PARENT) != manifest.parent.is_some()
         || has(feature::STREAMS) == manifest.streams.is_empty()
+        || has(feature::SUBVOLUME) != manifest.has_subvolume()
     {
         return Err(damaged("the list of volumes does not fit the file header"));
     }

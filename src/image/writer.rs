@@ -99,6 +99,9 @@ impl<S: Sink> ImageWriter<S> {
         if !manifest.streams.is_empty() {
             incompatible |= feature::STREAMS;
         }
+        if manifest.has_subvolume() {
+            incompatible |= feature::SUBVOLUME;
+        }
         let header = FileHeader {
             magic: MAGIC,
             version: VERSION.into(),

@@ -1,7 +1,8 @@
 //! Btrfs for the tests: made in all its kinds, on one device or several, mounted and filled.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -160,6 +161,44 @@ pub(crate) fn number_after(line: &str, name: &str) -> Option<u64> {
 pub(crate) fn patch(file: &Path, offset: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(file).unwrap();
     file.write_all_at(bytes, offset).unwrap();
+}
+
+/// Changes the first superblock of a filesystem with CRC-32C, its checksum included.
+pub(crate) fn change_super(file: &Path, offset: usize, bytes: &[u8]) {
+    let opened = File::open(file).unwrap();
+    let mut block = vec![0; 4096];
+    opened.read_exact_at(&mut block, 64 << 10).unwrap();
+    block[offset..offset + bytes.len()].copy_from_slice(bytes);
+    let sum = crc32c::crc32c(&block[32..]);
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+    patch(file, 64 << 10, &block);
+}
+
+/// What a superblock and its copies say: UUID and UUID of the metadata.
+pub(crate) fn ids(device: &Path, copies: usize) -> (String, String) {
+    let args = ["inspect-internal", "dump-super", "-f", "-a"].map(Path::new);
+    let text = run("btrfs", args.into_iter().chain([device]));
+    let all = |name: &str| {
+        let lines = text.lines();
+        let values = lines.filter_map(|line| line.strip_prefix(name)?.split_whitespace().next());
+        values.map(str::to_owned).collect::<Vec<_>>()
+    };
+    // The checksum, the magic, and the UUID of the metadata in the device item.
+    assert_eq!(text.matches("[match]").count(), 3 * copies, "{text}");
+    let [fsid, metadata] = ["fsid", "metadata_uuid"].map(|name| {
+        let values = all(name);
+        assert_eq!(values.len(), copies, "{text}");
+        let values = BTreeSet::from_iter(values);
+        assert_eq!(values.len(), 1, "{text}");
+        values.into_iter().next().unwrap()
+    });
+    (fsid, metadata)
+}
+
+/// Metadata and data of a filesystem that is not mounted are what their checksums say.
+pub(crate) fn check(device: &Path) {
+    let args = ["check", "--check-data-csum"].map(Path::new);
+    run("btrfs", args.into_iter().chain([device]));
 }
 
 /// Why all blocks of a file are copied.

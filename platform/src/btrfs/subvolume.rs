@@ -20,8 +20,8 @@ use crate::private_mount;
 /// `struct btrfs_ioctl_vol_args`.
 #[repr(C)]
 pub(crate) struct VolArgs {
-    fd: i64,
-    name: [u8; 4088],
+    pub(super) fd: i64,
+    pub(super) name: [u8; 4088],
 }
 
 /// `struct btrfs_ioctl_vol_args_v2`, without the half of it that is about quota groups.

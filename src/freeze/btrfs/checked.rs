@@ -12,14 +12,14 @@ use holdstill_platform::device::Disk;
 
 use super::devices::Devices;
 use super::mirrors;
+use super::stripes::{Part, Stripes};
 use super::window::Seen;
-use crate::error::{Error, Kind, Result};
-use crate::extent::Extent;
+use crate::error::{Kind, Result};
 use crate::fs::btrfs::format::{self, Key};
 use crate::fs::btrfs::map::listed;
 use crate::fs::btrfs::sums::Sums;
 use crate::fs::btrfs::tree::Reader;
-use crate::read_at::{ReadAt, check_range};
+use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 
 /// What was checked so far, of all devices.
@@ -42,8 +42,7 @@ pub(super) struct Checked {
     filesystem: Arc<Filesystem>,
     seen: Arc<Seen>,
     checks: Arc<Checks>,
-    /// The stripes on this device, ascending: where, of which chunk, its number in that.
-    stripes: Vec<(Range<u64>, usize, usize)>,
+    stripes: Stripes,
 }
 
 impl Checked {
@@ -59,17 +58,7 @@ impl Checked {
         checks: Arc<Checks>,
     ) -> Result<Self> {
         let disk = Arc::clone(&devices.disks[volume]);
-        let commit = &seen.commit;
-        let (id, size) = devices.id_and_size(volume);
-        let mut stripes = Vec::new();
-        for (number, index) in commit.chunks.stripes_on(id, size)? {
-            if let Some(chunk) = commit.chunks.chunks().get(number)
-                && let Some(stripe) = chunk.stripes.get(index)
-            {
-                let end = stripe.start + chunk.stripe_len();
-                stripes.push((stripe.start..end, number, index));
-            }
-        }
+        let stripes = Stripes::on(&seen.commit, devices.id_and_size(volume))?;
         Ok(Self {
             disk,
             devices,
@@ -80,64 +69,45 @@ impl Checked {
         })
     }
 
-    /// Reads a run within one stripe.
-    fn read_within(
-        &self,
-        stripe: &(Range<u64>, usize, usize),
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<()> {
-        let (place, number, index) = stripe;
-        let missing = || Error::new(Kind::Failed, "a chunk is gone");
+    /// Reads a part of a chunk of data.
+    fn read_data(&self, part: &Part<'_>, buf: &mut [u8]) -> Result<()> {
         let commit = &self.seen.commit;
-        let chunk = commit.chunks.chunks().get(*number);
-        let chunk = chunk.ok_or_else(missing)?;
         let sector = u64::from(commit.geometry.sector_size);
+        // Whole sectors have checksums: what is read may begin and end within one.
+        let before = part.logical.start % sector;
+        let start = part.logical.start - before;
+        let end = part.logical.end.next_multiple_of(sector);
+        if (start..end) != part.logical {
+            let mut whole = vec![0; ByteLen(end - start).as_usize()];
+            self.read_sectors(part, &(start..end), &mut whole)?;
+            let wanted = whole.get(ByteLen(before).as_usize()..);
+            let wanted = wanted.and_then(|bytes| bytes.get(..buf.len()));
+            buf.copy_from_slice(wanted.unwrap_or_default());
+            return Ok(());
+        }
+        self.read_sectors(part, &part.logical, buf)
+    }
+
+    /// Reads whole sectors of a chunk.
+    fn read_sectors(&self, part: &Part<'_>, logical: &Range<u64>, buf: &mut [u8]) -> Result<()> {
+        let commit = &self.seen.commit;
         let by_id = self.devices.by_id();
         let reader = commit.reader(&by_id, None);
-        let mut at = offset - place.start;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            // Whole sectors have checksums: what is read may begin and end within one.
-            let run = chunk.logical_at(*index, at);
-            let within = run.start % sector;
-            let start = run.start - within;
-            let wanted = (rest.len() as u64).min(run.end - run.start);
-            let end = (run.start + wanted).next_multiple_of(sector);
-            let logical = start..end;
-            let mut sums = Sums::new(&commit.geometry, logical.clone());
-            self.find(&mut sums)?;
-            let (part, behind) = rest.split_at_mut(wanted as usize);
-            rest = behind;
-            at += wanted;
-            let mut whole = Vec::new();
-            let is_whole = within == 0 && wanted.is_multiple_of(sector);
-            let bytes = match is_whole {
-                true => &mut *part,
-                false => {
-                    whole.resize((end - start) as usize, 0);
-                    whole.as_mut_slice()
-                }
-            };
-            let copy = chunk.copy_of(*index);
-            match mirrors::read(&reader, copy, &logical, &sums, bytes) {
-                Ok(mended) => {
-                    self.checks.mended.fetch_add(mended, Ordering::Relaxed);
-                }
-                Err(error) if error.kind() == Kind::Io && self.seen.has_dying => {
-                    self.read_what_is_left(&reader, copy, &logical, &sums, bytes)?;
-                }
-                Err(error) => return Err(error.on(self.disk.path()).at(Offset(offset))),
+        let mut sums = Sums::new(&commit.geometry, logical.clone());
+        self.find(&mut sums)?;
+        match mirrors::read(&reader, part.copy, logical, &sums, buf) {
+            Ok(mended) => {
+                self.checks.mended.fetch_add(mended, Ordering::Relaxed);
             }
-            let known = sums.known() as u64 * sector;
-            self.checks.right.fetch_add(known, Ordering::Relaxed);
-            let without = end - start - known;
-            self.checks.without.fetch_add(without, Ordering::Relaxed);
-            if !is_whole {
-                let skip = within as usize;
-                part.copy_from_slice(&whole[skip..skip + wanted as usize]);
+            Err(error) if error.kind() == Kind::Io && self.seen.has_dying => {
+                self.read_what_is_left(&reader, part.copy, logical, &sums, buf)?;
             }
+            Err(error) => return Err(error.on(self.disk.path())),
         }
+        let known = sums.known() as u64 * u64::from(commit.geometry.sector_size);
+        self.checks.right.fetch_add(known, Ordering::Relaxed);
+        let without = logical.end - logical.start - known;
+        self.checks.without.fetch_add(without, Ordering::Relaxed);
         Ok(())
     }
 
@@ -228,28 +198,8 @@ impl ReadAt for Checked {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
-        let wanted = Extent::new(offset.0, buf.len() as u64);
-        check_range(ReadAt::len(self), offset, wanted.len)?;
-        let mut at = offset.0;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let number = self.stripes.partition_point(|(place, ..)| place.end <= at);
-            let stripe = self.stripes.get(number);
-            // Between stripes there is no data.
-            let end = match stripe {
-                Some((place, ..)) if place.contains(&at) => place.end,
-                Some((place, ..)) => place.start,
-                None => u64::MAX,
-            };
-            let len = (end - at).min(rest.len() as u64);
-            let (part, behind) = rest.split_at_mut(len as usize);
-            rest = behind;
-            match stripe {
-                Some(stripe) if stripe.0.contains(&at) => self.read_within(stripe, at, part)?,
-                _ => ReadAt::read_exact_at(&*self.disk, part, Offset(at))?,
-            }
-            at += len;
-        }
-        Ok(())
+        let mut read = |part: &Part<'_>, bytes: &mut [u8]| self.read_data(part, bytes);
+        self.stripes
+            .read(&self.seen.commit, &self.disk, (offset, buf), &mut read)
     }
 }

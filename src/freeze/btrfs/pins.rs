@@ -32,7 +32,7 @@ pub(super) struct Pin {
     /// The tree that is pinned: that of a snapshot, or of the subvolume itself.
     pub(super) tree: u64,
     /// As long as it is open, the tree is kept.
-    _folder: Subvolume,
+    pub(super) folder: Subvolume,
 }
 
 /// The pins of all subvolumes.
@@ -40,12 +40,17 @@ pub(super) struct Pin {
 pub(super) struct Pins(Vec<Pin>);
 
 impl Pins {
-    /// Pins every subvolume there is.
+    /// Pins every subvolume there is, or `only` one.
     ///
     /// # Errors
     /// [`Kind::NotApplicable`] if one cannot be pinned: swap space lies in it.
-    pub(super) fn take(filesystem: &Filesystem, run: &Run) -> Result<Self> {
-        let wanted = Mutex::new(subvolumes(filesystem)?.into_iter());
+    pub(super) fn take(filesystem: &Filesystem, only: Option<u64>, run: &Run) -> Result<Self> {
+        let mut wanted = subvolumes(filesystem)?;
+        wanted.retain(|subvolume| only.is_none_or(|only| only == subvolume.id));
+        if only.is_some() && wanted.is_empty() {
+            return Err(Error::new(Kind::NotFound, "the subvolume was deleted"));
+        }
+        let wanted = Mutex::new(wanted.into_iter());
         let made = Mutex::new(Vec::new());
         let next = || wanted.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work = || -> Result<()> {
@@ -128,7 +133,7 @@ fn pin(filesystem: &Filesystem, wanted: Wanted, run: &Run) -> Result<Option<Pin>
     Ok(Some(Pin {
         subvolume: wanted.id,
         tree: folder.id(),
-        _folder: folder,
+        folder,
     }))
 }
 

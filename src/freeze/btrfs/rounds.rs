@@ -5,12 +5,14 @@
 //! all blocks from one generation to another, then of the commit at the end, whichever it is, nothing up to
 //! that generation is missing: a block that is in use then was listed all the time.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use holdstill_platform::btrfs::{self as kernel, Filesystem};
 
 use super::devices::Devices;
+use super::trees::TreeSource;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::fs::btrfs::commit::{Commit, check_devices};
@@ -27,7 +29,9 @@ const NAP: Duration = Duration::from_millis(20);
 
 /// Tree blocks from one generation to another.
 pub(super) struct Round {
-    pub(super) commit: Commit,
+    pub(super) commit: Arc<Commit>,
+    /// The devices, by volume.
+    pub(super) sources: Vec<TreeSource>,
     /// Those of this generation and before were copied before; 0 at first.
     since: u64,
     /// What it gave, in bytes of all devices.
@@ -40,7 +44,7 @@ impl Round {
     /// # Errors
     /// If no commit can be read before the next one comes; [`Kind::NotApplicable`] if it is of a kind that
     /// cannot be imaged.
-    pub(super) fn begin(devices: &Devices, since: u64) -> Result<Self> {
+    pub(super) fn begin(devices: &Arc<Devices>, since: u64) -> Result<Self> {
         let by_id = devices.by_id();
         for _ in 0..PATIENT_READS {
             if let Some(superblocks) = devices.superblocks()?
@@ -52,7 +56,11 @@ impl Round {
                 });
                 match read {
                     Ok(commit) => {
+                        let commit = Arc::new(commit);
+                        let volumes = 0..devices.disks.len();
+                        let source = |volume| TreeSource::new(devices, volume, &commit);
                         return Ok(Self {
+                            sources: volumes.map(source).collect::<Result<_>>()?,
                             commit,
                             since,
                             given: AtomicU64::new(0),

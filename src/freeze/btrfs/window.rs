@@ -32,11 +32,16 @@ use crate::units::ByteLen;
 /// Most bytes of data that are read at a time.
 const REQUEST: u64 = 1 << 20;
 
+/// How long to wait for a moment in which nobody overwrites anything in place.
+const PATIENCE: Duration = Duration::from_millis(300);
+
 /// A window that is being looked through.
 pub(super) struct Window<'a> {
     devices: &'a Devices,
     by_id: chunks::Devices<'a>,
     pins: &'a Pins,
+    /// The only subvolume whose data is wanted.
+    only: Option<u64>,
     /// Tree blocks of this generation and before are in the image already.
     since: u64,
     /// Most bytes there is memory for.
@@ -53,7 +58,7 @@ type Held = Option<Arc<Vec<u8>>>;
 pub(super) enum Sight {
     /// A commit, of which data may still be missing.
     Commit(Box<Seen>),
-    /// The next commit came.
+    /// The next commit came, or a subvolume that has no pin.
     Moved,
     /// More changed since the last round than there is memory for.
     TooMuch,
@@ -125,8 +130,15 @@ pub(super) struct PinnedRoot {
 
 impl<'a> Window<'a> {
     /// A window over what is newer than generation `since`.
-    pub(super) fn new(devices: &'a Devices, pins: &'a Pins, since: u64, room: ByteLen) -> Self {
+    pub(super) fn new(
+        devices: &'a Devices,
+        pins: &'a Pins,
+        only: Option<u64>,
+        since: u64,
+        room: ByteLen,
+    ) -> Self {
         Self {
+            only,
             by_id: devices.by_id(),
             devices,
             pins,
@@ -147,19 +159,16 @@ impl<'a> Window<'a> {
         let Some(superblocks) = self.devices.superblocks()? else {
             return Ok(Sight::Moved);
         };
-        let looked = self.look_at(&superblocks, most);
-        match looked {
-            Ok(Some((seen, missing))) => Ok(Sight::Commit(Box::new(Seen {
-                superblocks,
-                missing,
-                took: begun.elapsed(),
-                ..seen
-            }))),
-            Ok(None) => Ok(Sight::TooMuch),
+        match self.look_at(&superblocks, most) {
+            Ok(Sight::Commit(mut seen)) => {
+                seen.took = begun.elapsed();
+                Ok(Sight::Commit(seen))
+            }
             Err(error) => match self.devices.are_still(&superblocks)? {
                 true => Err(error),
                 false => Ok(Sight::Moved),
             },
+            other => other,
         }
     }
 
@@ -181,25 +190,33 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// Whether data that may be overwritten in place is still what was read of it.
+    /// Reads data that may be overwritten in place again, until it is twice the same: then it was all that
+    /// at one instant. `false` if it never is.
     ///
     /// # Errors
     /// If it cannot be read.
-    pub(super) fn has_settled(&self, seen: &Seen) -> Result<bool> {
-        let reader = seen.commit.reader(&self.by_id, None);
-        for loose in seen.data.iter().filter(|loose| !loose.sums.is_complete()) {
-            let mut again = vec![0; loose.bytes.len()];
-            let read = mirrors::read(&reader, 0, &loose.logical, &loose.sums, &mut again);
-            if read.is_err() && !self.devices.are_still(&seen.superblocks)? {
-                // Something else lies there by now.
-                return Ok(false);
+    pub(super) fn settle(&self, seen: &mut Seen) -> Result<bool> {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            let mut is_settled = true;
+            for loose in &mut seen.data {
+                if loose.sums.is_complete() {
+                    continue;
+                }
+                let before = Arc::clone(&loose.bytes);
+                let read = self.read_loose(&seen.commit, loose);
+                if read.is_err() && !self.devices.are_still(&seen.superblocks)? {
+                    // Something else lies there by now.
+                    return Ok(false);
+                }
+                read?;
+                is_settled &= loose.bytes == before;
             }
-            read?;
-            if again != **loose.bytes {
-                return Ok(false);
+            if is_settled {
+                return Ok(true);
             }
         }
-        Ok(true)
+        Ok(false)
     }
 
     /// Keeps the data that was read of a commit, for the next look.
@@ -211,13 +228,8 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// What the commit of these superblocks is, and which of its data is not read yet; `None` if it is too
-    /// much.
-    fn look_at(
-        &mut self,
-        superblocks: &[SuperBlock],
-        most: ByteLen,
-    ) -> Result<Option<(Seen, Vec<usize>)>> {
+    /// Looks at the commit of these superblocks.
+    fn look_at(&mut self, superblocks: &[SuperBlock], most: ByteLen) -> Result<Sight> {
         let first = superblocks
             .first()
             .ok_or_else(|| damaged("it has no superblock"))?;
@@ -227,7 +239,7 @@ impl<'a> Window<'a> {
         let node_len = commit.geometry.node_len();
         let block_bytes = places.len() as u64 * node_len.0;
         if block_bytes > self.room.0 {
-            return Ok(None);
+            return Ok(Sight::TooMuch);
         }
         reader.prefetch(&places)?;
         let mut blocks = BTreeMap::new();
@@ -239,9 +251,14 @@ impl<'a> Window<'a> {
         let mut roots = Roots::read(&commit, &reader)?;
         let pinned = roots.pinned(self.pins)?;
         let mut loose = LooseExtents::default();
-        for root in &roots.alive {
+        let is_wanted = |root: &&PinnedRoot| self.only.is_none_or(|only| only == root.tree);
+        for root in roots.alive.iter().filter(is_wanted) {
             let pin = self.pins.of(root.tree);
             let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
+            if pin.is_none() && root.level > 0 {
+                // One that came after the pins, and too large to be read here: it needs a pin, too.
+                return Ok(Sight::Moved);
+            }
             self.find_loose(&reader, root, pin, &mut loose)?;
         }
         let mut pieces = pieces(&commit, &loose.written)?;
@@ -252,7 +269,7 @@ impl<'a> Window<'a> {
             }
         }
         if block_bytes + pieces.values().sum::<u64>() > self.room.0 {
-            return Ok(None);
+            return Ok(Sight::TooMuch);
         }
         let mut runs = take_held(&mut self.held, &mut pieces);
         runs.extend(merged(&commit, pieces).map(|run| (run, None)));
@@ -289,18 +306,17 @@ impl<'a> Window<'a> {
                 missing.push(number);
             }
         }
-        let seen = Seen {
-            superblocks: Vec::new(),
+        Ok(Sight::Commit(Box::new(Seen {
+            superblocks: superblocks.to_vec(),
             blocks,
             data: loose,
             pinned,
             subvolumes: roots.alive.len(),
             has_dying: roots.has_dying,
             took: Duration::ZERO,
-            missing: Vec::new(),
+            missing,
             commit,
-        };
-        Ok(Some((seen, missing)))
+        })))
     }
 
     /// All tree blocks newer than what the image has, by address and generation, ascending.

@@ -192,7 +192,7 @@ pub(crate) struct SuperBlock {
     pub(crate) label: [u8; 256],
     pub(crate) cache_generation: U64,
     uuid_tree_generation: U64,
-    metadata_uuid: [u8; 16],
+    pub(super) metadata_uuid: [u8; 16],
     reserved: [U64; 28],
     pub(crate) sys_chunk_array: [u8; 2048],
     pub(crate) super_roots: [[u8; 168]; 4],

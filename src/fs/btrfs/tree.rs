@@ -273,6 +273,12 @@ impl Reader<'_> {
         Ok(None)
     }
 
+    /// Whether `bytes` are a block at this address, of whatever generation.
+    pub(crate) fn is_block_of(&self, bytenr: u64, bytes: &[u8]) -> bool {
+        let header = Header::read_from_prefix(bytes);
+        header.is_ok_and(|(header, _)| self.is_block(bytenr, header.generation.get(), bytes))
+    }
+
     /// Whether `bytes` are the block at this address, of this generation.
     fn is_block(&self, bytenr: u64, generation: u64, bytes: &[u8]) -> bool {
         let header = Header::read_from_prefix(bytes);
