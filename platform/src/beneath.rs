@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::btrfs;
 use crate::error::{Context, Result};
 use crate::mounts::{self, Mount};
 use crate::node::{BlockDevice, DeviceNumber};
@@ -56,7 +57,15 @@ pub fn file_rests_on(file: impl AsFd, source: &BlockDevice) -> Result<bool> {
         PathBuf::from(format!("file descriptor {}", fd.as_raw_fd())),
     )?;
     match stat.st_mode & libc::S_IFMT {
-        libc::S_IFREG | libc::S_IFDIR => rests_on(DeviceNumber::from_raw(stat.st_dev), source),
+        libc::S_IFREG | libc::S_IFDIR => {
+            let filesystem = DeviceNumber::from_raw(stat.st_dev);
+            for device in btrfs::devices_below(fd)?.unwrap_or_else(|| vec![filesystem]) {
+                if rests_on(device, source)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        }
         libc::S_IFBLK => rests_on(DeviceNumber::from_raw(stat.st_rdev), source),
         _ => Ok(false),
     }

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 
 use crate::error::{Context, Error, Result};
+use crate::node::DeviceNumber;
 
 pub use leftovers::{Leftover, snapshot_name};
 pub use members::Member;
@@ -226,6 +227,21 @@ impl AsFd for Filesystem {
 /// Whether an open file lies on a btrfs.
 fn is_btrfs(file: BorrowedFd<'_>) -> bool {
     fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == BTRFS_SUPER_MAGIC)
+}
+
+/// The devices that an open file lies on, if that is on a btrfs. Its `st_dev` does not tell: each subvolume
+/// has one of its own.
+///
+/// # Errors
+/// What the kernel says; if sysfs makes no sense.
+pub fn devices_below(file: BorrowedFd<'_>) -> Result<Option<Vec<DeviceNumber>>> {
+    if !is_btrfs(file) {
+        return Ok(None);
+    }
+    let path = PathBuf::from(format!("file descriptor {}", file.as_raw_fd()));
+    Ok(Some(
+        mounted::devices(ask(file, &path)?.fsid)?.unwrap_or_default(),
+    ))
 }
 
 /// FS_INFO.
