@@ -6,10 +6,10 @@
 //!
 //! * Tree blocks are copied in rounds beforehand. A block of the same address and generation never changes:
 //!   each round copies what came since the one before.
-//! * Data is pinned by a read-only snapshot of every subvolume, see [`pins`], and copied afterwards, without
+//! * Data is pinned by a read-only snapshot of every subvolume, see `pins`, and copied afterwards, without
 //!   haste, every sector checked against its checksum.
 //! * What is left, tree blocks of the last moments and data that no pin refers to, is read in one go, in the
-//!   [`window`], while the commit is the newest one.
+//!   `window`, while the commit is the newest one.
 //!
 //! The window is opened under a freeze of some milliseconds. The image would be whole without one, but not
 //! show what a writer may expect: a commit holds what was written past the page cache, and not what was
