@@ -23,9 +23,12 @@
 mod captured;
 mod checked;
 mod devices;
+mod loose;
 mod mirrors;
+mod moment;
 mod pins;
 mod proof;
+mod roots;
 mod rounds;
 mod stream;
 mod stripes;
@@ -34,50 +37,38 @@ mod window;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use holdstill_platform::btrfs::{Filesystem, Key};
 use holdstill_platform::freeze::MountPoint;
-use holdstill_platform::memory::{self, LockedProcess};
+use holdstill_platform::memory;
 use zerocopy::FromBytes;
 
-use super::mounted::{self, milliseconds};
+use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
 use crate::freeze::{Context, Pass, Proof, Purpose, Still};
 use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
 use crate::fs::btrfs::format::{self, BlockGroupItem};
-use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
-use crate::progress::{Event, Progress};
+use crate::image::manifest::{FreezeTimes, Grade};
+use crate::progress::Progress;
 use crate::run::Run;
 use crate::source::{Medium, Source};
 use crate::survey::Survey;
 use crate::units::ByteLen;
-use captured::Captured;
-use checked::{Checked, Checks};
+use checked::Checks;
 use devices::Devices;
+use moment::Moment;
 use pins::Pins;
 use rounds::Round;
-use stream::{Extents, Stream};
-use window::{Seen, Sight, Window};
-
-/// When the freeze ends at the latest, by the guard's hand.
-const DEADLINE: Duration = Duration::from_secs(10);
+use stream::Stream;
 
 /// Rounds go on until one copies no more than this.
 const SMALL: u64 = 4 << 20;
 
 /// After so many rounds what changed since is taken as it is, if it fits into memory.
 const MOST_ROUNDS: u32 = 8;
-
-/// How often a window is opened: each time with new pins.
-const MOST_WINDOWS: u32 = 6;
-
-/// Data that has checksums is read after the freeze if there is more than this of it: nothing overwrites it
-/// before the next commit.
-const IN_FREEZE: ByteLen = ByteLen::mib(16);
 
 /// Memory for what the window gives: at most this, and a quarter of what is available.
 const MOST_MEMORY: u64 = 256 << 20;
@@ -124,31 +115,6 @@ enum Phase {
     Last { volume: usize },
     /// Nothing.
     Over,
-}
-
-/// What one window gave, and how long writers were blocked for it.
-struct Opened {
-    /// `None` if it did not hold.
-    moment: Option<Moment>,
-    freeze: Option<FreezeTimes>,
-    /// More changed since the last round than there is memory for.
-    is_too_much: bool,
-}
-
-/// The moment that the copy shows.
-struct Moment {
-    seen: Arc<Seen>,
-    instant: jiff::Timestamp,
-    /// The devices as sources of pinned data, by volume.
-    checked: Vec<Checked>,
-    /// What the window gave, by volume.
-    captured: Vec<Captured>,
-    /// What is wanted of pinned data, if not all is.
-    only: Option<Extents>,
-    /// What was copied of it, in bytes, by volume.
-    given: Vec<AtomicU64>,
-    /// The chunks that pinned data was copied from, by number.
-    chunks: Vec<AtomicBool>,
 }
 
 /// Why the source cannot be imaged this way; `None` if nothing speaks against it.
@@ -308,181 +274,8 @@ impl Live {
         Ok(Phase::Rounds { done, volume: 0 })
     }
 
-    /// Opens a window, with new pins. Whether there is a moment now; if not, another round is needed.
-    fn open_window(&mut self, progress: &dyn Progress) -> Result<bool> {
-        if self.windows == 0 {
-            self.run.before_freeze()?;
-        }
-        self.run.check_guard()?;
-        while self.windows < MOST_WINDOWS {
-            progress.check()?;
-            proof::nothing_moves(&self.filesystem)?;
-            self.windows += 1;
-            match self.freezes_it {
-                true => mounted::sync_within_budget(&self.point, &self.source)?,
-                false => self.filesystem.sync()?,
-            }
-            // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
-            self.old_pins.push(std::mem::take(&mut self.pins));
-            self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
-            // Without it, the commit that is looked at may show them still, with their names.
-            self.filesystem.sync()?;
-            let opened = self.look_through_window(progress)?;
-            if let Some(times) = opened.freeze {
-                progress.event(&Event::Thawed(&times));
-                self.freezes.push(times);
-            }
-            if opened.is_too_much {
-                return Ok(false);
-            }
-            if let Some(moment) = opened.moment {
-                self.run.after_thaw(progress);
-                progress.event(&Event::Frozen {
-                    instant: &moment.instant.to_string(),
-                });
-                self.moment = Some(moment);
-                self.count_used()?;
-                return Ok(true);
-            }
-        }
-        let what = "its commits follow each other faster than one can be read";
-        Err(Error::new(Kind::Inconsistent, what)
-            .on(&self.source.path)
-            .hint("try again when less is written"))
-    }
-
-    fn look_through_window(&self, progress: &dyn Progress) -> Result<Opened> {
-        let mut opened = Opened {
-            moment: None,
-            freeze: None,
-            is_too_much: false,
-        };
-        let mut window = Window::new(
-            &self.devices,
-            &self.pins,
-            self.only,
-            self.round.until(),
-            self.room,
-        );
-        let mut instant = jiff::Timestamp::now();
-        let mut is_whole = None;
-        let mut sight = window.look(self.room)?;
-        if self.freezes_it {
-            if let Sight::Commit(seen) = sight {
-                window.keep(*seen);
-            }
-            // The second time round, nothing is left for after the freeze.
-            let most = match self.windows {
-                1 => IN_FREEZE,
-                _ => self.room,
-            };
-            let locked = LockedProcess::new()?;
-            let frozen = self
-                .run
-                .guard()?
-                .freeze(&self.point, DEADLINE)
-                .map_err(|error| mounted::explain(error, &self.source))?;
-            instant = jiff::Timestamp::now();
-            let mut looked = window.look(most);
-            // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
-            is_whole = match &mut looked {
-                Ok(Sight::Commit(seen)) if seen.is_complete() => Some(window.confirm(seen)),
-                _ => None,
-            };
-            let read_ms = milliseconds(frozen.held());
-            progress.while_frozen();
-            let thawed = frozen
-                .thaw()
-                .map_err(|error| mounted::explain(error, &self.source))?;
-            drop(locked);
-            opened.freeze = Some(mounted::times("final", &thawed, 0.0, read_ms));
-            sight = looked?;
-        }
-        let mut seen = match sight {
-            Sight::Moved => return Ok(opened),
-            Sight::TooMuch => {
-                opened.is_too_much = true;
-                return Ok(opened);
-            }
-            Sight::Commit(seen) => *seen,
-        };
-        let is_whole = match is_whole {
-            Some(is_whole) => is_whole?,
-            None => (self.freezes_it || window.settle(&mut seen)?) && window.confirm(&mut seen)?,
-        };
-        if is_whole {
-            opened.moment = Some(self.moment_of(seen, instant, progress)?);
-        }
-        Ok(opened)
-    }
-
-    fn moment_of(
-        &self,
-        seen: Seen,
-        instant: jiff::Timestamp,
-        progress: &dyn Progress,
-    ) -> Result<Moment> {
-        let seen = Arc::new(seen);
-        let mut captured = Vec::new();
-        let mut checked = Vec::new();
-        for volume in 0..self.surveys.len() {
-            let (id, size) = self.devices.id_and_size(volume);
-            captured.push(Captured::on(&seen, volume, id, size)?);
-            checked.push(Checked::new(
-                Arc::clone(&self.devices),
-                volume,
-                Arc::clone(&self.filesystem),
-                Arc::clone(&seen),
-                Arc::clone(&self.checks),
-            )?);
-        }
-        let pin = self.only.and_then(|only| self.pins.of(only));
-        let only = pin.map(|pin| Extents::of(pin, self.room)).transpose()?;
-        if only.as_ref().is_some_and(Option::is_none) {
-            progress.warn(
-                "the subvolume has more extents than there is memory for: all data is copied",
-            );
-        }
-        let chunks = seen.commit.chunks.chunks().iter();
-        Ok(Moment {
-            only: only.flatten(),
-            given: checked.iter().map(|_| AtomicU64::new(0)).collect(),
-            chunks: chunks.map(|_| AtomicBool::new(false)).collect(),
-            seen,
-            instant,
-            checked,
-            captured,
-        })
-    }
-
     fn no_moment(&self) -> Error {
         Error::new(Kind::Failed, "the instant never came").on(&self.source.path)
-    }
-
-    fn commit_proof(&self, moment: &Moment) -> CommitProof {
-        let Seen { commit, .. } = &*moment.seen;
-        let sum = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let blocks = moment.seen.blocks.len() as u64;
-        let uuid = self
-            .surveys
-            .first()
-            .and_then(|survey| survey.info.as_ref()?.uuid.clone());
-        CommitProof {
-            fsid: uuid.unwrap_or_default(),
-            generation: commit.geometry.generation,
-            devices: self.surveys.len() as u64,
-            subvolumes: moment.seen.subvolumes as u64,
-            pinned: self.pins.iter().count() as u64,
-            window_ms: milliseconds(moment.seen.took),
-            windows: self.windows,
-            window_tree_bytes: blocks * commit.geometry.node_len().0,
-            window_data_bytes: moment.seen.data_len().0,
-            checked_bytes: sum(&self.checks.right),
-            unchecked_bytes: sum(&self.checks.without),
-            mended_sectors: sum(&self.checks.mended),
-            gone_sectors: sum(&self.checks.gone),
-            exclusive_operation: "none".to_owned(),
-        }
     }
 
     /// The pass of a phase that has one.

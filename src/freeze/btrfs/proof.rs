@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use holdstill_platform::btrfs::{Filesystem, Key};
 use zerocopy::FromBytes;
 
-use super::window::{PinnedRoot, Seen};
+use super::roots::PinnedRoot;
+use super::window::Seen;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::mounted;
 use crate::fs::btrfs::chunks::{ChunkMap, damaged};

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use holdstill_platform::btrfs::{self as kernel, Filesystem};
 
+use super::loose::DataRef;
 use super::pins::Pin;
 use super::proof;
 use super::rounds::{data, extents};
-use super::window::{DataRef, Seen};
+use super::window::Seen;
 use crate::error::Result;
 use crate::fs::btrfs::format::{self, Key};
 use crate::image::tables::Run;
