@@ -166,7 +166,15 @@ fn source(source: &Source) -> Result<SourceReport> {
         siblings.push(Arc::new(Disk::open(&sibling.path, Access::Read)?));
         report.siblings.push(sibling.path.display().to_string());
     }
-    let opened = if source.mount.is_some() && siblings.is_empty() {
+    let is_live_btrfs = source
+        .mount
+        .as_ref()
+        .is_some_and(|mount| mount.fs_type == "btrfs");
+    let opened = if is_live_btrfs {
+        // Its trees move while they are read: it would seem to contradict itself.
+        report.condition = "in use".to_owned();
+        fs::probe(&disk)?.map_or(Opened::Unknown, Opened::NoMap)
+    } else if source.mount.is_some() && siblings.is_empty() {
         fs::open_frozen(&disk)?
     } else {
         fs::open_with(&disk, &siblings)?
