@@ -85,7 +85,7 @@ impl Live {
                 progress.event(&Event::Thawed(&times));
                 self.freezes.push(times);
             }
-            has_in_place = opened.has_in_place;
+            has_in_place |= opened.has_in_place;
             if opened.is_too_much {
                 return Ok(false);
             }
