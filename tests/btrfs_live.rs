@@ -21,7 +21,7 @@ use holdstill_platform::device::{Access, Disk};
 
 use crate::common::btrfs::{Making, Scene, making};
 use crate::common::btrfs_live::{Copy, Live, assert_no_subvolume_of_ours, id_of, told};
-use crate::common::btrfs_writers::Commits;
+use crate::common::btrfs_writers::{Commits, Writing};
 use crate::common::holdstill as program;
 use crate::common::live::{Judgement, patiently};
 use crate::common::volume::{digests, direct_copy};
@@ -144,7 +144,7 @@ fn compare_all(frozen: &Path, copy: &Path, dir: &Path) {
 
 /// One run by the library, with an oracle inside the freeze.
 fn exact_by_library(seed: u64, commits_all_the_while: bool) {
-    let live = Live::busy(&USUAL, SIZE, seed, BYTES);
+    let live = Live::busy(&USUAL, SIZE, seed, BYTES, Writing::InPlaceToo);
     let oracle = Oracle::new(live.scene.loops[0].path());
     let image = live.path("image.still");
     let options = options(live.dir(), &image);
@@ -170,10 +170,18 @@ fn exact_by_library(seed: u64, commits_all_the_while: bool) {
     away.judge(&restored, &told, Some(Judgement::Monotonic(instant)));
 }
 
+/// What can be imaged with these options: without a freeze, no file that is overwritten in place.
+fn writing(more: &[&str]) -> Writing {
+    match more.contains(&"--no-freeze") {
+        true => Writing::OnlyCopied,
+        false => Writing::InPlaceToo,
+    }
+}
+
 /// One run by the command line.
 fn exact_by_command(making: &Making, size: u64, seed: u64, more: &[&str]) {
     println!("{}:", making.name);
-    let live = Live::busy(making, size, seed, BYTES);
+    let live = Live::busy(making, size, seed, BYTES, writing(more));
     let image = live.path("image.still");
     let begin = clock();
     let report = live.backup(&image, more).expect(0).last();
@@ -259,10 +267,42 @@ fn privileged_without_a_freeze_it_is_as_after_a_crash() {
     }
 }
 
+/// What is overwritten in place may be newer than the commit: either none of it was needed, and all is as
+/// after a crash, or there is no image.
+#[test]
+fn privileged_without_a_freeze_what_is_overwritten_in_place_is_right_or_refused() {
+    needs_root!();
+    let seed = seed();
+    for number in 0..count(2, 20) {
+        let seed = seed.wrapping_add(number);
+        let live = Live::busy(&USUAL, SIZE, seed, BYTES / 2, Writing::InPlaceToo);
+        let image = live.path("image.still");
+        let begin = clock();
+        let run = live.backup(&image, &["--no-freeze"]);
+        let end = clock();
+        let report = run.last();
+        live.assert_nothing_left(report["run_id"].as_str());
+        if run.code() != Some(0) {
+            assert_eq!(run.code(), Some(3), "{run}");
+            let [message, hint] = ["message", "hint"].map(|name| report[name].as_str().unwrap());
+            assert!(message.contains("without copy-on-write"), "{run}");
+            assert!(hint.contains("--no-freeze"), "{run}");
+            assert_eq!(report["kind"], "inconsistent", "{run}");
+            live.assert_no_image(&image);
+            continue;
+        }
+        let told = told(&report);
+        let away = live.put_away();
+        let restored = away.restore(&image, &report);
+        let how = Judgement::Crash { begin, end };
+        away.judge(&restored, &told, Some(how));
+    }
+}
+
 #[test]
 fn privileged_a_busy_btrfs_goes_through_a_pipe() {
     needs_root!();
-    let live = Live::busy(&USUAL, SIZE, seed(), BYTES);
+    let live = Live::busy(&USUAL, SIZE, seed(), BYTES, Writing::InPlaceToo);
     let image = live.path("image.still");
     let args = live.backup_args(Path::new("-"), &[]);
     let run = program::run(args).expect(0);
@@ -289,7 +329,7 @@ fn privileged_a_busy_btrfs_is_cloned() {
     needs_root!();
     let seed = seed();
     for more in [&[][..], &["--no-freeze"]] {
-        let live = Live::busy(&USUAL, SIZE, seed, BYTES / 2);
+        let live = Live::busy(&USUAL, SIZE, seed, BYTES / 2, writing(more));
         let target = live.path("restored1");
         let args = ["clone", "--freeze", "btrfs", "--verify", "--json"].map(Path::new);
         let places = [live.dir(), &target];
@@ -317,7 +357,7 @@ fn privileged_a_busy_btrfs_is_cloned() {
 #[test]
 fn privileged_it_is_chosen_by_itself_and_the_image_proves_it() {
     needs_root!();
-    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2);
+    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2, Writing::InPlaceToo);
     let image = live.path("image.still");
     let device = live.scene.loops[0].path().to_owned();
     let inspected = program::run([Path::new("inspect"), Path::new("--json"), live.dir()]);
@@ -354,7 +394,7 @@ fn privileged_it_is_chosen_by_itself_and_the_image_proves_it() {
 #[test]
 fn privileged_what_moves_nothing_pinned_does_no_harm() {
     needs_root!();
-    let live = Live::busy(&USUAL, SIZE, seed(), BYTES);
+    let live = Live::busy(&USUAL, SIZE, seed(), BYTES, Writing::InPlaceToo);
     let script = |text: &str| shell(format!("set -- {}; cd $1; {text}", live.dir().display()));
     script("btrfs -q subvolume snapshot -r static foreign; btrfs -q subvolume snapshot var also");
     let image = live.path("image.still");
@@ -467,7 +507,7 @@ fn privileged_of_what_is_mounted_by_a_subvolume_all_is_imaged() {
 #[test]
 fn privileged_the_judges_know_an_instant_from_a_smear() {
     needs_root!();
-    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2);
+    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2, Writing::InPlaceToo);
     let device = live.scene.loops[0].path().to_owned();
     let [frozen, copied] = ["frozen", "copied"].map(|name| live.path(name));
     let torn: Vec<PathBuf> = (0..count(2, 5))
@@ -551,7 +591,7 @@ fn privileged_the_judges_know_what_a_crash_allows() {
     let dir = tempfile::tempdir_in(mounted.dir()).unwrap();
     let scene = Scene::make_in(dir, &USUAL, SIZE);
     let mut live = Live::over(scene, USUAL.mount, seed(), BYTES / 4);
-    live.write();
+    live.write(Writing::OnlyCopied);
     let crashes: Vec<_> = (0..count(3, 20))
         .map(|number| {
             let [from, to] = ["device1", &format!("crash{number}")].map(|name| live.path(name));

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::btrfs::{Making, making, number_after};
 use crate::common::btrfs_live::{Copy, Live, id_of, told};
+use crate::common::btrfs_writers::Writing;
 use crate::common::live::Judgement;
 use crate::common::volume::digests;
 use crate::common::{needs_root, run, seed};
@@ -87,7 +88,7 @@ fn one_bad_copy(making: &Making, logical: impl FnOnce(&Live) -> Vec<Place>) {
     let places = logical(&live);
     assert_eq!(places.len(), 2, "{places:?}");
     flip(&live, places[0], 300);
-    live.write();
+    live.write(Writing::InPlaceToo);
     let image = live.path("image.still");
     let report = live.backup(&image, &[]).expect(0).last();
     live.assert_nothing_left(report["run_id"].as_str());

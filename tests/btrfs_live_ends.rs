@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::btrfs::{Making, making};
 use crate::common::btrfs_live::{Live, told};
+use crate::common::btrfs_writers::Writing;
 use crate::common::holdstill as program;
 use crate::common::volume::populate;
 use crate::common::{
@@ -214,7 +215,7 @@ fn privileged_killed_at_any_moment_it_leaves_no_subvolume() {
     needs_root!();
     let seed = seed();
     let mut random = Rng(seed | 1);
-    let live = Live::busy(&USUAL, SIZE, seed, BYTES / 2);
+    let live = Live::busy(&USUAL, SIZE, seed, BYTES / 2, Writing::InPlaceToo);
     let image = live.path("image.still");
     let begun = Instant::now();
     live.backup(&image, &[]).expect(0);
@@ -279,7 +280,7 @@ fn privileged_asked_to_end_it_leaves_no_subvolume() {
 #[test]
 fn privileged_two_runs_on_one_btrfs_do_no_harm() {
     needs_root!();
-    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2);
+    let live = Live::busy(&USUAL, SIZE, seed(), BYTES / 2, Writing::InPlaceToo);
     let images = [1, 2].map(|number| live.path(&format!("image{number}.still")));
     let children: Vec<Child> = images
         .iter()

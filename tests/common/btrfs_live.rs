@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::btrfs::{Making, Scene, forget, mount, number_after};
-use super::btrfs_writers::{Journals, SUBVOLUMES, Writers, lay_out};
+use super::btrfs_writers::{Journals, SUBVOLUMES, Writers, Writing, lay_out};
 use super::holdstill::{self, Run, listing};
 use super::live::Judgement;
 use super::volume::{digests, poisoned_file};
@@ -51,16 +51,23 @@ impl Live {
     }
 
     /// The same, and its writers at work.
-    pub(crate) fn busy(making: &Making, size: u64, seed: u64, bytes: u64) -> Self {
+    pub(crate) fn busy(
+        making: &Making,
+        size: u64,
+        seed: u64,
+        bytes: u64,
+        writing: Writing,
+    ) -> Self {
         let mut live = Self::make(making, size, seed, bytes);
-        live.write();
+        live.write(writing);
         live
     }
 
     /// Starts the writers.
-    pub(crate) fn write(&mut self) {
+    pub(crate) fn write(&mut self, writing: Writing) {
         let journals = self.scene.path("journals");
-        self.writers = Some(Writers::start(self.mount.dir(), &journals, self.seed));
+        let writers = Writers::start(self.mount.dir(), &journals, self.seed, writing);
+        self.writers = Some(writers);
     }
 
     pub(crate) fn dir(&self) -> &Path {

@@ -52,6 +52,15 @@ pub(crate) fn lay_out(dir: &Path, rng: &mut Rng, bytes: u64) {
     );
 }
 
+/// Which files the writers write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writing {
+    /// Also files without copy-on-write.
+    InPlaceToo,
+    /// Only files that are copied on write.
+    OnlyCopied,
+}
+
 /// The folders that one journal tells of, below the mount point.
 struct Ledger {
     dirs: &'static [&'static str],
@@ -84,23 +93,30 @@ const LEDGERS: [Ledger; 2] = [
     },
 ];
 
+impl Ledger {
+    /// Those that are written.
+    fn of(writing: Writing) -> &'static [Self] {
+        match writing {
+            Writing::InPlaceToo => &LEDGERS,
+            Writing::OnlyCopied => &LEDGERS[..1],
+        }
+    }
+}
+
 /// Journals of writers that have ended.
-#[derive(Debug)]
-pub(crate) struct Journals(PathBuf);
+#[derive(Clone, Debug)]
+pub(crate) struct Journals {
+    dir: PathBuf,
+    writing: Writing,
+}
 
 impl Journals {
     /// Judges a copy; what was found, or what is wrong.
     pub(crate) fn judge(&self, copy: &Path, how: Judgement) -> Result<String, String> {
         let mut found = String::new();
-        for ledger in LEDGERS {
+        for ledger in Ledger::of(self.writing) {
             let dirs: Vec<PathBuf> = ledger.dirs.iter().map(|dir| copy.join(dir)).collect();
             let dirs: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
-            let how = match how {
-                Judgement::Crash { begin, end } if ledger.dirs[0].ends_with("inplace") => {
-                    Judgement::CrashInPlace { begin, end }
-                }
-                how => how,
-            };
             found += &self.judge_one(&dirs, ledger.name, how)?;
         }
         Ok(found)
@@ -117,7 +133,7 @@ impl Journals {
     }
 
     fn judge_one(&self, dirs: &[&Path], name: &str, how: Judgement) -> Result<String, String> {
-        judge_in(dirs, &self.0.join(name), how).map_err(|wrong| format!("{name}:\n{wrong}"))
+        judge_in(dirs, &self.dir.join(name), how).map_err(|wrong| format!("{name}:\n{wrong}"))
     }
 }
 
@@ -126,22 +142,25 @@ pub(crate) struct Writers {
     ledgers: Vec<LiveWriter>,
     changers: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
-    journals: PathBuf,
+    journals: Journals,
 }
 
 impl Writers {
     /// Starts them in what [`lay_out`] made, with journals in the folder `journals`. They all write
     /// when this returns.
-    pub(crate) fn start(dir: &Path, journals: &Path, seed: u64) -> Self {
+    pub(crate) fn start(dir: &Path, journals: &Path, seed: u64, writing: Writing) -> Self {
         std::fs::create_dir_all(journals).expect("a folder for journals");
         let stop = Arc::new(AtomicBool::new(false));
         let mut writers = Self {
             ledgers: Vec::new(),
             changers: Vec::new(),
             stop: Arc::clone(&stop),
-            journals: journals.to_owned(),
+            journals: Journals {
+                dir: journals.to_owned(),
+                writing,
+            },
         };
-        for ledger in LEDGERS {
+        for ledger in Ledger::of(writing) {
             let dirs: Vec<PathBuf> = ledger.dirs.iter().map(|name| dir.join(name)).collect();
             let dirs: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
             let journal = journals.join(ledger.name);
@@ -149,7 +168,7 @@ impl Writers {
             writers.ledgers.push(writer);
         }
         for number in 0..CHANGED.len() {
-            let mut changer = Changer::new(dir, number, seed);
+            let mut changer = Changer::new(dir, number, seed, writing);
             let stop = Arc::clone(&stop);
             let thread = std::thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
@@ -175,7 +194,7 @@ impl Writers {
         for changer in self.changers.drain(..) {
             changer.join().expect("a changer that did not fail");
         }
-        Journals(self.journals.clone())
+        self.journals.clone()
     }
 }
 
@@ -222,11 +241,12 @@ struct Changer {
     rng: Rng,
     /// Where it may make files: its own folder first, then those in the other subvolumes.
     dirs: Vec<PathBuf>,
+    writing: Writing,
     content: Vec<u8>,
 }
 
 impl Changer {
-    fn new(top: &Path, number: usize, seed: u64) -> Self {
+    fn new(top: &Path, number: usize, seed: u64, writing: Writing) -> Self {
         let places = CHANGED.iter().cycle().skip(number).take(CHANGED.len());
         let dirs: Vec<PathBuf> = places
             .map(|place| top.join(place).join(format!("changer{number}")))
@@ -238,7 +258,12 @@ impl Changer {
         let mut rng = Rng(seed ^ (number as u64 + 1));
         let mut content = vec![0; 256 << 10];
         rng.fill(&mut content[..128 << 10]);
-        Self { rng, dirs, content }
+        Self {
+            rng,
+            dirs,
+            writing,
+            content,
+        }
     }
 
     fn some_file(&mut self) -> PathBuf {
@@ -286,6 +311,7 @@ impl Changer {
                     );
                 }
             }
+            12..14 if self.writing == Writing::OnlyCopied => {}
             12..14 => {
                 // 1 MiB, of which some is not written yet, in place.
                 let file = Self::open(&self.dirs[0].join("inplace/file"));

@@ -135,8 +135,6 @@ pub(crate) enum Judgement {
     /// It was taken without a freeze, between two moments of CLOCK_MONOTONIC: what was durable before
     /// them is there, and what the kernel keeps in order is.
     Crash { begin: u64, end: u64 },
-    /// The same of files that are written in place.
-    CrashInPlace { begin: u64, end: u64 },
 }
 
 /// Judges a copy of the folder: it must show one instant, and none but `instant` (nanoseconds of
@@ -168,9 +166,6 @@ pub(crate) fn judge_in(
         Judgement::Monotonic(at) => between(at, at, &["--exact"]),
         Judgement::Realtime(at) => between(at, at, &["--exact", "--realtime"]),
         Judgement::Crash { begin, end } => between(begin, end, &["--crash"]),
-        Judgement::CrashInPlace { begin, end } => {
-            between(begin, end, &["--crash", "--in-place"]);
-        }
     }
     let output = output(program().to_str().expect("a path of text"), &args);
     let said = format!(

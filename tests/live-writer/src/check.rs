@@ -41,25 +41,14 @@ pub(crate) struct Window {
     /// Nothing was frozen: what was never made durable may be missing, unless the kernel keeps it in
     /// order.
     pub(crate) after_crash: bool,
-    /// Files are written in place: what they hold may be newer than the rest.
-    pub(crate) in_place: bool,
 }
 
 impl Window {
-    /// Whether what a thread writes into its files may be of any time.
-    fn is_loose(self, kind: Kind) -> bool {
-        let has_blocks = matches!(
-            kind,
-            Kind::Buffered | Kind::Direct | Kind::Mmap | Kind::Pair
-        );
-        self.after_crash && self.in_place && has_blocks
-    }
-
     /// Whether a thread's writes are in order. After a crash of btrfs, one commit holds what system
     /// calls had changed by then, but of writes through the page cache only what was written out.
     fn is_ordered(self, kind: Kind) -> bool {
         let keeps_order = matches!(kind, Kind::Direct | Kind::Churn | Kind::Sqlite | Kind::Pair);
-        !self.after_crash || keeps_order && !self.is_loose(kind)
+        !self.after_crash || keeps_order
     }
 }
 
@@ -79,10 +68,6 @@ pub(crate) fn check(dirs: &[PathBuf], journal: &Journal, window: Window) -> Verd
     let threads = journal.config.threads();
     for (thread, timeline) in threads.iter().zip(&journal.threads) {
         let name = &thread.name;
-        if window.after_crash && window.in_place && thread.kind == Kind::Sqlite {
-            // Its log relies on an order that is not kept.
-            continue;
-        }
         match contents(dirs, &journal.config, thread, timeline, window) {
             Ok(found) => {
                 verdict.found.push(format!(
@@ -105,7 +90,6 @@ pub(crate) fn check(dirs: &[PathBuf], journal: &Journal, window: Window) -> Verd
                     found,
                     timeline,
                     ordered,
-                    tells_time: !window.is_loose(thread.kind),
                 });
             }
             Err(wrong) => {
@@ -135,8 +119,6 @@ struct Cut<'a> {
     found: Found,
     timeline: &'a Timeline,
     ordered: bool,
-    /// Whether something that is there tells when the copy was taken.
-    tells_time: bool,
 }
 
 /// Which prefix of a thread's writes the copy holds.
@@ -167,8 +149,7 @@ fn contents(
         Kind::Sqlite => sqlite::check(&path, timeline),
         Kind::Pair => {
             let paths = [&*path, &*thread.second_place(dirs)];
-            let loose = [window.after_crash, window.is_loose(thread.kind)];
-            pair::check(paths, config, thread, timeline, loose)
+            pair::check(paths, config, thread, timeline, window.after_crash)
         }
     }
 }
@@ -229,7 +210,7 @@ fn inconsistent(cut: &[Cut<'_>]) -> Vec<String> {
     let Some((first, missing, returned)) = missing else {
         return wrong;
     };
-    for cut in cut.iter().filter(|cut| cut.tells_time) {
+    for cut in cut {
         let last = cut.found.seen;
         if let Some(begun) = cut.timeline.begun_at(last)
             && begun > returned
@@ -249,7 +230,6 @@ fn inconsistent(cut: &[Cut<'_>]) -> Vec<String> {
 fn forgotten(cut: &[Cut<'_>]) -> Vec<String> {
     let latest = cut
         .iter()
-        .filter(|cut| cut.tells_time)
         .filter_map(|cut| Some((cut.timeline.begun_at(cut.found.seen)?, cut)))
         .max_by_key(|(begun, _)| *begun);
     let Some((begun, last)) = latest else {

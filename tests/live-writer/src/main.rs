@@ -113,9 +113,6 @@ struct Check {
     /// order.
     #[arg(long, conflicts_with = "exact")]
     crash: bool,
-    /// The files are written in place, without a copy: they may be newer than the commit.
-    #[arg(long, requires = "crash")]
-    in_place: bool,
     /// The instants are of CLOCK_REALTIME.
     #[arg(long)]
     realtime: bool,
@@ -175,7 +172,6 @@ fn check(args: &Check) -> io::Result<ExitCode> {
         end: monotonic(args.frozen_end),
         exact: args.exact,
         after_crash: args.crash,
-        in_place: args.in_place,
     };
     let verdict = check::check(&args.dirs, &journal, window);
     for line in &verdict.found {

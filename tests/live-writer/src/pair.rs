@@ -76,14 +76,14 @@ pub(crate) fn run(task: &Task) -> io::Result<()> {
     Ok(())
 }
 
-/// Which prefix of the writes the two files hold: exactly one, or they are wrong. Of a file that is
-/// `loose`, each write may be there or not.
+/// Which prefix of the writes the two files hold: exactly one, or they are wrong. After a crash the
+/// firsts may be there or not.
 pub(crate) fn check(
     paths: [&Path; 2],
     config: &Config,
     thread: &Thread,
     timeline: &Timeline,
-    loose: [bool; 2],
+    after_crash: bool,
 ) -> Result<Found, Vec<String>> {
     let one = |message: String| vec![message];
     let blocks = config.blocks();
@@ -102,7 +102,11 @@ pub(crate) fn check(
         stamps.map(|stamp| stamp.seq).max().unwrap_or(0)
     };
     let seen = newest(&contents[0]).max(newest(&contents[1]));
-    let last = if loose[0] { newest(&contents[1]) } else { seen };
+    let last = if after_crash {
+        newest(&contents[1])
+    } else {
+        seen
+    };
     if seen > timeline.begun_count() {
         return Err(one(format!("holds write {seen}, which was never begun")));
     }
@@ -119,7 +123,8 @@ pub(crate) fn check(
             let place = (file, block as u64);
             let mut seq = expected[file][block];
             let stamp = Stamp::read(have);
-            if loose[file]
+            if after_crash
+                && file == 0
                 && let Some(stamp) = stamp
                 && (stamp.seq == 0
                     || place_of(config.seed, thread.index, stamp.seq, blocks) == place)
@@ -143,8 +148,8 @@ pub(crate) fn check(
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    // Whether the first behind the last second is there is not judged then.
-    let whole = if loose[0] { last + 1 } else { last };
+    // Whether the first behind the last second is there is not judged after a crash.
+    let whole = if after_crash { last + 1 } else { last };
     Ok(Found { seen, whole })
 }
 

@@ -53,7 +53,6 @@ impl Case {
             end: None,
             exact: false,
             after_crash: false,
-            in_place: false,
         }
     }
 
@@ -355,7 +354,6 @@ fn the_freeze_is_where_it_was_said_to_be() {
         end: Some(early),
         exact: false,
         after_crash: false,
-        in_place: false,
     });
     assert!(
         verdict
@@ -370,7 +368,6 @@ fn the_freeze_is_where_it_was_said_to_be() {
         end: Some(monotonic()),
         exact: true,
         after_crash: false,
-        in_place: false,
     };
     case.assert_wrong(exact, "while the filesystem was frozen");
 }
