@@ -33,9 +33,14 @@ fn privileged_devices_are_imaged_together_or_by_themselves() {
     {
         let mount = scene.mount("");
         fill(mount.dir(), &mut rng, 3 << 20);
-        // Whichever is named: all are in use.
+        // Whichever is named: all are in use, and imaged together.
         for device in [&first, &second] {
-            backup(&[device]).expect(3);
+            backup(&[device, "--freeze=offline".as_ref()]).expect(3);
+            let report = backup(&[device]).expect(0).last();
+            assert_eq!(report["freeze"], "btrfs");
+            let volumes = report["volumes"].as_array().unwrap();
+            assert_eq!(volumes.len(), 3);
+            assert_eq!(volumes[0]["path"].as_str(), device.to_str());
         }
     }
     // Naming two of them is naming all of them once; what is named comes first.

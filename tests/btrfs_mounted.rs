@@ -1,4 +1,5 @@
-//! A mounted btrfs as a source: by whichever name, it is the whole filesystem.
+//! A mounted btrfs as a source: by whichever name, it is the whole filesystem; but for the folder of a
+//! subvolume, which is that subvolume alone.
 
 use std::path::{Path, PathBuf};
 
@@ -102,9 +103,8 @@ fn privileged_the_mount_of_a_subvolume_names_the_whole_filesystem() {
     let bound = backup(&folder, &[]);
     run("umount", [&folder]);
     bound.expect(2).says("only a folder");
-    for folder in [root.dir().join("folder"), home.dir().join("user")] {
-        backup(&folder, &[]).expect(2).says("not a mount point");
-    }
+    let folder = root.dir().join("folder");
+    backup(&folder, &[]).expect(2).says("not a mount point");
 
     // No step takes it for something else than it is.
     for source in [root.dir(), &device] {
@@ -124,6 +124,79 @@ fn privileged_the_mount_of_a_subvolume_names_the_whole_filesystem() {
     let ended = backup(&device, &[&file, "--json"]).expect(0).last();
     assert_eq!(ended["grade"], "clean");
     assert_eq!(ended["volumes"].as_array().unwrap().len(), 1);
+}
+
+/// A subvolume where none is mounted is that subvolume alone, and not both at once.
+#[test]
+fn privileged_the_folder_of_a_subvolume_names_that_alone() {
+    needs_root!();
+    let scene = make(1);
+    let device = scene.loops[0].path().to_owned();
+    let at = |name: &str, options: &str| Mount::new(&device, &scene.path(name), "btrfs", options);
+    let whole = at("whole", "subvolid=5");
+    let home = at("home dir", "subvol=@home");
+    let of_whole = |name: &str| whole.dir().join(name);
+    let id = |folder: &Path| -> u64 {
+        let args = ["inspect-internal", "rootid"].map(Path::new);
+        let id = run("btrfs", args.into_iter().chain([folder]));
+        id.trim().parse().unwrap()
+    };
+    let user = home.dir().join("user");
+    for (folder, path) in [
+        (of_whole("@"), "@"),
+        (of_whole("@home"), "@home"),
+        (of_whole("@home/user"), "@home/user"),
+        (user.clone(), "@home/user"),
+    ] {
+        let source = Source::resolve(folder.to_str().unwrap()).unwrap();
+        assert_eq!(source.path, device);
+        let subvolume = source.subvolume.unwrap();
+        assert_eq!((subvolume.id, &*subvolume.path), (id(&folder), path));
+    }
+    // Of what is mounted, by whichever subvolume, all is named.
+    for folder in [whole.dir(), home.dir()] {
+        let source = Source::resolve(folder.to_str().unwrap()).unwrap();
+        assert_eq!(source.subvolume, None);
+    }
+
+    let image = scene.path("image");
+    let backup = |sources: &[&Path]| {
+        let args = ["backup", "--force", "--json", "-o"].map(Path::new);
+        let places = std::iter::once(&*image).chain(sources.iter().copied());
+        program::run(args.into_iter().chain(places))
+    };
+    // What is named as a whole already is not named again.
+    for sources in [
+        [whole.dir(), &*of_whole("@home")],
+        [home.dir(), &user],
+        [&device, &user],
+    ] {
+        let ended = backup(&sources).expect(0).last();
+        assert_eq!(ended["volumes"].as_array().unwrap().len(), 1, "{ended}");
+        let shown = program::run([Path::new("inspect"), &image, "--json".as_ref()]);
+        let shown = shown.expect(0).last();
+        let volume = &shown["manifest"]["volumes"][0];
+        assert!(volume["subvolume"].is_null(), "{shown}");
+        std::fs::remove_file(&image).unwrap();
+    }
+    for sources in [
+        [&*of_whole("@home"), whole.dir()],
+        [&*of_whole("@home"), &device],
+        [&*of_whole("@home"), &*of_whole("@")],
+        [&*of_whole("@home"), &user],
+    ] {
+        let ended = backup(&sources).expect(2).last();
+        let message = ended["message"].as_str().unwrap();
+        assert!(message.contains("one subvolume or all"), "{ended}");
+        assert!(!image.exists());
+    }
+    // By two names it is the same one.
+    let ended = backup(&[&of_whole("@home/user"), &user]).expect(0).last();
+    assert_eq!(ended["volumes"].as_array().unwrap().len(), 1, "{ended}");
+    let shown = program::run([Path::new("inspect"), &image, "--json".as_ref()]);
+    let shown = shown.expect(0).last();
+    let volume = &shown["manifest"]["volumes"][0];
+    assert_eq!(volume["subvolume"]["path"], "@home/user", "{shown}");
 }
 
 #[test]
@@ -156,8 +229,11 @@ fn privileged_a_mounted_filesystem_is_all_its_devices() {
         let inspected = inspect(source);
         assert_eq!(inspected["siblings"].as_array().unwrap().len(), 2);
         assert_eq!(inspected["mounted_at"].as_str(), point.to_str());
-        let args = ["backup".as_ref(), "-o".as_ref(), &*image, source];
-        program::run(args).expect(3);
+        let args = ["backup", "--force", "--json", "-o"].map(Path::new);
+        let ended = program::run(args.into_iter().chain([&*image, source]));
+        let ended = ended.expect(0).last();
+        assert_eq!(ended["freeze"], "btrfs");
+        assert_eq!(ended["volumes"].as_array().unwrap().len(), 3, "{ended}");
     }
     drop(mounted);
     let (_, at, siblings) = resolve(&devices[1]);
