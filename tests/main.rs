@@ -6,6 +6,7 @@ mod btrfs_devices;
 mod btrfs_live;
 mod btrfs_live_damage;
 mod btrfs_live_ends;
+mod btrfs_live_in_place;
 mod btrfs_live_subvolume;
 mod btrfs_mounted;
 mod btrfs_whole;

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use holdstill::backup::Report;
@@ -77,6 +78,24 @@ impl LiveWriter {
         assert!(status.success(), "live-writer failed: {status}");
     }
 
+    /// Lets it write for a moment, and then rest for a second, until `act` is done.
+    pub(crate) fn in_bursts<T>(&self, act: impl FnOnce() -> T) -> T {
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(100));
+                    run_kill(&self.child, "STOP");
+                    std::thread::sleep(Duration::from_secs(1));
+                    run_kill(&self.child, "CONT");
+                }
+            });
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
+            is_done.store(true, Ordering::Relaxed);
+            done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// Its journal.
     pub(crate) fn journal(&self) -> PathBuf {
         self.journal.clone()
@@ -121,6 +140,12 @@ pub(crate) fn patiently(mut run: impl FnMut() -> Result<Report>) -> Report {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub(crate) fn clock() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
 /// How a copy is judged.
