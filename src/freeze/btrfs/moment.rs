@@ -25,6 +25,9 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// How often a window is opened: each time with new pins.
 const MOST_WINDOWS: u32 = 6;
 
+/// And where nobody is made to wait for it.
+const MOST_WINDOWS_UNFROZEN: u32 = 24;
+
 /// Data that has checksums is read after the freeze if there is more than this of it: nothing overwrites it
 /// before the next commit.
 const IN_FREEZE: ByteLen = ByteLen::mib(16);
@@ -67,7 +70,11 @@ impl Live {
         }
         self.run.check_guard()?;
         let mut has_in_place = false;
-        while self.windows < MOST_WINDOWS {
+        let most = match self.freezes_it {
+            true => MOST_WINDOWS,
+            false => MOST_WINDOWS_UNFROZEN,
+        };
+        while self.windows < most {
             progress.check()?;
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
