@@ -14,6 +14,7 @@ use std::sync::PoisonError;
 
 use holdstill_platform::btrfs::{self, Filesystem, Key, Subvolume};
 use holdstill_platform::guard::LeftoverKind;
+use holdstill_platform::open_files;
 use zerocopy::FromBytes;
 
 use crate::error::{Error, Kind, Result};
@@ -35,7 +36,7 @@ pub(super) struct Pin {
     pub(super) folder: Subvolume,
 }
 
-/// The pins of all subvolumes.
+/// The pins of all subvolumes, ascending by those.
 #[derive(Debug, Default)]
 pub(super) struct Pins(Vec<Pin>);
 
@@ -50,6 +51,8 @@ impl Pins {
         if only.is_some() && wanted.is_empty() {
             return Err(Error::new(Kind::NotFound, "the subvolume was deleted"));
         }
+        // Each takes a descriptor.
+        open_files::raise_limit()?;
         let wanted = Mutex::new(wanted.into_iter());
         let made = Mutex::new(Vec::new());
         let next = || wanted.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -70,9 +73,9 @@ impl Pins {
                 worker.join().map_err(lost)?
             })
         })?;
-        Ok(Self(
-            made.into_inner().unwrap_or_else(PoisonError::into_inner),
-        ))
+        let mut made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
+        made.sort_unstable_by_key(|pin| pin.subvolume);
+        Ok(Self(made))
     }
 
     /// All of them.
@@ -82,7 +85,8 @@ impl Pins {
 
     /// The pin of a subvolume.
     pub(super) fn of(&self, subvolume: u64) -> Option<&Pin> {
-        self.0.iter().find(|pin| pin.subvolume == subvolume)
+        let at = self.0.binary_search_by_key(&subvolume, |pin| pin.subvolume);
+        self.0.get(at.ok()?)
     }
 }
 

@@ -53,6 +53,9 @@ pub(super) fn objection(source: &Source) -> Result<Option<String>> {
     let copy = superblock::read_copy(&disk, format::SUPER_OFFSETS[0])?;
     match copy {
         Err(why) => no(why),
+        Ok(superblock) if superblock.incompat.get() & format::INCOMPAT_RAID56 != 0 => {
+            no("parts of it are RAID5 or RAID6")
+        }
         Ok(superblock) => Ok(unknown(&superblock)),
     }
 }

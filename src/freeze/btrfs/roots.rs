@@ -1,5 +1,7 @@
 //! The trees of subvolumes in a commit, and those of them that are pinned.
 
+use std::collections::BTreeMap;
+
 use zerocopy::FromBytes;
 
 use super::pins::{Pins, is_subvolume};
@@ -63,24 +65,32 @@ impl Roots {
         Ok(roots)
     }
 
-    /// The roots of what is pinned.
+    /// The roots of what is pinned, ascending by tree.
     ///
     /// # Errors
     /// [`Kind::Inconsistent`] if one is not there.
     pub(super) fn pinned(&mut self, pins: &Pins) -> Result<Vec<PinnedRoot>> {
-        let is_pin = |root: &PinnedRoot| pins.iter().any(|pin| pin.tree == root.tree);
-        self.has_dying = !self.dead.iter().all(is_pin);
+        let all = self.alive.iter().chain(&self.dead);
+        let all: BTreeMap<u64, PinnedRoot> = all.map(|root| (root.tree, *root)).collect();
         let mut pinned = Vec::new();
         for pin in pins.iter() {
-            let mut all = self.alive.iter().chain(&self.dead);
             let gone = || {
                 let what = format!("the pin of its subvolume {} vanished", pin.subvolume);
                 Error::new(Kind::Inconsistent, what)
             };
-            pinned.push(*all.find(|root| root.tree == pin.tree).ok_or_else(gone)?);
+            pinned.push(*all.get(&pin.tree).ok_or_else(gone)?);
         }
+        pinned.sort_unstable_by_key(|root| root.tree);
+        let is_pinned = |root: &PinnedRoot| find(&pinned, root.tree).is_some();
+        self.has_dying = !self.dead.iter().all(is_pinned);
         Ok(pinned)
     }
+}
+
+/// The root of a tree among `roots`, which ascend by that.
+pub(super) fn find(roots: &[PinnedRoot], tree: u64) -> Option<&PinnedRoot> {
+    let at = roots.binary_search_by_key(&tree, |root| root.tree);
+    roots.get(at.ok()?)
 }
 
 impl PinnedRoot {

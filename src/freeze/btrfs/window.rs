@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::devices::Devices;
 use super::loose::{Held, Loose, LooseExtents};
 use super::pins::Pins;
-use super::roots::{PinnedRoot, Roots};
+use super::roots::{self, PinnedRoot, Roots};
 use crate::error::Result;
 use crate::fs::btrfs::chunks::{self, damaged};
 use crate::fs::btrfs::commit::Commit;
@@ -195,7 +195,7 @@ impl<'a> Window<'a> {
         let is_wanted = |root: &&PinnedRoot| self.only.is_none_or(|only| only == root.tree);
         for root in roots.alive.iter().filter(is_wanted) {
             let pin = self.pins.of(root.tree);
-            let pin = pin.and_then(|pin| pinned.iter().find(|root| root.tree == pin.tree));
+            let pin = pin.and_then(|pin| roots::find(&pinned, pin.tree));
             if pin.is_none() && root.level > 0 {
                 // One that came after the pins, and too large to be read here: it needs a pin, too.
                 return Ok(Sight::Moved);

@@ -39,6 +39,8 @@ pub(crate) const SUPER_FLAGS_HARMLESS: u64 = 0b11;
 
 /// [`SuperBlock::incompat`]: back references of the present kind.
 pub(crate) const INCOMPAT_MIXED_BACKREF: u64 = 1 << 0;
+/// Some of its chunks are RAID5 or RAID6; the kernel clears it with the last of them.
+pub(crate) const INCOMPAT_RAID56: u64 = 1 << 7;
 /// Tree blocks carry [`SuperBlock::metadata_uuid`].
 pub(crate) const INCOMPAT_METADATA_UUID: u64 = 1 << 10;
 /// Zones of the device are written in order.
