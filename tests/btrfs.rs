@@ -11,13 +11,15 @@ use holdstill::extent::{Extent, ExtentSet};
 use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::read_at::ReadAt;
 
-use crate::common::btrfs::{Making, Scene, fill, forget, making, mount, number_after, size_for};
+use crate::common::btrfs::{
+    Making, Scene, fill, forget, is_known, making, mount, number_after, size_for,
+};
 use crate::common::volume::{
     digests, digests_in_ext4, direct_copy, ext4, map, poison, poisoned_file, populate, walk,
 };
 use crate::common::{
-    FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, output, run, seed,
-    shell, sparse_file, temp_dir,
+    FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, run, seed, shell,
+    sparse_file, temp_dir,
 };
 
 /// Every profile, kind of checksum and feature at least once.
@@ -266,13 +268,7 @@ fn check_whole(loops: &[LoopDevice], dir: &Path, expected: &BTreeMap<PathBuf, St
 /// Makes, fills, images and restores a filesystem, if the installed tools know its features.
 fn check(making: &Making, rng: &mut Rng, bytes: u64) {
     println!("{}", making.name);
-    let known = output("mkfs.btrfs", ["-O", "list-all"]);
-    let known = String::from_utf8_lossy(&[known.stdout, known.stderr].concat()).into_owned();
-    let new = ["block-group-tree", "squota"];
-    if let Some(name) = new.iter().find(|name| making.options.contains(*name))
-        && !known.contains(name)
-    {
-        println!("skipped, mkfs.btrfs does not know {name}");
+    if !is_known(making) {
         return;
     }
     let size = size_for(making);

@@ -19,7 +19,7 @@ use holdstill::units::ByteLen;
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
-use crate::common::btrfs::{Making, Scene, making};
+use crate::common::btrfs::{Making, Scene, is_known, making};
 use crate::common::btrfs_live::{Copy, Live, assert_no_subvolume_of_ours, id_of, told};
 use crate::common::btrfs_writers::{Commits, Writing};
 use crate::common::holdstill as program;
@@ -261,6 +261,9 @@ fn privileged_busy_filesystems_of_all_kinds_are_imaged() {
         making("raid10", 4, "-m raid10 -d raid10"),
     ];
     for kind in rng.some(&kinds, count(3, kinds.len() as u64)) {
+        if !is_known(kind) {
+            continue;
+        }
         // DUP takes twice the room; mirrors half of all devices.
         let size = match kind.devices {
             1 => SIZE * 5 / 4,

@@ -149,7 +149,9 @@ fn the_version_tells_what_this_build_can_do() {
     };
     assert_eq!(
         names("steps"),
-        ["offline", "zfs", "lvm", "track", "dm", "hold", "none"]
+        [
+            "offline", "zfs", "btrfs", "lvm", "track", "dm", "hold", "none"
+        ]
     );
     assert!(names("used_block_filesystems").contains(&"xfs"));
     assert_eq!(line["format_versions"], serde_json::json!([1]));

@@ -36,6 +36,19 @@ pub(crate) const fn making(name: &'static str, devices: usize, options: &'static
     }
 }
 
+/// Whether the installed tools know its features.
+pub(crate) fn is_known(making: &Making) -> bool {
+    let known = output("mkfs.btrfs", ["-O", "list-all"]);
+    let known = String::from_utf8_lossy(&[known.stdout, known.stderr].concat()).into_owned();
+    let new = ["block-group-tree", "squota"];
+    let mut asked = new.iter().filter(|name| making.options.contains(**name));
+    let unknown = asked.find(|name| !known.contains(**name));
+    if let Some(name) = unknown {
+        println!("skipped, mkfs.btrfs does not know {name}");
+    }
+    unknown.is_none()
+}
+
 /// Bytes of a device: not a whole number of sectors. Large tree blocks take large chunks, and none
 /// becomes smaller than 256 MiB.
 pub(crate) fn size_for(making: &Making) -> u64 {

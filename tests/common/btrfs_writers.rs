@@ -172,6 +172,11 @@ impl Writers {
             let stop = Arc::clone(&stop);
             let thread = std::thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
+                    // What is deleted while it is pinned is there until the cleaner has come by.
+                    if is_nearly_full(&changer.dirs[0]) {
+                        std::thread::sleep(Duration::from_millis(50));
+                        continue;
+                    }
                     changer.change();
                     std::thread::sleep(Duration::from_micros(500));
                 }
@@ -205,6 +210,12 @@ impl Drop for Writers {
             let _ = changer.join();
         }
     }
+}
+
+/// Whether less than a third of a filesystem is free.
+fn is_nearly_full(dir: &Path) -> bool {
+    let stat = nix::sys::statvfs::statvfs(dir).expect("a filesystem");
+    stat.blocks_available() * 3 < stat.blocks()
 }
 
 /// Somebody who has everything written out again and again: one commit after the other.

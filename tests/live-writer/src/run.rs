@@ -30,17 +30,29 @@ pub(crate) struct Task {
     started: Arc<Vec<AtomicBool>>,
 }
 
+/// `f_type` of a btrfs (statfs(2)).
+const BTRFS_SUPER_MAGIC: i64 = 0x9123_683e;
+
 impl Task {
     /// Whether it is time to stop.
     pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Rests between two writes, if the run is a light one.
+    /// Rests between two writes, if the run is a light one, or while a btrfs is nearly full: there, what is
+    /// overwritten while a snapshot has it is freed only some time later.
     pub(crate) fn pause(&self) {
         if self.config.light {
             std::thread::sleep(Duration::from_millis(20));
         }
+        while self.is_short_of_room() && !self.stopped() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn is_short_of_room(&self) -> bool {
+        rustix::fs::statfs(&self.path)
+            .is_ok_and(|stat| stat.f_type == BTRFS_SUPER_MAGIC && stat.f_bavail * 5 < stat.f_blocks)
     }
 
     /// Says that the thread has written.
