@@ -69,12 +69,12 @@ impl Live {
             self.run.before_freeze()?;
         }
         self.run.check_guard()?;
-        let mut has_in_place = false;
+        let mut in_place = 0;
         let most = match self.freezes_it {
             true => MOST_WINDOWS,
             false => MOST_WINDOWS_UNFROZEN,
         };
-        while self.windows < most {
+        while self.windows < most && in_place < MOST_WINDOWS {
             progress.check()?;
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
@@ -92,7 +92,7 @@ impl Live {
                 progress.event(&Event::Thawed(&times));
                 self.freezes.push(times);
             }
-            has_in_place |= opened.has_in_place;
+            in_place += u32::from(opened.has_in_place);
             if opened.is_too_much {
                 return Ok(false);
             }
@@ -106,7 +106,7 @@ impl Live {
                 return Ok(true);
             }
         }
-        let (what, hint) = match has_in_place {
+        let (what, hint) = match in_place > 0 {
             true => (
                 "files without copy-on-write are written to all the while: without a freeze they would \
                  be newer than the rest",
