@@ -23,12 +23,15 @@ struct Place {
 }
 
 /// All copies of a logical address. The filesystem is not mounted.
-fn places_of(live: &Live, logical: u64) -> Vec<Place> {
-    let logical = PathBuf::from(logical.to_string());
+fn places_of(live: &Live, address: u64) -> Vec<Place> {
+    let logical = PathBuf::from(address.to_string());
     let device = live.scene.loops[0].path();
     let text = run("btrfs-map-logical", [Path::new("-l"), &logical, device]);
+    // It goes on with what lies behind, where that is another extent.
+    let is_there = |line: &&str| number_after(line, "logical") == Some(address);
     let places: Vec<Place> = text
         .lines()
+        .filter(is_there)
         .map(|line| {
             let name = line.split_whitespace().last().expect("a device");
             let mut loops = live.scene.loops.iter();
