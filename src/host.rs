@@ -7,6 +7,7 @@ use holdstill_platform::device::Disk;
 use holdstill_platform::output::Output;
 
 use crate::error::{Error, Result};
+use crate::fs::btrfs::format::Key;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 
@@ -30,6 +31,19 @@ impl ReadAt for Output {
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         self.read_back(buf, offset.0)
             .map_err(|error| Error::from(error).at(offset))
+    }
+}
+
+/// A key that the kernel gave, as in the tree it is of.
+impl From<platform::btrfs::Key> for Key {
+    fn from(key: platform::btrfs::Key) -> Self {
+        Self::new(key.objectid, key.kind, key.offset)
+    }
+}
+
+impl From<Key> for platform::btrfs::Key {
+    fn from(key: Key) -> Self {
+        Self::new(key.objectid, key.kind, key.offset)
     }
 }
 

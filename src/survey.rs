@@ -31,6 +31,12 @@ pub struct Survey {
     pub warnings: Vec<String>,
 }
 
+/// What one filesystem on these volumes is worth: what the worst of them is.
+pub(crate) fn worst_grade(surveys: &[Survey]) -> Grade {
+    let grades = surveys.iter().map(|survey| survey.grade);
+    grades.max().unwrap_or(Grade::Torn)
+}
+
 impl Survey {
     /// Examines a volume that nobody writes to and nobody has mounted. `siblings` are those that
     /// hold its filesystem together with it.

@@ -52,10 +52,13 @@ use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
 use crate::fs::btrfs::format::{self, BlockGroupItem};
 use crate::image::manifest::{FreezeTimes, Grade};
+use crate::image::tables::Run as BlockRun;
+use crate::pipeline::read::Walk;
 use crate::progress::Progress;
+use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::Survey;
+use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 use checked::Checks;
 use devices::Devices;
@@ -90,6 +93,8 @@ pub struct Live {
     /// Memory for what the window gives, at most.
     room: ByteLen,
     phase: Phase,
+    /// Which volume the next pass of the phase is over.
+    volume: usize,
     round: Round,
     windows: u32,
     pins: Pins,
@@ -100,19 +105,19 @@ pub struct Live {
     checks: Arc<Checks>,
 }
 
-/// What is copied next.
+/// What is copied next, of one volume after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// Tree blocks, in rounds.
-    Rounds { done: u32, volume: usize },
+    Rounds { done: u32 },
     /// The same again, to be compared.
-    Compare { volume: usize },
+    Compare,
     /// Nothing before a window was opened.
     Ready,
     /// Pinned data.
-    Data { volume: usize },
+    Data,
     /// What the window gave.
-    Last { volume: usize },
+    Last,
     /// Nothing.
     Over,
 }
@@ -195,7 +200,8 @@ impl Live {
             only: source.subvolume.as_ref().map(|only| only.id),
             compare,
             room: ByteLen(most.min(memory::available()? / 4)),
-            phase: Phase::Rounds { done: 0, volume: 0 },
+            phase: Phase::Rounds { done: 0 },
+            volume: 0,
             round,
             windows: 0,
             pins: Pins::default(),
@@ -261,7 +267,7 @@ impl Live {
         self.run.check_guard()?;
         proof::nothing_moves(&self.filesystem)?;
         if std::mem::take(&mut self.compare) {
-            return Ok(Phase::Compare { volume: 0 });
+            return Ok(Phase::Compare);
         }
         if done > 1 && (self.round.given() <= SMALL || done >= MOST_ROUNDS) {
             return Ok(Phase::Ready);
@@ -271,40 +277,37 @@ impl Live {
 
     fn another_round(&mut self, done: u32) -> Result<Phase> {
         self.round = Round::begin(&self.devices, self.round.until())?;
-        Ok(Phase::Rounds { done, volume: 0 })
+        Ok(Phase::Rounds { done })
     }
 
     fn no_moment(&self) -> Error {
         Error::new(Kind::Failed, "the instant never came").on(&self.source.path)
     }
 
-    /// The pass of a phase that has one.
-    fn pass(&self, phase: Phase) -> Result<Pass<'_>> {
-        let round = &self.round;
-        let filesystem = &self.filesystem;
-        let trees = |volume: usize| round.sources.get(volume).ok_or_else(|| self.no_moment());
-        Ok(match phase {
-            Phase::Rounds { volume, .. } => {
-                let device = self.devices.id_and_size(volume);
-                Pass {
-                    volume,
-                    source: trees(volume)?,
-                    walk: Box::new(move |sink| round.walk(filesystem, device, sink)),
-                    purpose: Purpose::Copy,
-                }
+    /// The pass of the present phase over a volume; `None` if it has none.
+    fn pass(&self, volume: usize) -> Result<Option<Pass<'_>>> {
+        let missing = || self.no_moment();
+        let device = self.devices.id_and_size(volume);
+        let (round, filesystem) = (&self.round, &self.filesystem);
+        let trees = || round.sources.get(volume).ok_or_else(missing);
+        let moment = || self.moment.as_ref().ok_or_else(missing);
+        let purpose = match self.phase {
+            Phase::Compare => Purpose::Compare,
+            _ => Purpose::Copy,
+        };
+        let (source, walk): (&dyn ReadAt, Box<Walk<'_>>) = match self.phase {
+            Phase::Rounds { .. } => {
+                let walk =
+                    Box::new(move |sink: &mut Sink<'_>| round.walk(filesystem, device, sink));
+                (trees()?, walk)
             }
-            Phase::Compare { volume } => {
-                let device = self.devices.id_and_size(volume);
-                Pass {
-                    volume,
-                    source: trees(volume)?,
-                    walk: Box::new(move |sink| round.walk_again(filesystem, device, sink)),
-                    purpose: Purpose::Compare,
-                }
+            Phase::Compare => {
+                let walk =
+                    Box::new(move |sink: &mut Sink<'_>| round.walk_again(filesystem, device, sink));
+                (trees()?, walk)
             }
-            Phase::Data { volume } => {
-                let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
-                let device = self.devices.id_and_size(volume);
+            Phase::Data => {
+                let moment = moment()?;
                 let stream = Stream {
                     filesystem,
                     seen: &moment.seen,
@@ -312,34 +315,30 @@ impl Live {
                     given: &moment.given[volume],
                     chunks: &moment.chunks,
                 };
-                Pass {
-                    volume,
-                    source: moment.checked.get(volume).ok_or_else(|| self.no_moment())?,
-                    walk: Box::new(move |sink| stream.walk(device, sink)),
-                    purpose: Purpose::Copy,
-                }
+                let walk = Box::new(move |sink: &mut Sink<'_>| stream.walk(device, sink));
+                (moment.checked.get(volume).ok_or_else(missing)?, walk)
             }
-            Phase::Last { volume } => {
-                let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
-                let captured = moment
-                    .captured
-                    .get(volume)
-                    .ok_or_else(|| self.no_moment())?;
-                Pass {
-                    volume,
-                    source: captured,
-                    walk: Box::new(move |sink| {
-                        captured
-                            .extents()
-                            .try_for_each(|extent| sink(rounds::data(extent)))
-                    }),
-                    purpose: Purpose::Copy,
-                }
+            Phase::Last => {
+                let captured = moment()?.captured.get(volume).ok_or_else(missing)?;
+                let walk = Box::new(move |sink: &mut Sink<'_>| {
+                    let mut extents = captured.extents();
+                    extents.try_for_each(|extent| sink(rounds::data(extent)))
+                });
+                (captured, walk)
             }
-            Phase::Ready | Phase::Over => return Err(self.no_moment()),
-        })
+            Phase::Ready | Phase::Over => return Ok(None),
+        };
+        Ok(Some(Pass {
+            volume,
+            source,
+            walk,
+            purpose,
+        }))
     }
 }
+
+/// What takes the runs of a pass.
+type Sink<'a> = dyn FnMut(BlockRun) -> Result<()> + 'a;
 
 impl Still for Live {
     fn surveys(&self) -> &[Survey] {
@@ -347,43 +346,26 @@ impl Still for Live {
     }
 
     fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        let volumes = self.surveys.len();
         loop {
-            let now = self.phase;
-            self.phase = match now {
-                Phase::Rounds { done, volume } if volume == volumes => {
-                    self.after_round(done + 1)?
-                }
-                Phase::Compare { volume } if volume == volumes => self.another_round(1)?,
+            let has_passes = !matches!(self.phase, Phase::Ready | Phase::Over);
+            if has_passes && self.volume < self.surveys.len() {
+                self.volume += 1;
+                return self.pass(self.volume - 1);
+            }
+            self.volume = 0;
+            self.phase = match self.phase {
+                Phase::Rounds { done } => self.after_round(done + 1)?,
+                Phase::Compare => self.another_round(1)?,
                 Phase::Ready => match self.open_window(progress)? {
-                    true => Phase::Data { volume: 0 },
+                    true => Phase::Data,
                     false => self.another_round(0)?,
                 },
-                Phase::Data { volume } if volume == volumes => Phase::Last { volume: 0 },
-                Phase::Last { volume } if volume == volumes => {
+                Phase::Data => Phase::Last,
+                Phase::Last => {
                     self.count_copied()?;
                     Phase::Over
                 }
                 Phase::Over => return Ok(None),
-                Phase::Rounds { done, volume } => {
-                    self.phase = Phase::Rounds {
-                        done,
-                        volume: volume + 1,
-                    };
-                    return self.pass(now).map(Some);
-                }
-                Phase::Compare { volume } => {
-                    self.phase = Phase::Compare { volume: volume + 1 };
-                    return self.pass(now).map(Some);
-                }
-                Phase::Data { volume } => {
-                    self.phase = Phase::Data { volume: volume + 1 };
-                    return self.pass(now).map(Some);
-                }
-                Phase::Last { volume } => {
-                    self.phase = Phase::Last { volume: volume + 1 };
-                    return self.pass(now).map(Some);
-                }
             };
         }
     }
@@ -411,9 +393,8 @@ impl Still for Live {
                 commit.gone_sectors
             ));
         }
-        let grades = self.surveys.iter().map(|survey| survey.grade);
         Ok(Proof {
-            grade: grades.max().unwrap_or(Grade::Torn),
+            grade: worst_grade(&self.surveys),
             instant: moment.instant,
             freezes: self.freezes,
             commit: Some(commit),

@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::Survey;
+use crate::survey::{Survey, worst_grade};
 
 /// A source that nobody writes to.
 #[derive(Debug)]
@@ -256,10 +256,8 @@ impl Still for Offline {
             .on(path)
             .hint("find out who, and try again"));
         }
-        let grades = self.surveys.iter().map(|survey| survey.grade);
         Ok(Proof {
-            // They are one filesystem: it is worth what the worst of them is.
-            grade: grades.max().unwrap_or(Grade::Torn),
+            grade: worst_grade(&self.surveys),
             instant: self.instant,
             freezes: Vec::new(),
             commit: None,

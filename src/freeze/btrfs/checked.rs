@@ -7,16 +7,17 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use holdstill_platform::btrfs::{self as kernel, Filesystem};
+use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::device::Disk;
 
 use super::devices::Devices;
 use super::mirrors;
+use super::rounds::extents;
 use super::stripes::{Part, Stripes};
 use super::window::Seen;
 use crate::error::{Kind, Result};
-use crate::fs::btrfs::format::{self, Key};
-use crate::fs::btrfs::map::listed;
+use crate::fs::btrfs::format;
+use crate::fs::btrfs::map::Listed;
 use crate::fs::btrfs::sums::Sums;
 use crate::fs::btrfs::tree::Reader;
 use crate::read_at::ReadAt;
@@ -114,30 +115,13 @@ impl Checked {
     /// Asks for checksums.
     fn find(&self, sums: &mut Sums) -> Result<()> {
         let (first, last) = sums.keys().into_inner();
-        self.search(
+        self.filesystem.search(
             format::CSUM_TREE,
-            first,
-            last,
-            &mut |key, item| match key.kind {
-                format::EXTENT_CSUM => sums.add(key, item),
-                _ => Ok(()),
-            },
+            first.into(),
+            last.into(),
+            0,
+            &mut |item| sums.add(item.key().into(), item.data),
         )
-    }
-
-    fn search(
-        &self,
-        tree: u64,
-        first: Key,
-        last: Key,
-        visit: &mut dyn FnMut(Key, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let key = |key: Key| kernel::Key::new(key.objectid, key.kind, key.offset);
-        self.filesystem
-            .search(tree, key(first), key(last), 0, &mut |item| {
-                let key = Key::new(item.objectid, item.kind, item.offset);
-                visit(key, item.data)
-            })
     }
 
     /// Reads a run sector by sector, of which some may hold no data of the commit any more.
@@ -173,17 +157,14 @@ impl Checked {
         let commit = &self.seen.commit;
         let chunk = commit.chunks.find(logical);
         let start = chunk.map_or(logical, |(_, chunk)| chunk.logical.start);
-        let first = Key::new(start.max(logical.saturating_sub(MAX_EXTENT)), 0, 0);
-        let last = Key::new(logical, u8::MAX, u64::MAX);
+        let first = start.max(logical.saturating_sub(MAX_EXTENT));
         let mut is_kept = false;
-        let geometry = &commit.geometry;
-        self.search(format::EXTENT_TREE, first, last, &mut |key, item| {
-            if let Some(listed) = listed(geometry, key, item)? {
-                let is_old = listed.generation <= geometry.generation;
-                is_kept |= is_old && listed.logical.contains(&logical);
-            }
+        let visit = &mut |listed: &Listed| {
+            let is_old = listed.generation <= commit.geometry.generation;
+            is_kept |= is_old && listed.logical.contains(&logical);
             Ok(())
-        })?;
+        };
+        extents(&self.filesystem, commit, &(first..logical + 1), 0, visit)?;
         Ok(is_kept)
     }
 }

@@ -173,10 +173,7 @@ impl LooseExtents {
 fn sums_of(commit: &Commit, reader: &Reader<'_>, logical: Range<u64>) -> Result<Sums> {
     let mut sums = Sums::new(&commit.geometry, logical);
     let keys = sums.keys();
-    let mut add = |key: Key, item: &[u8]| match key.kind {
-        format::EXTENT_CSUM => sums.add(key, item),
-        _ => Ok(()),
-    };
+    let mut add = |key: Key, item: &[u8]| sums.add(key, item);
     reader.walk(&commit.trees.csum, keys, &mut add)?;
     Ok(sums)
 }

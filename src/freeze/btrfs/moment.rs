@@ -11,6 +11,7 @@ use super::captured::Captured;
 use super::checked::Checked;
 use super::pins::Pins;
 use super::proof;
+use super::rounds::too_many_commits;
 use super::stream::Extents;
 use super::window::{Seen, Sight, Window};
 use crate::error::{Error, Kind, Result};
@@ -106,20 +107,16 @@ impl Live {
                 return Ok(true);
             }
         }
-        let (what, hint) = match in_place > 0 {
-            true => (
+        let error = match in_place {
+            0 => too_many_commits(),
+            _ => Error::new(
+                Kind::Inconsistent,
                 "files without copy-on-write are written to all the while: without a freeze they would \
                  be newer than the rest",
-                "leave out --no-freeze: a freeze of milliseconds is all it takes",
-            ),
-            false => (
-                "its commits follow each other faster than one can be read",
-                "try again when less is written",
-            ),
+            )
+            .hint("leave out --no-freeze: a freeze of milliseconds is all it takes"),
         };
-        Err(Error::new(Kind::Inconsistent, what)
-            .on(&self.source.path)
-            .hint(hint))
+        Err(error.on(&self.source.path))
     }
 
     fn look_through_window(&self, progress: &dyn Progress) -> Result<Opened> {

@@ -15,11 +15,10 @@ use std::sync::PoisonError;
 use holdstill_platform::btrfs::{self, Filesystem, Key, Subvolume};
 use holdstill_platform::guard::LeftoverKind;
 use holdstill_platform::open_files;
-use zerocopy::FromBytes;
 
 use crate::error::{Error, Kind, Result};
-use crate::fs::btrfs::chunks::damaged;
-use crate::fs::btrfs::format::{self, RootItem};
+use crate::fs::btrfs::commit::root_item;
+use crate::fs::btrfs::format;
 use crate::run::Run;
 
 /// Snapshots made at a time: those share commits.
@@ -111,8 +110,7 @@ fn subvolumes(filesystem: &Filesystem) -> Result<Vec<Wanted>> {
         if item.kind != format::ROOT_ITEM || !is_subvolume(item.objectid) {
             return Ok(());
         }
-        let (root, _) = RootItem::read_from_prefix(item.data)
-            .map_err(|_| damaged("the item of a tree is cut short"))?;
+        let root = root_item(item.data)?;
         if root.refs.get() > 0 {
             found.push(Wanted {
                 id: item.objectid,

@@ -3,16 +3,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use holdstill_platform::btrfs::{Filesystem, Key};
-use zerocopy::FromBytes;
+use holdstill_platform::device::{Access, Disk};
 
 use super::roots::PinnedRoot;
 use super::window::Seen;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::mounted;
-use crate::fs::btrfs::chunks::{ChunkMap, damaged};
-use crate::fs::btrfs::commit::unknown;
-use crate::fs::btrfs::format::{self, RootItem};
-use crate::fs::btrfs::{self, superblock};
+use crate::fs::btrfs::chunks::ChunkMap;
+use crate::fs::btrfs::commit::{root_item, unknown};
+use crate::fs::btrfs::{format, superblock};
 use crate::source::{Medium, Source};
 
 /// Why a source cannot be imaged this way; `None` if nothing speaks against it.
@@ -46,10 +45,7 @@ pub(super) fn objection(source: &Source) -> Result<Option<String>> {
     if let Err(error) = filesystem.devices() {
         return Ok(Some(error.to_string()));
     }
-    let disk = holdstill_platform::device::Disk::open(
-        &source.path,
-        holdstill_platform::device::Access::Read,
-    )?;
+    let disk = Disk::open(&source.path, Access::Read)?;
     let copy = superblock::read_copy(&disk, format::SUPER_OFFSETS[0])?;
     match copy {
         Err(why) => no(why),
@@ -106,8 +102,7 @@ pub(super) fn nothing_moved(
     let first = Key::new(format::CHUNKS, format::CHUNK_ITEM, 0);
     let last = Key::new(format::CHUNKS, format::CHUNK_ITEM, u64::MAX);
     filesystem.search(format::CHUNK_TREE, first, last, 0, &mut |item| {
-        let key = btrfs::format::Key::new(item.objectid, item.kind, item.offset);
-        chunks.add(key, item.data, sector_size)
+        chunks.add(item.key().into(), item.data, sector_size)
     })?;
     for (chunk, used) in seen.commit.chunks.chunks().iter().zip(used) {
         let start = chunk.logical.start;
@@ -127,9 +122,7 @@ fn root_of(filesystem: &Filesystem, tree: u64) -> Result<Option<PinnedRoot>> {
     let first = Key::new(tree, format::ROOT_ITEM, 0);
     let last = Key::new(tree, format::ROOT_ITEM, u64::MAX);
     filesystem.search(format::ROOT_TREE, first, last, 0, &mut |item| {
-        let (root, _) = RootItem::read_from_prefix(item.data)
-            .map_err(|_| damaged("the item of a tree is cut short"))?;
-        found = Some(PinnedRoot::of(tree, &root));
+        found = Some(PinnedRoot::of(tree, &root_item(item.data)?));
         Result::Ok(())
     })?;
     Ok(found)

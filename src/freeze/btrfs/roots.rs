@@ -2,12 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use zerocopy::FromBytes;
-
 use super::pins::{Pins, is_subvolume};
 use crate::error::{Error, Kind, Result};
-use crate::fs::btrfs::chunks::damaged;
-use crate::fs::btrfs::commit::Commit;
+use crate::fs::btrfs::commit::{Commit, root_item};
 use crate::fs::btrfs::format::{self, Key, RootItem};
 use crate::fs::btrfs::tree::{Reader, Root};
 
@@ -53,8 +50,7 @@ impl Roots {
             if !is_subvolume(key.objectid) {
                 return Ok(());
             }
-            let (root, _) = RootItem::read_from_prefix(item)
-                .map_err(|_| damaged("the item of a tree is cut short"))?;
+            let root = root_item(item)?;
             let list = match root.refs.get() {
                 0 => &mut roots.dead,
                 _ => &mut roots.alive,

@@ -16,7 +16,7 @@ use super::trees::TreeSource;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::fs::btrfs::commit::{Commit, check_devices};
-use crate::fs::btrfs::format::{self, Key};
+use crate::fs::btrfs::format;
 use crate::fs::btrfs::map::{Listed, listed};
 use crate::image::tables::{Content, Run};
 use crate::units::ByteLen;
@@ -72,11 +72,7 @@ impl Round {
             }
             std::thread::sleep(NAP);
         }
-        Err(Error::new(
-            Kind::Inconsistent,
-            "its commits follow each other faster than one can be read",
-        )
-        .hint("try again when less is written"))
+        Err(too_many_commits())
     }
 
     /// The newest generation that it copies.
@@ -178,6 +174,12 @@ impl Round {
     }
 }
 
+/// They come too fast to be read.
+pub(super) fn too_many_commits() -> Error {
+    let what = "its commits follow each other faster than one can be read";
+    Error::new(Kind::Inconsistent, what).hint("try again when less is written")
+}
+
 /// All extents that the kernel lists now within a run of logical addresses, ascending; those in parts of the
 /// extent tree that were not written since a generation are left out.
 ///
@@ -192,13 +194,16 @@ pub(super) fn extents(
 ) -> Result<()> {
     let first = kernel::Key::new(logical.start, 0, 0);
     let last = kernel::Key::new(logical.end - 1, u8::MAX, u64::MAX);
-    filesystem.search(format::EXTENT_TREE, first, last, since, &mut |item| {
-        let key = Key::new(item.objectid, item.kind, item.offset);
-        match listed(&commit.geometry, key, item.data)? {
+    filesystem.search(
+        format::EXTENT_TREE,
+        first,
+        last,
+        since,
+        &mut |item| match listed(&commit.geometry, item.key().into(), item.data)? {
             Some(listed) => visit(&listed),
             None => Ok(()),
-        }
-    })
+        },
+    )
 }
 
 /// A run to be copied.

@@ -11,7 +11,7 @@ use super::proof;
 use super::rounds::{data, extents};
 use super::window::Seen;
 use crate::error::Result;
-use crate::fs::btrfs::format::{self, Key};
+use crate::fs::btrfs::format;
 use crate::image::tables::Run;
 use crate::units::ByteLen;
 
@@ -32,8 +32,8 @@ impl Extents {
         let mut starts: Vec<u64> = Vec::new();
         let mut is_too_much = false;
         let visit = &mut |item: kernel::Item<'_>| {
-            let key = Key::new(item.objectid, item.kind, item.offset);
-            if let Some(data) = DataRef::of(key, item.data)?.filter(|_| !is_too_much) {
+            if let Some(data) = DataRef::of(item.key().into(), item.data)?.filter(|_| !is_too_much)
+            {
                 starts.push(data.start);
                 if starts.len() > most {
                     // Clones refer to the same extent many times.

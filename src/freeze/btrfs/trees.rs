@@ -40,10 +40,7 @@ impl TreeSource {
     fn read_blocks(&self, part: &Part<'_>, buf: &mut [u8]) -> Result<()> {
         let by_id = self.devices.by_id();
         let reader = self.commit.reader(&by_id, None);
-        let read = |copy: usize, logical: std::ops::Range<u64>, buf: &mut [u8]| {
-            self.devices.by_id().read(part.chunk, copy, logical, buf)
-        };
-        let whole = read(part.copy, part.logical.clone(), buf);
+        let whole = by_id.read(part.chunk, part.copy, part.logical.clone(), buf);
         if whole.as_ref().is_err_and(|error| error.kind() != Kind::Io) {
             return whole;
         }
@@ -62,16 +59,11 @@ impl TreeSource {
             if whole.is_ok() && reader.is_block_of(bytenr, block) {
                 continue;
             }
-            let mut other = vec![0; block.len()];
-            let mut copies = (0..part.chunk.copies()).filter(|copy| *copy != part.copy);
-            let found = copies.any(|copy| {
-                let read = read(copy, bytenr..bytenr + node_len.0, &mut other);
-                read.is_ok() && reader.is_block_of(bytenr, &other)
-            });
-            match (found, &whole) {
-                (true, _) => block.copy_from_slice(&other),
-                (false, Ok(())) => {}
-                (false, Err(_)) => return whole,
+            let is_right = |block: &[u8]| reader.is_block_of(bytenr, block);
+            match (reader.read_copy(part.chunk, bytenr, is_right)?, &whole) {
+                (Some(right), _) => block.copy_from_slice(&right),
+                (None, Ok(())) => {}
+                (None, Err(_)) => return whole,
             }
         }
         Ok(())

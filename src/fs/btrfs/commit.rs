@@ -190,6 +190,16 @@ fn read_chunks(
     Ok((chunks, root, items))
 }
 
+/// The item of a tree, of whatever version.
+///
+/// # Errors
+/// [`Kind::Damaged`] if it is too short.
+pub(crate) fn root_item(bytes: &[u8]) -> Result<RootItem> {
+    let item = RootItem::read_from_prefix(bytes);
+    let (item, _) = item.map_err(|_| damaged("the item of a tree is cut short"))?;
+    Ok(item)
+}
+
 /// Where the trees begin, as the root tree says.
 fn find_trees(superblock: &SuperBlock, chunk: Root, reader: &Reader<'_>) -> Result<Trees> {
     let root = Root::of(
@@ -202,8 +212,7 @@ fn find_trees(superblock: &SuperBlock, chunk: Root, reader: &Reader<'_>) -> Resu
         let mut found = None;
         let key = Key::new(tree, format::ROOT_ITEM, 0);
         reader.walk(&root, key..=key, &mut |_: Key, bytes: &[u8]| {
-            let item = RootItem::read_from_prefix(bytes);
-            let (item, _) = item.map_err(|_| damaged("the item of a tree is cut short"))?;
+            let item = root_item(bytes)?;
             found = Some(Root::of(
                 tree,
                 item.bytenr.get(),

@@ -12,8 +12,8 @@ use zerocopy::FromBytes;
 
 use super::Btrfs;
 use super::chunks::{Chunk, damaged};
-use super::commit::Trees;
-use super::format::{self, BlockGroupItem, ExtentItem, Key, RootItem};
+use super::commit::{Trees, root_item};
+use super::format::{self, BlockGroupItem, ExtentItem, Key};
 use super::superblock::Geometry;
 use super::tree::Reader;
 use crate::error::{Error, Kind, Result};
@@ -161,8 +161,7 @@ fn roots(btrfs: &Btrfs, reader: &Reader<'_>) -> Result<Vec<u64>> {
             if key.kind != format::ROOT_ITEM {
                 return Ok(());
             }
-            let (root, _) = RootItem::read_from_prefix(item)
-                .map_err(|_| damaged("the item of a tree is cut short"))?;
+            let root = root_item(item)?;
             // One that is being deleted may have no block left.
             if root.bytenr.get() > 0 {
                 roots.push(root.bytenr.get());

@@ -48,11 +48,14 @@ impl Sums {
         key(first)..=key(self.logical.end.saturating_sub(1))
     }
 
-    /// Takes what an item tells.
+    /// Takes what an item tells; nothing from one of another kind.
     ///
     /// # Errors
     /// [`Kind::Damaged`](crate::error::Kind::Damaged) if it makes no sense.
     pub(crate) fn add(&mut self, key: Key, item: &[u8]) -> Result<()> {
+        if key.kind != format::EXTENT_CSUM {
+            return Ok(());
+        }
         let len = self.checksum.len();
         if !key.offset.is_multiple_of(self.sector) || !item.len().is_multiple_of(len) {
             return Err(damaged(format!(

@@ -241,7 +241,7 @@ impl Reader<'_> {
                 let is_right = |block: &[u8]| self.is_block(*bytenr, *generation, block);
                 let right = match is_read.is_ok() && is_right(block) {
                     true => Some(block.to_vec()),
-                    false => self.read_other_copy(chunk, *bytenr, is_right)?,
+                    false => self.read_copy(chunk, *bytenr, is_right)?,
                 };
                 let wrong = || damaged(format!("the tree block at logical {bytenr} is wrong"));
                 let right = Arc::new(right.ok_or_else(wrong)?);
@@ -251,8 +251,11 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The first copy of a block that `is_right`.
-    fn read_other_copy(
+    /// The first copy of a block that `is_right`, if there is one.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] if it leaves its chunk.
+    pub(crate) fn read_copy(
         &self,
         chunk: &Chunk,
         bytenr: u64,
