@@ -57,9 +57,10 @@ pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item =
         .unwrap_or_else(|error| panic!("cannot run {program} (is it installed?): {error}"));
     assert!(
         output.status.success(),
-        "{program} failed ({}): {}",
+        "{program} failed ({}): {}{}",
         output.status,
-        String::from_utf8_lossy(&output.stderr)
+        String::from_utf8_lossy(&output.stderr),
+        String::from_utf8_lossy(&output.stdout)
     );
     String::from_utf8(output.stdout).unwrap()
 }
