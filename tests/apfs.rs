@@ -271,7 +271,7 @@ fn what_is_damaged_in_the_map_is_in_use_as_a_whole() {
         (32, 3, "another one"),
         (36, 2, "another one"),
         (16, 10, "newer than its checkpoint"),
-        (40, 10, "newer than its checkpoint"),
+        (40, 10, "newer than what describes it"),
         (48, 32768, "make no sense"),
         (56, 100, "make no sense"),
         (64, 1 << 50, "behind the container's end"),
@@ -377,6 +377,19 @@ fn a_torn_newest_checkpoint_is_not_trusted_and_the_older_one_counts() {
         }),
         ("spaceman is an older one", |container, newest| {
             container.written.insert(newest.spaceman[0], vec![0; 4096]);
+        }),
+        ("spaceman of the one before", |container, newest| {
+            // Whole, and in the right place, but the newer one was never written.
+            let mut object: Vec<u8> = newest
+                .spaceman
+                .iter()
+                .flat_map(|place| container.written[place].clone())
+                .collect();
+            object[16] -= 1;
+            seal(&mut object);
+            for (place, part) in newest.spaceman.iter().zip(object.chunks(4096)) {
+                container.written.insert(*place, part.to_vec());
+            }
         }),
         ("object map", |container, newest| {
             container.flip(newest.omap[0], 60);

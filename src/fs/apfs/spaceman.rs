@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::blocks::{Blocks, Expected, damaged, is_damage, part, parts};
 use super::checkpoint::Checkpoint;
 use super::format::{
-    AddressBlock, BlockRange, ChunkInfo, Spaceman, Superblock, TYPE_CAB, TYPE_CIB,
+    AddressBlock, BlockRange, ChunkInfo, ObjectHeader, Spaceman, Superblock, TYPE_CAB, TYPE_CIB,
 };
 use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
@@ -176,6 +176,9 @@ impl<'a> Map<'a> {
             }
             other => other?,
         };
+        let xid = part::<ObjectHeader>(&block, 0, "a chunk-info block")?
+            .xid
+            .get();
         let chunks: &[ChunkInfo] = parts(
             &block,
             size_of::<AddressBlock>(),
@@ -183,7 +186,7 @@ impl<'a> Map<'a> {
             "a chunk-info block",
         )?;
         for (chunk, info) in (first..).zip(chunks) {
-            match self.bitmap(chunk, info) {
+            match self.bitmap(chunk, info, xid) {
                 Ok(mut bits) => {
                     if let Some(free) = free {
                         *free += info.free();
@@ -233,7 +236,8 @@ impl<'a> Map<'a> {
     }
 
     /// The bitmap of a chunk, which agrees with its count: it has no checksum. Empty if all is free.
-    fn bitmap(&self, chunk: u64, info: &ChunkInfo) -> Result<Vec<u8>> {
+    /// `newest`: the transaction of its CIB.
+    fn bitmap(&self, chunk: u64, info: &ChunkInfo, newest: u64) -> Result<Vec<u8>> {
         let start = chunk * self.shape.blocks_per_chunk;
         let len = self.shape.blocks_per_chunk.min(self.blocks.count - start);
         let (said, address) = (info.free(), info.bitmap.get());
@@ -242,9 +246,9 @@ impl<'a> Map<'a> {
                 "the numbers of chunk {chunk} make no sense"
             )));
         }
-        if info.xid.get() > self.checkpoint.xid() {
+        if info.xid.get() > newest {
             return Err(damaged(format!(
-                "chunk {chunk} is newer than its checkpoint"
+                "chunk {chunk} is newer than what describes it"
             )));
         }
         let bits = match address {
