@@ -4,7 +4,8 @@
 //! `O_DIRECT` wherever offset, length and memory are aligned to what the device asks for; the odd
 //! rest (the last partial unit of a file, a superblock at byte 1024) goes through an aligned bounce
 //! buffer when reading, and through a second, buffered descriptor when writing. Where the
-//! filesystem refuses `O_DIRECT`, all goes buffered, and read pages are dropped from the cache again.
+//! filesystem refuses `O_DIRECT`, all goes buffered, and read pages are dropped from the cache again. On
+//! macOS a disk's character device and `F_NOCACHE` do the same.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -51,5 +51,10 @@ use macos as os;
 
 use os::{private_mount, urgent};
 
+/// Names alone, which can be tested anywhere.
+#[cfg(all(test, target_os = "linux"))]
+#[path = "macos/names.rs"]
+mod macos_names;
+
 #[cfg(test)]
 mod testing;

@@ -13,6 +13,7 @@ pub(crate) mod in_use;
 pub(crate) mod linux_only;
 pub(crate) mod memory;
 pub(crate) mod mounts;
+mod names;
 pub(crate) mod node;
 pub(crate) mod output;
 pub(crate) mod private_mount;

@@ -9,11 +9,12 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::node::Node;
 use crate::os::{self, linux_only};
 use crate::stream::Writer;
 
@@ -79,13 +80,15 @@ impl Output {
     /// device or folder; `WouldBlock` for a pipe that nobody reads yet; else what the kernel says.
     pub fn create(path: &Path, replace: bool) -> Result<Self> {
         let fail = |source| Error::new("cannot create", path, source);
+        // By its node: the character device of a macOS disk is one, too.
+        let is_disk = || Node::of(path).is_ok_and(|node| node.block_device().is_some());
         match std::fs::metadata(path) {
             Ok(existing) if existing.is_file() => {
                 if !replace {
                     return Err(fail(io::ErrorKind::AlreadyExists.into()));
                 }
             }
-            Ok(existing) if existing.is_dir() || existing.file_type().is_block_device() => {
+            Ok(existing) if existing.is_dir() || is_disk() => {
                 return Err(fail(io::Error::new(
                     io::ErrorKind::InvalidInput,
                     "an image is written to a file or a pipe, not to a folder or a block device",

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::{node, output};
+use super::{names, output};
 use crate::buffer::Buffer;
 use crate::device::Geometry;
 
@@ -37,8 +37,8 @@ const _: () = assert!(size_of::<Unmap>() == 16);
 /// The node to open for the device at `path`: of a disk its character device.
 pub(crate) fn node_to_open(path: &Path) -> PathBuf {
     let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    match node::name_at(&resolved) {
-        Some(name) => node::raw_node(name),
+    match names::name_at(&resolved) {
+        Some(name) => names::raw_node(name),
         None => path.to_owned(),
     }
 }

@@ -4,10 +4,10 @@
 //! no call tells. A device with something on it that is in use cannot be claimed
 //! ([`crate::exclusive::Claim`]), and the program that serves a disk image has its file open.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use super::node::{self, disk_of, name_at};
-use super::processes;
+use super::names::{name_at, share_bytes};
+use super::{node, processes};
 use crate::error::Result;
 use crate::in_use::{Swap, User, Users};
 use crate::mounts;
@@ -15,16 +15,15 @@ use crate::node::{BlockDevice, DeviceNumber, FileId};
 
 /// See [`crate::in_use::of_device`]. No device is opened for this: it may be claimed.
 pub(crate) fn of_device(device: &BlockDevice, ignore: &[i32]) -> Result<Users> {
-    let shares = shares_bytes_with(&device.name);
-    let names: BTreeMap<DeviceNumber, String> = node::all()?
+    let numbers: BTreeSet<DeviceNumber> = node::all()?
         .into_iter()
-        .filter(|(name, _)| shares(name))
-        .map(|(name, number)| (number, name))
+        .filter(|(name, _)| share_bytes(name, &device.name))
+        .map(|(_, number)| number)
         .collect();
     let mut users = Vec::new();
     for mount in mounts::of_this_process()? {
         let name = name_at(mount.source.as_ref());
-        if name.is_some_and(&shares) {
+        if name.is_some_and(|name| share_bytes(name, &device.name)) {
             users.push(User::Mount {
                 read_only: mount.is_read_only(),
                 point: mount.point,
@@ -34,26 +33,11 @@ pub(crate) fn of_device(device: &BlockDevice, ignore: &[i32]) -> Result<Users> {
         }
     }
     let mut found = processes::writers(ignore, &|open| {
-        open.device
-            .is_some_and(|device| names.contains_key(&device))
+        open.device.is_some_and(|device| numbers.contains(&device))
     })?;
     users.append(&mut found.users);
     found.users = users;
     Ok(found)
-}
-
-/// Whether a disk or part, by name, has bytes in common with `device`: itself, the whole disk, and all that is
-/// on it.
-fn shares_bytes_with(device: &str) -> impl Fn(&str) -> bool {
-    let whole = disk_of(device).unwrap_or(device).to_owned();
-    let device = device.to_owned();
-    move |name| {
-        let is_on = |name: &str, below: &str| {
-            let rest = name.strip_prefix(below);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('s'))
-        };
-        name == whole || is_on(name, &device) || is_on(&device, name)
-    }
 }
 
 /// See [`crate::in_use::of_file`].

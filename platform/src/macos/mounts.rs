@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use super::names::mounted_node;
 use crate::error::{Context, Error, Result};
 use crate::mounts::{Mount, Place};
 use crate::node::DeviceNumber;
@@ -76,18 +77,9 @@ fn mount(found: &libc::statfs) -> Mount {
         root: PathBuf::from("/"),
         point: text(&found.f_mntonname).into(),
         fs_type: text(&found.f_fstypename).to_string_lossy().into_owned(),
-        source: source(text(&found.f_mntfromname)),
+        source: mounted_node(text(&found.f_mntfromname)),
         options: if is_read_only { "ro" } else { "rw" }.to_owned(),
         super_options: String::new(),
-    }
-}
-
-/// A mounted snapshot of an APFS volume is called `NAME@/dev/disk3s5`.
-fn source(name: OsString) -> OsString {
-    let device = name.to_str().and_then(|name| name.rsplit_once('@'));
-    match device {
-        Some((_, device)) if device.starts_with("/dev/") => device.into(),
-        _ => name,
     }
 }
 

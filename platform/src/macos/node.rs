@@ -1,14 +1,13 @@
-//! Disks by their nodes: `/dev/disk2` is a whole disk, `/dev/disk2s1` a part of it (`/dev/disk3s1s1` a
-//! snapshot of an APFS volume), and each has a character device of the same number beside it,
-//! `/dev/rdisk2s1`, that goes past the cache.
-//!
-//! What a disk is made of, such as the partition that an APFS container lies on, no node tells.
+//! Disks by their nodes (see [`super::names`]). What a disk is made of, such as the partition that an APFS
+//! container lies on, no node tells.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+pub(crate) use super::names::block_node;
+use super::names::{disk_of, raw_node};
 use crate::error::{Context, Error, Result};
 use crate::node::{BlockDevice, DeviceNumber};
 
@@ -25,39 +24,6 @@ pub(crate) fn split(raw: u64) -> (u32, u32) {
 pub(crate) fn join(major: u32, minor: u32) -> u64 {
     let raw = libc::makedev(major.cast_signed(), minor.cast_signed());
     i64::from(raw).cast_unsigned()
-}
-
-/// The whole disk that a disk or a part of one belongs to, all by name: `disk2` of `disk2s1`. `None` if it is
-/// no name of a disk.
-pub(super) fn disk_of(name: &str) -> Option<&str> {
-    let mut numbers = name.strip_prefix("disk")?.split('s');
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let unit = numbers.next().filter(|unit| is_number(unit))?;
-    numbers
-        .all(is_number)
-        .then(|| name.get(..4 + unit.len()))
-        .flatten()
-}
-
-/// The name of the disk or part whose block device is at `path`.
-pub(super) fn name_at(path: &Path) -> Option<&str> {
-    let name = path.strip_prefix("/dev").ok()?.to_str()?;
-    disk_of(name).map(|_| name)
-}
-
-/// The character device beside a block device.
-pub(super) fn raw_node(name: &str) -> PathBuf {
-    Path::new("/dev").join(format!("r{name}"))
-}
-
-/// The path of the block device where `path` is the character device beside it.
-pub(crate) fn block_node(path: PathBuf) -> PathBuf {
-    let name = path.strip_prefix("/dev/r").ok().and_then(Path::to_str);
-    let beside = path.to_str().and_then(|path| path.strip_prefix("/dev/r"));
-    match name.or(beside).filter(|name| disk_of(name).is_some()) {
-        Some(name) => Path::new("/dev").join(name),
-        None => path,
-    }
 }
 
 /// Name and number of every disk and part of one.

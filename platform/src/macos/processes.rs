@@ -1,11 +1,14 @@
 //! What processes have open for writing, by libproc (bsd/sys/proc_info.h).
 //!
-//! A file that was mapped into memory and closed is not seen.
+//! A file that was mapped into memory and closed is not seen. The kernel looks at each open file as stat(2)
+//! does, and so may have to wait for a server that does not answer.
 
 use std::ffi::{CStr, OsStr};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+
+use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::in_use::{User, Users};
@@ -123,22 +126,26 @@ fn descriptors(pid: i32) -> io::Result<Vec<libc::proc_fdinfo>> {
     })
 }
 
-/// Asks for a list: `ask` gets room and its length in bytes, and answers how many bytes were filled, or, without
-/// room, how many that takes; none where it failed.
+/// Asks for a list: `ask` gets room and its length in bytes, and answers how many bytes were filled, or,
+/// without room, how many that takes. None were filled where it failed, too.
 fn list<T: Clone>(
     empty: T,
     ask: impl Fn(*mut T, libc::c_int) -> libc::c_int,
 ) -> io::Result<Vec<T>> {
-    let filled = |bytes: libc::c_int| match usize::try_from(bytes) {
-        Ok(bytes) if bytes > 0 => Ok(bytes / size_of::<T>()),
-        _ => Err(io::Error::last_os_error()),
+    let fill = |room: *mut T, bytes: libc::c_int| {
+        Errno::clear();
+        match usize::try_from(ask(room, bytes)) {
+            Ok(bytes) if bytes > 0 => Ok(bytes / size_of::<T>()),
+            _ if Errno::last_raw() == 0 => Ok(0),
+            _ => Err(io::Error::last_os_error()),
+        }
     };
-    let mut room = filled(ask(std::ptr::null_mut(), 0))? + SPARE;
+    let mut room = fill(std::ptr::null_mut(), 0)? + SPARE;
     loop {
         let mut all = vec![empty.clone(); room];
         let bytes = all.len() * size_of::<T>();
         let bytes = libc::c_int::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let count = filled(ask(all.as_mut_ptr(), bytes))?;
+        let count = fill(all.as_mut_ptr(), bytes)?;
         if count < all.len() {
             all.truncate(count);
             return Ok(all);
