@@ -51,10 +51,13 @@ use macos as os;
 
 use os::{private_mount, urgent};
 
-/// Names alone, which can be tested anywhere.
+// What of macOS calls no kernel is tested everywhere.
 #[cfg(all(test, target_os = "linux"))]
 #[path = "macos/names.rs"]
 mod macos_names;
+#[cfg(all(test, target_os = "linux"))]
+#[path = "macos/sectors.rs"]
+mod macos_sectors;
 
 #[cfg(test)]
 mod testing;

@@ -18,6 +18,7 @@ pub(crate) mod node;
 pub(crate) mod output;
 pub(crate) mod private_mount;
 mod processes;
+mod sectors;
 pub(crate) mod streaming;
 pub(crate) mod urgent;
 

@@ -6,13 +6,13 @@
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+pub(crate) use super::sectors::write_odd;
 use super::{names, output};
-use crate::buffer::Buffer;
 use crate::device::Geometry;
 
 mod ioctl {
@@ -57,31 +57,6 @@ pub(crate) fn open_direct(plain: &File, path: &Path, options: &mut OpenOptions) 
     let direct = options.custom_flags(0).open(path).ok()?;
     output::pass_cache(&direct).ok()?;
     Some(direct)
-}
-
-/// Writes what does not begin or end with a sector: the rest of the sector stays as it is.
-pub(crate) fn write_odd(file: &File, align: u32, buf: &[u8], offset: u64) -> io::Result<()> {
-    let unit = align as usize;
-    let mut sector = Buffer::new(unit);
-    let mut done = 0;
-    while done < buf.len() {
-        let at = offset + done as u64;
-        let skip = (at % u64::from(align)) as usize;
-        let left = buf.len() - done;
-        let take = if skip == 0 && left >= unit {
-            let whole = left - left % unit;
-            file.write_all_at(&buf[done..done + whole], at)?;
-            whole
-        } else {
-            let (start, take) = (at - skip as u64, left.min(unit - skip));
-            file.read_exact_at(&mut sector[..unit], start)?;
-            sector[skip..skip + take].copy_from_slice(&buf[done..done + take]);
-            file.write_all_at(&sector[..unit], start)?;
-            take
-        };
-        done += take;
-    }
-    Ok(())
 }
 
 /// Brings everything written to stable storage.
