@@ -5,6 +5,7 @@
 //! and the last: a device by its counters of writes and discards, a file by a read lease. Where
 //! neither exists the copy may still be right, but is graded `crash`.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use holdstill_platform::counters::{self, Counters};
@@ -85,18 +86,15 @@ impl Offline {
         context.run.before_freeze()?;
         let mut held = Vec::new();
         for source in sources {
-            let disk = Disk::open(&source.path, Access::Read)?;
-            let watch = match &source.medium {
-                Medium::Device(device) => Watch::device(source, device, &disk),
-                Medium::File(_) => Watch::file(source, &disk),
-            }?;
-            let disk = Arc::new(disk);
-            held.push(Held { disk, watch });
+            held.push(match &source.medium {
+                Medium::Device(device) => Held::device(source, device)?,
+                Medium::File(_) => Held::file(source)?,
+            });
         }
         // Searched for only now: whoever comes later is seen by the watch.
         for (source, Held { disk, .. }) in sources.iter().zip(&held) {
             if let Some(user) = objection(source)? {
-                return Err(in_use(disk, &user));
+                return Err(in_use(disk.path(), &user));
             }
         }
         let instant = jiff::Timestamp::now();
@@ -137,20 +135,20 @@ impl Offline {
     }
 }
 
-fn in_use(disk: &Disk, user: &str) -> Error {
+fn in_use(path: &Path, user: &str) -> Error {
     Error::new(Kind::InUse, format!("the source is in use: {user}"))
-        .on(disk.path())
+        .on(path)
         .hint("unmount it, or end whatever writes to it")
 }
 
-impl Watch {
-    fn device(source: &Source, device: &BlockDevice, disk: &Disk) -> Result<Self> {
-        let claim = match Claim::new(disk.path()) {
-            Ok(claim) => claim,
+impl Held {
+    fn device(source: &Source, device: &BlockDevice) -> Result<Self> {
+        let (claim, disk) = match Claim::open(&source.path, Access::Read) {
+            Ok(both) => both,
             Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy => {
                 let user = objection(source)?;
                 return Err(in_use(
-                    disk,
+                    &source.path,
                     user.as_deref().unwrap_or("the kernel says it is held"),
                 ));
             }
@@ -158,35 +156,42 @@ impl Watch {
         };
         // What others wrote and the kernel has not passed on yet must count before, not meanwhile.
         disk.sync()?;
-        if !counters::are_kept(device)? {
-            return Ok(Self::Nothing { _claim: claim });
-        }
-        Ok(Self::Counters {
-            device: device.clone(),
-            before: Counters::of(device.number)?,
-            _claim: claim,
-        })
+        let watch = match counters::are_kept(device)? {
+            false => Watch::Nothing { _claim: claim },
+            true => Watch::Counters {
+                device: device.clone(),
+                before: Counters::of(device.number)?,
+                _claim: claim,
+            },
+        };
+        let disk = Arc::new(disk);
+        Ok(Self { disk, watch })
     }
 
-    fn file(source: &Source, disk: &Disk) -> Result<Self> {
-        match Lease::ask(disk.path())? {
-            LeaseAnswer::Granted(lease) => Ok(Self::Lease(lease)),
+    fn file(source: &Source) -> Result<Self> {
+        let disk = Disk::open(&source.path, Access::Read)?;
+        let watch = match Lease::ask(disk.path())? {
+            LeaseAnswer::Granted(lease) => Watch::Lease(lease),
             LeaseAnswer::Writer => {
                 let user = objection(source)?;
-                Err(in_use(
-                    disk,
+                return Err(in_use(
+                    disk.path(),
                     user.as_deref()
                         .unwrap_or("somebody has it open for writing"),
-                ))
+                ));
             }
             LeaseAnswer::Unsupported(_) => {
                 let metadata =
                     std::fs::metadata(disk.path()).context("cannot examine", disk.path())?;
-                Ok(Self::Stamp(Stamp::of(&metadata)))
+                Watch::Stamp(Stamp::of(&metadata))
             }
-        }
+        };
+        let disk = Arc::new(disk);
+        Ok(Self { disk, watch })
     }
+}
 
+impl Watch {
     /// Why the watch could miss a writer.
     fn weakness(&self) -> Option<&'static str> {
         match self {
@@ -195,10 +200,7 @@ impl Watch {
                 "this file cannot be protected from writers (no leases here): only its size and \
                  times are compared",
             ),
-            Self::Nothing { .. } => Some(
-                "the kernel does not count writes to this device (queue/iostats is off): a writer \
-                 would go unnoticed",
-            ),
+            Self::Nothing { .. } => Some(counters::NOT_KEPT),
         }
     }
 
