@@ -3,6 +3,7 @@
 //! The operating system is Linux: each module names the kernel interface it stands on. The crate
 //! knows nothing of images, filesystem formats or the command line.
 
+pub mod apple;
 pub mod beneath;
 pub mod btrfs;
 pub mod buffer;
