@@ -228,6 +228,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
+        output_path: options.output.as_deref(),
         cow: &options.cow,
         no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
@@ -436,10 +437,13 @@ fn manifest(
     let sources = plans
         .iter()
         .flat_map(|plan| plan.sources().map(move |source| (plan, source)));
-    let surveys = stills.iter().flat_map(|still| still.surveys());
+    let surveys = stills.iter().flat_map(|still| {
+        let surveys = still.surveys().iter().enumerate();
+        surveys.map(move |(volume, survey)| (still.geometry(volume), survey))
+    });
     let volumes = (1..).zip(sources).zip(surveys);
-    let volumes = volumes.map(|((n, (plan, source)), survey)| {
-        let geometry = source.geometry()?;
+    let volumes = volumes.map(|((n, (plan, source)), (geometry, survey))| {
+        let geometry = geometry.map_or_else(|| source.geometry(), Ok)?;
         let info = survey.info.as_ref();
         let uuid = info.and_then(|info| info.uuid.clone());
         Ok(VolumeManifest {

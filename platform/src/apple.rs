@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::command::{Output, Tool};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 mod counters;
 mod disk;
@@ -68,7 +68,7 @@ impl System {
             devices: devices.into(),
             is_macos: true,
             is_root: true,
-            wait: Duration::from_millis(10),
+            wait: Duration::from_millis(50),
         }
     }
 
@@ -129,6 +129,16 @@ impl System {
         let output = tool.run().and_then(Output::checked)?;
         Ok(output.stdout)
     }
+}
+
+/// Bytes that are free where this folder is.
+///
+/// # Errors
+/// What `statvfs(2)` says.
+pub fn free_in(folder: &Path) -> Result<u64> {
+    let room = nix::sys::statvfs::statvfs(folder).context("cannot examine", folder)?;
+    let bytes = u128::from(room.fragment_size()) * u128::from(room.blocks_available());
+    Ok(u64::try_from(bytes).unwrap_or(u64::MAX))
 }
 
 /// A disk, a slice of it, a volume or a snapshot as macOS names them: `disk3`, `disk0s2`, `disk3s5`,
