@@ -25,11 +25,12 @@ use holdstill_platform::records::Records;
 use crate::common::{self, needs_root, run, sparse_file, temp_dir};
 
 /// The tools that are called.
-const TOOLS: [&str; 10] = [
+const TOOLS: [&str; 11] = [
     "asr",
     "csrutil",
     "diskutil",
     "hdiutil",
+    "mount",
     "mount_apfs",
     "sw_vers",
     "sysctl",

@@ -56,7 +56,7 @@ impl System {
             devices: PathBuf::from("/dev"),
             is_macos: cfg!(target_os = "macos"),
             is_root: nix::unistd::geteuid().is_root(),
-            wait: Duration::from_secs(1),
+            wait: Duration::from_secs(3),
         }
     }
 
@@ -68,7 +68,7 @@ impl System {
             devices: devices.into(),
             is_macos: true,
             is_root: true,
-            wait: Duration::from_millis(50),
+            wait: Duration::from_millis(20),
         }
     }
 

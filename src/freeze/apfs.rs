@@ -261,7 +261,7 @@ fn explain(error: impl Into<Error>) -> Error {
         true => Error::new(Kind::Permission, "macOS does not allow it")
             .because(error)
             .hint(FULL_DISK_ACCESS),
-        false => error.hint("what the tool said tells more; nothing of the copy is left"),
+        false => error,
     }
 }
 
@@ -294,18 +294,25 @@ impl Making {
         })
     }
 
+    /// Has a tool make something. That it is at it is on record meanwhile: it may outlive this run.
+    fn by_tool<T>(
+        &mut self,
+        make: impl FnOnce(&System, &Leavings) -> holdstill_platform::error::Result<T>,
+    ) -> Result<T> {
+        self.leavings.busy_since = Some(jiff::Timestamp::now().as_second());
+        self.note()?;
+        let made = make(&self.system, &self.leavings);
+        self.leavings.busy_since = None;
+        self.note()?;
+        made.map_err(explain)
+    }
+
     /// Has a snapshot made of the volume.
     fn snapshot(&mut self, volume: &Volume) -> Result<Snapshot> {
         self.leavings.snapshots.at = jiff::Timestamp::now().as_second();
-        self.leavings.snapshots.is_being_made = true;
+        let date = self.by_tool(|system, _| system.make_snapshots())?;
+        self.leavings.snapshots.date = Some(date);
         self.note()?;
-        let made = self.system.make_snapshots();
-        self.leavings.snapshots.is_being_made = false;
-        let made = made
-            .map_err(explain)
-            .map(|date| self.leavings.snapshots.date = Some(date));
-        self.note()?;
-        made?;
         let mut looks = 0;
         loop {
             if let Some(snapshot) = self.leavings.snapshots.of(&self.system, &volume.id)? {
@@ -323,16 +330,18 @@ impl Making {
     }
 
     /// Copies the snapshot into the image, and deletes it. Whether the copy is encrypted.
-    fn copy(&self, volume: &Volume, snapshot: &Snapshot, progress: &dyn Progress) -> Result<bool> {
-        let system = &self.system;
-        let point = self.leavings.mount_point();
-        system
-            .mount_snapshot(snapshot, &volume.mount_point, &point)
-            .map_err(explain)?;
-        system
-            .create_image(&self.leavings.image(), volume.image_sectors())
-            .map_err(explain)?;
+    fn copy(
+        &mut self,
+        volume: &Volume,
+        snapshot: &Snapshot,
+        progress: &dyn Progress,
+    ) -> Result<bool> {
+        let on = self.leavings.mount_point();
+        self.by_tool(|system, _| system.mount_snapshot(snapshot, &volume.mount_point, &on))?;
+        let sectors = volume.image_sectors();
+        self.by_tool(|system, leavings| system.create_image(&leavings.image(), sectors))?;
         let store = self.attach(Mode::ReadWrite)?;
+        let system = &self.system;
         let is_over = || progress.stop().is_some();
         let is_done = system.restore(&volume.id, &snapshot.uuid, &store, &is_over);
         if !is_done.map_err(explain)? {
@@ -356,17 +365,16 @@ impl Making {
     }
 
     /// Attaches the image: the partition with the copy.
-    fn attach(&self, mode: Mode) -> Result<String> {
-        let attached = self.system.attach(&self.leavings.image(), mode);
-        Ok(attached.map_err(explain)?.store)
+    fn attach(&mut self, mode: Mode) -> Result<String> {
+        let attached = self.by_tool(|system, leavings| system.attach(&leavings.image(), mode));
+        Ok(attached?.store)
     }
 
     /// Whether the snapshot is still there, and still mounted.
     fn is_held(&self, volume: &Volume, snapshot: &Snapshot) -> Result<bool> {
         let is_listed = self.system.snapshots(&volume.id)?.contains(snapshot);
-        let mounted = self.system.mounted_at(&self.leavings.mount_point())?;
-        let is_mounted = mounted.and_then(|disk| disk.snapshot).as_ref() == Some(&snapshot.uuid);
-        Ok(is_listed && is_mounted)
+        let point = self.leavings.mount_point();
+        Ok(is_listed && self.system.is_mounted_at(snapshot, &point)?)
     }
 
     /// Makes sure that the partition holds a copy of the snapshot: it has the same UUID then. Whether it is

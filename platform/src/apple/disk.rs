@@ -1,10 +1,10 @@
 //! One disk, slice, volume or mounted snapshot (`diskutil info -plist`), and the containers of APFS with
 //! what is in them (`diskutil apfs list -plist`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::plist::{Dict, parse};
-use super::{System, checked_id, checked_path};
+use super::{System, checked_id};
 use crate::error::Result;
 
 const TOOL: &str = "diskutil";
@@ -94,25 +94,6 @@ impl System {
         parse_disk(&self.ask(TOOL, &["info", "-plist", checked_id(id)?])?)
     }
 
-    /// What is mounted at this very folder, if anything is.
-    ///
-    /// # Errors
-    /// If the folder is no whole path, or the tool cannot be run.
-    pub fn mounted_at(&self, folder: &Path) -> Result<Option<Disk>> {
-        let tool = self.tool(TOOL)?.args(["info", "-plist"]);
-        let output = tool
-            .arg(checked_path(folder)?)
-            .deadline(super::ASKING)
-            .run()?;
-        if !output.success() {
-            // It knows mount points and disks, nothing else.
-            return Ok(None);
-        }
-        let found = parse_disk(&output.checked()?.stdout);
-        let is_here = |disk: &Disk| disk.mount_point.as_deref() == Some(folder);
-        Ok(found.ok().filter(is_here))
-    }
-
     /// All containers of APFS.
     ///
     /// # Errors
@@ -191,6 +172,8 @@ fn volume(dict: &Dict<'_>) -> Result<Volume> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const DATA: &[u8] = include_bytes!("shapes/info-data.plist");

@@ -87,6 +87,27 @@ impl System {
             .map(drop)
     }
 
+    /// What is mounted at this very folder, if anything is, as the mount table says it: a node, or of a
+    /// snapshot `NAME@NODE` (diskutil does not know such by their mount points).
+    ///
+    /// # Errors
+    /// If the folder is no whole path, or the tool fails.
+    pub fn mounted_at(&self, folder: &Path) -> Result<Option<String>> {
+        let folder = checked_path(folder)?;
+        let said = self.ask_text("mount", &[])?;
+        Ok(parse_mounted(&said, folder).map(str::to_owned))
+    }
+
+    /// Whether this snapshot of a volume is mounted at this very folder.
+    ///
+    /// # Errors
+    /// As [`mounted_at`](Self::mounted_at).
+    pub fn is_mounted_at(&self, snapshot: &Snapshot, folder: &Path) -> Result<bool> {
+        let mounted = self.mounted_at(folder)?;
+        let name = mounted.as_deref().and_then(|what| what.rsplit_once('@'));
+        Ok(name.is_some_and(|(name, _)| name == snapshot.name))
+    }
+
     /// Unmounts what is mounted at `from`, even if somebody still looks at it if `force`.
     ///
     /// # Errors
@@ -110,6 +131,15 @@ fn parse_snapshots(said: &[u8]) -> Result<Vec<Snapshot>> {
         })
     });
     snapshots.collect()
+}
+
+/// `WHAT on FOLDER (apfs, local, …)`, a line each.
+fn parse_mounted<'a>(said: &'a str, folder: &Path) -> Option<&'a str> {
+    said.lines().find_map(|line| {
+        let (mount, _) = line.rsplit_once(" (")?;
+        let (what, at) = mount.split_once(" on ")?;
+        (Path::new(at) == folder).then_some(what)
+    })
 }
 
 /// The date in `Created local snapshot with date: 2026-03-24-180000`.
@@ -170,6 +200,22 @@ mod tests {
             "com.apple.TimeMachine.2026-03-24-18000",
         ] {
             assert_eq!(date(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn mounts_are_found_by_their_folders() {
+        let said = "/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)\n\
+            /dev/disk5s1 on /Volumes/My on (off) Disk (apfs, local, journaled)\n\
+            com.apple.TimeMachine.2026-03-24-180000.local@/dev/disk3s5 on /private/x/snapshot \
+            (apfs, local, read-only, journaled, nobrowse)\n";
+        let mounted = |folder: &str| parse_mounted(said, Path::new(folder));
+        assert_eq!(mounted("/"), Some("/dev/disk3s1s1"));
+        assert_eq!(mounted("/Volumes/My on (off) Disk"), Some("/dev/disk5s1"));
+        let snapshot = "com.apple.TimeMachine.2026-03-24-180000.local@/dev/disk3s5";
+        assert_eq!(mounted("/private/x/snapshot"), Some(snapshot));
+        for other in ["/private/x", "/x/snapshot", "/private/x/snapshot/y"] {
+            assert_eq!(mounted(other), None, "{other}");
         }
     }
 

@@ -17,10 +17,11 @@ use crate::error::{Error, IoContext, Kind, Result};
 /// How often something that is busy is tried to be undone; the last time by force, where there is such.
 const TRIES: u32 = 5;
 
-/// For how many waits a snapshot may still appear that a killed run has asked for.
-const APPEARING: u32 = 30;
+/// How often it is looked for what a tool makes that has outlived its run.
+const APPEARING: u32 = 10;
 
-/// Between asking for a snapshot and the time in its name there is at most this.
+/// What a tool makes is there after this, at most: so long the time in the name of a snapshot may be behind
+/// that of asking for it.
 const TAKES: Duration = Duration::from_secs(120);
 
 /// What is made: written down before it is, and forgotten when it is gone.
@@ -28,6 +29,8 @@ const TAKES: Duration = Duration::from_secs(120);
 pub struct Leavings {
     /// A folder of ours that nobody else puts anything into, by its whole path.
     pub folder: PathBuf,
+    /// Since when a tool is at work that may outlive the run, if one is: seconds since 1970.
+    pub busy_since: Option<i64>,
     /// The snapshots.
     pub snapshots: Asked,
 }
@@ -37,8 +40,6 @@ pub struct Leavings {
 pub struct Asked {
     /// When they were asked for: seconds since 1970.
     pub at: i64,
-    /// Whether the tool may still be at it.
-    pub is_being_made: bool,
     /// The date in their names, as soon as it is known: `2026-03-24-180000`.
     pub date: Option<String>,
     /// What volumes there were, by UUID, and the UUIDs of the snapshots that each had before. Those are
@@ -74,9 +75,9 @@ impl Leavings {
         }
         Ok(Self {
             folder,
+            busy_since: None,
             snapshots: Asked {
                 at: Timestamp::now().as_second(),
-                is_being_made: false,
                 date: None,
                 before,
             },
@@ -99,26 +100,39 @@ impl Leavings {
     /// If something is still there; as much else as possible is gone.
     pub fn undo(&self, system: &System) -> Result<Undone> {
         let mut undone = Undone::default();
-        let image = self.remove_image(system, &mut undone);
-        let snapshots = self.remove_snapshots(system, &mut undone);
-        let folder = match image.is_ok() && snapshots.is_ok() {
-            true => remove_folder(&self.folder, &mut undone),
-            false => Ok(()),
+        let looks = match self.may_be_busy() {
+            true => APPEARING,
+            false => 1,
         };
-        image.and(snapshots).and(folder).map(|()| undone)
+        for look in 0..looks {
+            if look > 0 {
+                std::thread::sleep(system.wait());
+            }
+            let image = self.remove_image(system, &mut undone);
+            let snapshots = self.remove_snapshots(system, &mut undone);
+            image.and(snapshots)?;
+            remove_folder(&self.folder, &mut undone)?;
+        }
+        Ok(undone)
+    }
+
+    /// Whether a tool that has outlived its run may still be making something.
+    fn may_be_busy(&self) -> bool {
+        let now = Timestamp::now().as_second();
+        self.busy_since
+            .is_some_and(|since| now.saturating_sub(since) <= TAKES.as_secs() as i64)
     }
 
     /// Detaches the image and removes its file.
-    pub(super) fn remove_image(&self, system: &System, undone: &mut Undone) -> Result<()> {
-        let image = self.image();
+    fn remove_image(&self, system: &System, undone: &mut Undone) -> Result<()> {
         self.detach(system, undone)?;
+        let image = self.image();
         match std::fs::remove_file(&image) {
             Ok(()) => undone.removed.push(image.display().to_string()),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error).context("cannot remove", &image),
         }
-        // A tool that has outlived its run may have attached it in between.
-        self.detach(system, undone)
+        Ok(())
     }
 
     /// Detaches the image.
@@ -142,33 +156,23 @@ impl Leavings {
                 .push(format!("the mount at {}", point.display()));
         }
         remove_folder(&point, undone)?;
-        let mut waits = 0;
-        loop {
-            match self.snapshots.ours(system)? {
-                Ours::These(snapshots) => {
-                    for (volume, snapshot) in snapshots {
-                        patiently(system, |_| system.delete_snapshot(&volume, &snapshot.uuid))?;
-                        undone
-                            .removed
-                            .push(format!("{} of {volume}", snapshot.name));
-                    }
-                    return Ok(());
-                }
-                Ours::NoneYet if waits < APPEARING => {
-                    waits += 1;
-                    std::thread::sleep(system.wait());
-                }
-                Ours::NoneYet => return Ok(()),
-                Ours::AnyOf(dates) => {
-                    undone.left.push(format!(
-                        "one of the snapshots of {} may be left of a killed run, and which is not known: \
-                         macOS deletes both within a day",
-                        dates.join(" and ")
-                    ));
-                    return Ok(());
+        match self.snapshots.ours(system)? {
+            Ours::These(snapshots) => {
+                for (volume, snapshot) in snapshots {
+                    patiently(system, |_| system.delete_snapshot(&volume, &snapshot.uuid))?;
+                    let removed = format!("{} of {volume}", snapshot.name);
+                    undone.removed.push(removed);
                 }
             }
+            Ours::AnyOf(dates) => {
+                undone.left = vec![format!(
+                    "one of the snapshots of {} may be left of a killed run, and which is not known: \
+                     macOS deletes both within a day",
+                    dates.join(" and ")
+                )];
+            }
         }
+        Ok(())
     }
 }
 
@@ -177,8 +181,6 @@ impl Leavings {
 enum Ours {
     /// These: by volume.
     These(Vec<(String, Snapshot)>),
-    /// None so far, but the tool may still be at it.
-    NoneYet,
     /// Those of one of these dates.
     AnyOf(Vec<String>),
 }
@@ -200,7 +202,6 @@ impl Asked {
         dates.sort();
         dates.dedup();
         Ok(match dates.len() {
-            0 if self.is_being_made => Ours::NoneYet,
             0 | 1 => Ours::These(new),
             _ => Ours::AnyOf(dates),
         })
@@ -244,7 +245,7 @@ impl Asked {
                 .into_iter()
                 .find(|(volume, _)| volume == id)
                 .map(|one| one.1)),
-            _ => Ok(None),
+            Ours::AnyOf(_) => Ok(None),
         }
     }
 }
