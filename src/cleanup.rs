@@ -69,6 +69,9 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
             }
         }
     }
+    for warning in &report.warnings {
+        progress.warn(warning);
+    }
     remove_stray_instances(&mut report)?;
     for remove in [remove_stray_snapshots, remove_stray_subvolumes] {
         if let Err(error) = remove(&mut report) {

@@ -22,7 +22,7 @@ use holdstill_platform::apple::System;
 use holdstill_platform::lock;
 use holdstill_platform::records::Records;
 
-use crate::common::{self, needs_root, run, sparse_file, temp_dir};
+use crate::common::{self, Rng, count, needs_root, run, seed, sparse_file, temp_dir};
 
 /// The tools that are called.
 const TOOLS: [&str; 11] = [
@@ -379,6 +379,35 @@ fn only_a_mac_has_it() {
     common::holdstill::run(["cleanup", "--run", "no-such-run"]).expect(1);
 }
 
+/// What the guard calls takes nothing from a run that lives.
+#[test]
+fn privileged_a_live_run_keeps_what_it_has() {
+    needs_root!();
+    let id = run_id();
+    let watched = Watched {
+        is_guarded: true,
+        ..Watched::default()
+    };
+    let run = Run::begin(&id, Hooks::default(), &[], watched).unwrap();
+    let refused = common::holdstill::run(["cleanup", "--run", &id]).expect(3);
+    assert!(
+        refused.stderr.contains("this run lives"),
+        "{}",
+        refused.stderr
+    );
+    drop(run);
+    let mut ended = Command::new("true").spawn().unwrap();
+    ended.wait().unwrap();
+    let dead = RunRecord {
+        pid: ended.id(),
+        ..RunRecord::default()
+    };
+    let content = serde_json::to_vec(&dead).unwrap();
+    let record = Records::default().create(&id, &content).unwrap();
+    common::holdstill::run(["cleanup", "--run", &id]).expect(0);
+    record.remove().unwrap();
+}
+
 #[test]
 fn what_cannot_be_copied_is_refused_with_a_way_out() {
     let mac = Mac::new();
@@ -436,6 +465,15 @@ fn what_cannot_be_copied_is_refused_with_a_way_out() {
     mac.describe(&[("Fusion", "<string>perhaps</string>")], &[]);
     assert!(Volume::examine(&mac.system, DATA, Path::new("/")).is_err());
     assert!(mac.changes().is_empty());
+}
+
+#[test]
+fn a_volume_is_described_without_reading_it() {
+    let mac = Mac::new();
+    let described = apfs::describe(&mac.system, DATA).unwrap().unwrap();
+    assert_eq!(described.name.as_deref(), Some("Data"));
+    assert_eq!((described.size, described.used), (8_000_000, 1_000_000));
+    assert_eq!(apfs::describe(&mac.system, "disk0s2").unwrap(), None);
 }
 
 #[test]
@@ -818,7 +856,7 @@ fn guard_of(stdout: &mut impl std::io::Read) -> String {
 }
 
 /// At which call it is killed: while the tool has done nothing yet, and while it has, but not said so.
-fn moments() -> impl Iterator<Item = String> {
+fn moments() -> Vec<String> {
     let calls = [
         "tmutil 1",
         "mount_apfs 1",
@@ -834,7 +872,17 @@ fn moments() -> impl Iterator<Item = String> {
     let moments = calls
         .into_iter()
         .flat_map(|call| ["before", "after"].map(|when| (call, when)));
-    moments.map(|(call, when)| format!("{call} {when}\n"))
+    let moments = moments.map(|(call, when)| {
+        format!(
+            "{call} {when}
+"
+        )
+    });
+    let all: Vec<String> = moments.collect();
+    let some = Rng(seed())
+        .some(&all, count(8, all.len() as u64))
+        .into_iter();
+    some.cloned().collect()
 }
 
 #[test]

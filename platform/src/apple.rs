@@ -104,6 +104,12 @@ impl System {
         Ok(self.devices.join(checked_id(id)?))
     }
 
+    /// The device node that a name without its folder means (`disk3s5`), if there is such a one.
+    pub fn named(&self, text: &str) -> Option<PathBuf> {
+        let node = self.node(text).ok().filter(|_| self.is_macos)?;
+        node.exists().then_some(node)
+    }
+
     fn tool(&self, name: &str) -> Result<Tool> {
         let tool = match &self.tools {
             Some(folder) => Tool::find_in(&[folder], name),
@@ -230,6 +236,17 @@ mod tests {
             "CA15E030_DBDD-4FF4-847D-50D5EE26B798",
         ] {
             assert!(checked_uuid(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_can_be_named_without_its_folder() {
+        let dir = crate::testing::scratch();
+        std::fs::write(dir.path().join("disk3s5"), "").unwrap();
+        let system = System::pretended("/nowhere", dir.path());
+        assert_eq!(system.named("disk3s5"), Some(dir.path().join("disk3s5")));
+        for none in ["disk3", "../disk3s5", "sda1"] {
+            assert_eq!(system.named(none), None, "{none}");
         }
     }
 

@@ -40,7 +40,7 @@ use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 
 pub use leavings::{Asked, Leavings, Undone};
-pub use volume::Volume;
+pub use volume::{Description, Volume, describe};
 
 /// For how long the guard tries to undo everything: an image in use is detached by force at last.
 const UNDO_PATIENCE: Duration = Duration::from_secs(180);
@@ -76,6 +76,18 @@ struct Making {
 /// If it cannot be examined.
 pub fn objection(source: &Source) -> Result<Option<String>> {
     Ok(examine(&System::this(), source)?.err())
+}
+
+/// What is known of a source that is a volume of APFS on a Mac, without reading it: that nobody can.
+///
+/// # Errors
+/// If it cannot be examined.
+pub fn description(source: &Source) -> Result<Option<Description>> {
+    let system = System::this();
+    match &source.medium {
+        Medium::Device(device) if system.is_macos() => describe(&system, &device.name),
+        _ => Ok(None),
+    }
 }
 
 /// Size and sectors of the image that a source is copied into: the copy is no larger.
@@ -238,6 +250,7 @@ pub fn snapshot_of(
     let copy = Source::resolve(&node.to_string_lossy())?;
     let mut offline = Offline::take(&[&copy], context)?;
     for survey in offline.surveys_mut() {
+        // A container in order is what asr made of a snapshot of a mounted filesystem.
         if survey.grade == Grade::Clean {
             survey.grade = Grade::Frozen;
         }

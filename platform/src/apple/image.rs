@@ -66,7 +66,7 @@ impl System {
         parse_attached(&said)
     }
 
-    /// The disks by which the image at `path` is attached.
+    /// The disks by which the image at `path` is attached: one for each time.
     ///
     /// # Errors
     /// If the tool fails.
@@ -134,11 +134,12 @@ fn parse_info(said: &[u8], path: &Path) -> Result<Vec<String>> {
         if image.text("image-path").map(Path::new) != Some(path) {
             continue;
         }
-        for (id, hints) in entities(&image)? {
-            if hints.iter().any(|hint| hint == TABLE) {
-                disks.push(id);
-            }
-        }
+        let entities = entities(&image)?;
+        let has_table = |hints: &[String]| hints.iter().any(|hint| hint == TABLE);
+        let disk = entities.iter().find(|(_, hints)| has_table(hints));
+        // Any device of it will do to detach all.
+        let disk = disk.or(entities.first()).map(|(id, _)| id.clone());
+        disks.extend(disk);
     }
     Ok(disks)
 }
@@ -184,6 +185,10 @@ mod tests {
         );
         assert_eq!(disks("/Users/me/other.dmg"), ["disk9"]);
         assert!(disks("/Volumes/Backup").is_empty());
+        let text = String::from_utf8(INFO.to_vec()).unwrap();
+        let other_table = text.replace("GUID_partition_scheme", "FDisk_partition_scheme");
+        let path = Path::new("/Users/me/other.dmg");
+        assert_eq!(parse_info(other_table.as_bytes(), path).unwrap(), ["disk9"]);
         assert!(parse_info(b"<plist><dict/></plist>", Path::new("/")).is_err());
     }
 }

@@ -34,14 +34,12 @@ pub fn objection_to(
     let disk = system.disk(id)?;
     let is_container = disk.container.as_deref() == Some(&disk.id);
     if disk.fs.as_deref() == Some("apfs") && !is_container {
-        let why = match disk.mount_point {
-            Some(_) => "a volume of APFS has no blocks of its own to be read",
-            None => {
-                "a volume of APFS has no blocks of its own to be read: mount it, or name \
-                 the partition that its container lies on"
-            }
-        };
-        return Ok(Some(why.to_owned()));
+        let container = disk.container.as_deref().unwrap_or(&disk.whole);
+        let stores = disk.stores.join(" and ");
+        return Ok(Some(format!(
+            "a volume of APFS has no blocks of its own to be read; mount it, or, to image all of its container \
+             where nothing of it is used, `diskutil unmountDisk {container}` and name {stores}"
+        )));
     }
     if disk.is_internal && system.has_keys_in_hardware()? {
         return Ok(Some(

@@ -32,6 +32,33 @@ const TABLE: ByteLen = ByteLen::mib(1);
 /// What the copy may need beside what the volume uses, at least.
 const LEAST_MARGIN: ByteLen = ByteLen::mib(64);
 
+/// What a volume is called, and how large it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its UUID.
+    pub uuid: Option<String>,
+    /// Bytes of its container.
+    pub size: u64,
+    /// Bytes it uses.
+    pub used: u64,
+}
+
+/// Describes the volume `id`; `None` if it is no volume of APFS.
+///
+/// # Errors
+/// If the tools fail.
+pub fn describe(system: &System, id: &str) -> Result<Option<Description>> {
+    let containers = system.containers()?;
+    Ok(find(&containers, id).map(|(container, facts)| Description {
+        name: facts.name.clone(),
+        uuid: facts.uuid.clone(),
+        size: container.size,
+        used: facts.used,
+    }))
+}
+
 /// A mounted volume of APFS that a snapshot can be copied of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
