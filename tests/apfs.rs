@@ -718,16 +718,38 @@ fn privileged_what_macos_forbids_is_explained() {
     mac.assert_nothing_left("excluded");
 }
 
-/// An image that is busy is detached by force at last.
+/// An image that stays busy is detached by force at last, but not if it is still needed: what was not
+/// written to it yet would be lost.
 #[test]
-fn privileged_a_busy_image_is_detached_all_the_same() {
+fn privileged_a_busy_image_is_detached_all_the_same_and_not_used() {
     needs_root!();
     let mac = Mac::new();
     mac.state("busy", "");
+    let error = mac.copy(&run_id(), &Silent).err().unwrap();
+    assert_eq!(error.kind(), Kind::Tool);
+    assert!(error.to_string().contains("Resource busy"), "{error}");
+    mac.assert_nothing_left("busy");
+    let calls = fs::read_to_string(mac.dir.join("state/calls")).unwrap();
+    assert_eq!(calls.matches("hdiutil detach disk4 -force").count(), 1);
+    assert!(!calls.contains("-readonly"));
+}
+
+/// The snapshot is deleted early, but that it cannot be yet is no reason to give the copy up.
+#[test]
+fn privileged_a_snapshot_that_is_busy_goes_at_the_end() {
+    needs_root!();
+    let mac = Mac::new();
+    // All tries but the last ones.
+    mac.state("busy_snapshot", "5\n");
     mac.copy(&run_id(), &Silent).unwrap();
     mac.assert_nothing_left("busy");
-    let forced = fs::read_to_string(mac.dir.join("state/calls")).unwrap();
-    assert_eq!(forced.matches("hdiutil detach disk4 -force").count(), 2);
+    let changes = mac.changes();
+    let deleted = |line: &String| line.starts_with("deleteSnapshot");
+    let last_read = changes
+        .iter()
+        .position(|line| line == "attach -readonly")
+        .unwrap();
+    assert!(changes[last_read..].iter().any(deleted), "{changes:?}");
 }
 
 /// What cannot be taken away stays on record, for `cleanup`.

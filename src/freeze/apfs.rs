@@ -281,7 +281,7 @@ fn explain(error: impl Into<Error>) -> Error {
 impl Making {
     /// Writes down what will be made, and makes the folder for it.
     fn begin(system: &System, run: &Run, volume: &str, folder: PathBuf) -> Result<Self> {
-        let leavings = Leavings::planned(system, folder)?;
+        let leavings = Leavings::planned(system, volume, folder).map_err(explain)?;
         let making = Self {
             system: system.clone(),
             run: run.clone(),
@@ -371,9 +371,11 @@ impl Making {
         }
         let is_encrypted = self.examine_copy(&store, snapshot)?;
         let mut undone = Undone::default();
-        self.leavings.remove_snapshots(system, &mut undone)?;
-        // What the system still had to write to it is there then.
-        self.leavings.detach(system, &mut undone)?;
+        if let Err(error) = self.leavings.remove_snapshots(system, &mut undone) {
+            log::debug!("{error}: it is tried again at the end");
+        }
+        // What the system still had to write to it is there then; by force it might not be.
+        self.leavings.detach(system, false, &mut undone)?;
         Ok(is_encrypted)
     }
 

@@ -57,18 +57,22 @@ pub struct Undone {
 }
 
 impl Leavings {
-    /// What will be made, by a run that has not begun to.
+    /// What will be made to copy the volume `id`, by a run that has not begun to.
     ///
     /// # Errors
-    /// If the volumes cannot be listed.
-    pub(super) fn planned(system: &System, folder: PathBuf) -> Result<Self> {
+    /// If the volumes cannot be listed, or the snapshots of this one.
+    pub(super) fn planned(system: &System, id: &str, folder: PathBuf) -> Result<Self> {
         let mut before = Vec::new();
         for volume in system.containers()?.into_iter().flat_map(|one| one.volumes) {
             if volume.is_locked || volume.roles.iter().any(|role| is_of_the_system(role)) {
                 continue;
             }
-            // One that cannot be asked is never touched either.
-            if let (Some(uuid), Ok(snapshots)) = (volume.uuid, system.snapshots(&volume.id)) {
+            let snapshots = match system.snapshots(&volume.id) {
+                Err(error) if volume.id == id => return Err(error.into()),
+                snapshots => snapshots,
+            };
+            // Another one that cannot be asked is never touched either.
+            if let (Some(uuid), Ok(snapshots)) = (volume.uuid, snapshots) {
                 let snapshots = snapshots.into_iter().map(|snapshot| snapshot.uuid);
                 before.push((uuid, snapshots.collect()));
             }
@@ -125,7 +129,7 @@ impl Leavings {
 
     /// Detaches the image and removes its file.
     fn remove_image(&self, system: &System, undone: &mut Undone) -> Result<()> {
-        self.detach(system, undone)?;
+        self.detach(system, true, undone)?;
         let image = self.image();
         match std::fs::remove_file(&image) {
             Ok(()) => undone.removed.push(image.display().to_string()),
@@ -135,10 +139,15 @@ impl Leavings {
         Ok(())
     }
 
-    /// Detaches the image.
-    pub(super) fn detach(&self, system: &System, undone: &mut Undone) -> Result<()> {
+    /// Detaches the image: at last by force, if that may be.
+    pub(super) fn detach(
+        &self,
+        system: &System,
+        may_force: bool,
+        undone: &mut Undone,
+    ) -> Result<()> {
         for disk in system.attached(&self.image())? {
-            patiently(system, |force| system.detach(&disk, force))?;
+            patiently(system, |is_last| system.detach(&disk, is_last && may_force))?;
             undone
                 .removed
                 .push(format!("{disk} ({})", self.image().display()));
@@ -260,7 +269,7 @@ fn remove_folder(folder: &Path, undone: &mut Undone) -> Result<()> {
     Ok(())
 }
 
-/// Tries something again and again; at last by force.
+/// Tries something again and again; it is told when it is the last time.
 fn patiently(
     system: &System,
     mut act: impl FnMut(bool) -> holdstill_platform::error::Result<()>,
