@@ -533,6 +533,19 @@ fn raw_copies_that_nobody_could_read_are_refused() {
     assert!(said(Ok(())).unwrap().contains("never leave its hardware"));
     partition(false);
     assert_eq!(said(Ok(())), None);
+    // In it, but not a part of it: a card, an image.
+    for of_others in [
+        "<key>RemovableMedia</key><true/>",
+        "<key>BusProtocol</key><string>Disk Image</string>",
+    ] {
+        partition(true);
+        let info = fs::read_to_string(mac.dir.join("state/info/disk0s2")).unwrap();
+        mac.state(
+            "info/disk0s2",
+            &info.replace("<dict>", &format!("<dict>{of_others}")),
+        );
+        assert_eq!(said(Ok(())), None, "{of_others}");
+    }
     // An Intel Mac, with a T2 and without.
     partition(true);
     mac.state("arm64", "0\n");

@@ -20,6 +20,10 @@ pub struct Disk {
     pub content: String,
     /// Whether it is built into the machine.
     pub is_internal: bool,
+    /// Whether its medium can be taken out, as that of a card reader that is built in.
+    pub is_removable: bool,
+    /// What it is attached by: `Apple Fabric`, `PCI-Express`, `SATA`, `USB`, `Disk Image`, …
+    pub bus: String,
     /// Bytes; of a volume of APFS, of its container.
     pub size: u64,
     /// `apfs`, `hfs`, …, where a filesystem is known on it.
@@ -117,6 +121,8 @@ fn parse_disk(said: &[u8]) -> Result<Disk> {
         whole: checked_id(info.needed_text("ParentWholeDisk")?)?.to_owned(),
         content: info.text("Content").unwrap_or_default().to_owned(),
         is_internal: info.needed_flag("Internal")?,
+        is_removable: info.flag("RemovableMedia").unwrap_or(false),
+        bus: info.text("BusProtocol").unwrap_or_default().to_owned(),
         size: info.needed_number("Size")?,
         fs: info.text("FilesystemType").map(str::to_owned),
         mount_point: info.text("MountPoint").map(PathBuf::from),
@@ -193,6 +199,10 @@ mod tests {
         assert_eq!(data.mount_point.as_deref(), Some(point));
         assert_eq!(data.container.as_deref(), Some("disk3"));
         assert_eq!(data.stores, ["disk0s2"]);
+        assert_eq!(
+            (data.bus.as_str(), data.is_removable),
+            ("Apple Fabric", false)
+        );
         assert!(data.is_internal && !data.is_sealed && data.snapshot.is_none());
         assert!(data.group.is_some());
         assert_eq!(data.size, 494_384_795_648);

@@ -1,7 +1,7 @@
 //! What of a Mac's disks is not worth to be read raw, or cannot be.
 
-use holdstill_platform::apple::System;
-use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::apple::{Disk, System};
+use holdstill_platform::device::{self, Access};
 
 use crate::error::Result;
 use crate::source::{Medium, Source};
@@ -15,11 +15,19 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
     let system = System::this();
     match &source.medium {
         Medium::Device(device) if system.is_macos() => {
-            let opened = Disk::open(&source.path, Access::Read).map(drop);
+            let opened = device::Disk::open(&source.path, Access::Read).map(drop);
             objection_to(&system, &device.name, opened)
         }
         _ => Ok(None),
     }
+}
+
+/// Buses of disks that are inside of a Mac, perhaps, and not of its own making.
+const OTHER_BUSES: [&str; 2] = ["Disk Image", "SATA"];
+
+/// Whether it is what Apple has built in: no card in a reader, no disk image, no drive that was added.
+fn is_built_in(disk: &Disk) -> bool {
+    disk.is_internal && !disk.is_removable && !OTHER_BUSES.contains(&disk.bus.as_str())
 }
 
 /// The same for the disk `id` of a system. `opened`: what came of opening it.
@@ -41,7 +49,7 @@ pub fn objection_to(
              where nothing of it is used, `diskutil unmountDisk {container}` and name {stores}"
         )));
     }
-    if disk.is_internal && system.has_keys_in_hardware()? {
+    if is_built_in(&disk) && system.has_keys_in_hardware()? {
         return Ok(Some(
             "the keys of this Mac's internal storage never leave its hardware, so that a raw copy could \
              be read nowhere: name a mounted volume, such as /System/Volumes/Data"
@@ -52,7 +60,7 @@ pub fn objection_to(
         Ok(()) => Ok(None),
         Err(error)
             if error.kind() == std::io::ErrorKind::PermissionDenied
-                && disk.is_internal
+                && is_built_in(&disk)
                 && system.is_root()
                 && system.is_protected()? != Some(false) =>
         {
