@@ -28,7 +28,7 @@ use crate::pipeline::stream::store_stream;
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
-use crate::source::{Named, Source};
+use crate::source::Named;
 use crate::units::ByteLen;
 
 /// What to back up, and how.
@@ -229,6 +229,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
+        output_path: options.output.as_deref(),
         cow: &options.cow,
         no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
@@ -238,8 +239,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         progress,
     };
     // Before anything is held: macOS lets nobody open what is, not even us.
-    let geometries = plans.iter().flat_map(Plan::sources).map(Source::geometry);
-    let geometries = geometries.collect::<Result<Vec<_>>>()?;
+    let geometries = plans.iter().map(Plan::geometries);
+    let geometries = geometries.collect::<Result<Vec<_>>>()?.concat();
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in plans {
@@ -441,9 +442,13 @@ fn manifest(
     let sources = plans
         .iter()
         .flat_map(|plan| plan.sources().map(move |source| (plan, source)));
-    let surveys = stills.iter().flat_map(|still| still.surveys());
+    let surveys = stills.iter().flat_map(|still| {
+        let surveys = still.surveys().iter().enumerate();
+        surveys.map(move |(volume, survey)| (still.geometry(volume), survey))
+    });
     let volumes = (1..).zip(sources).zip(geometries).zip(surveys);
-    let volumes = volumes.map(|(((n, (plan, source)), geometry), survey)| {
+    let volumes = volumes.map(|(((n, (plan, source)), of_source), (of_copy, survey))| {
+        let geometry = of_copy.as_ref().unwrap_or(of_source);
         let info = survey.info.as_ref();
         let uuid = info.and_then(|info| info.uuid.clone());
         VolumeManifest {

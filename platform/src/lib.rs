@@ -8,6 +8,7 @@
 //! same everywhere: elsewhere they find nothing, because the files they ask are not there, and the few
 //! system calls that are not either are in `os::linux_only`.
 
+pub mod apple;
 pub mod beneath;
 pub mod btrfs;
 pub mod buffer;

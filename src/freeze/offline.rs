@@ -9,12 +9,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use holdstill_platform::counters::{self, Counters};
-use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::exclusive::{Claim, Lease, LeaseAnswer, Stamp};
 use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::freeze::apfs::raw;
 use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
@@ -69,6 +70,9 @@ enum Watch {
 /// # Errors
 /// If the users cannot be searched.
 pub fn objection(source: &Source) -> Result<Option<String>> {
+    if let Some(why) = raw::objection(source)? {
+        return Ok(Some(why));
+    }
     let Users { users, .. } = match &source.medium {
         Medium::Device(device) => in_use::of_device(device, &[])?,
         Medium::File(file) => in_use::of_file(*file, &[])?,
@@ -84,6 +88,11 @@ impl Offline {
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
     pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
         context.run.before_freeze()?;
+        Self::take(sources, context)
+    }
+
+    /// The same for something the run itself has made: no hook is run for it.
+    pub(super) fn take(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
         let mut held = Vec::new();
         for source in sources {
             held.push(match &source.medium {
@@ -116,6 +125,39 @@ impl Offline {
             compare: context.compare,
             run: context.run.clone(),
         })
+    }
+
+    /// Proves that nobody wrote since it was taken.
+    ///
+    /// # Errors
+    /// [`Kind::Inconsistent`] if somebody did; else if that cannot be told.
+    pub(super) fn prove(&self) -> Result<Proof> {
+        for Held { disk, watch } in &self.held {
+            if !watch.is_quiet(disk)? {
+                return Err(Error::new(
+                    Kind::Inconsistent,
+                    "somebody wrote to the source while it was copied",
+                )
+                .on(disk.path())
+                .hint("find out who, and try again"));
+            }
+        }
+        Ok(Proof {
+            grade: worst_grade(&self.surveys),
+            instant: self.instant,
+            freezes: Vec::new(),
+            commit: None,
+        })
+    }
+
+    /// What was found on its devices, to be judged by who knows more of them.
+    pub(super) fn surveys_mut(&mut self) -> &mut [Survey] {
+        &mut self.surveys
+    }
+
+    /// Size and sectors of one of its devices.
+    pub(super) fn geometry_of(&self, volume: usize) -> Option<Geometry> {
+        Some(self.held.get(volume)?.disk.geometry())
     }
 
     /// What is on device `own` of `held`.
@@ -243,26 +285,8 @@ impl Still for Offline {
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        let mut written = None;
-        for Held { disk, watch } in &self.held {
-            if !watch.is_quiet(disk)? {
-                written = Some(disk.path());
-            }
-        }
+        let proof = self.prove();
         self.run.after_thaw(progress);
-        if let Some(path) = written {
-            return Err(Error::new(
-                Kind::Inconsistent,
-                "somebody wrote to the source while it was copied",
-            )
-            .on(path)
-            .hint("find out who, and try again"));
-        }
-        Ok(Proof {
-            grade: worst_grade(&self.surveys),
-            instant: self.instant,
-            freezes: Vec::new(),
-            commit: None,
-        })
+        proof
     }
 }
