@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
+use crate::device::Geometry;
 use crate::error::{Context, Result};
 use crate::node::{BlockDevice, DeviceNumber};
 use crate::os;
@@ -161,6 +162,15 @@ impl InFlightFile {
 
 /// What it means for whoever relies on them that they are not kept, in words.
 pub const NOT_KEPT: &str = os::counters::NOT_KEPT;
+
+/// The counters of a device that is open, with its geometry; `None` if nothing tells what is written to it.
+/// On macOS they are of the whole disk.
+///
+/// # Errors
+/// If the device is gone.
+pub fn of_open(device: &BlockDevice, geometry: &Geometry) -> Result<Option<Counters>> {
+    os::counters::of_open(device, geometry)
+}
 
 /// Whether the kernel counts at all for this device: `queue/iostats` of its disk.
 ///

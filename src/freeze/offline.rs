@@ -198,11 +198,11 @@ impl Held {
         };
         // What others wrote and the kernel has not passed on yet must count before, not meanwhile.
         disk.sync()?;
-        let watch = match counters::are_kept(device)? {
-            false => Watch::Nothing { _claim: claim },
-            true => Watch::Counters {
+        let watch = match counters::of_open(device, &disk.geometry())? {
+            None => Watch::Nothing { _claim: claim },
+            Some(before) => Watch::Counters {
                 device: device.clone(),
-                before: Counters::of(device.number)?,
+                before,
                 _claim: claim,
             },
         };
@@ -251,7 +251,8 @@ impl Watch {
         Ok(match self {
             Self::Counters { device, before, .. } => {
                 disk.sync()?;
-                Counters::of(device.number)?.nothing_written_since(before)
+                let now = counters::of_open(device, &disk.geometry())?;
+                now.is_some_and(|now| now.nothing_written_since(before))
             }
             Self::Lease(lease) => lease.is_whole()?,
             Self::Stamp(before) => {

@@ -22,6 +22,10 @@ use crate::exclusive::LeaseAnswer;
 /// claimed, too. It does **not** cover what lies below: the whole disk of a partition can be opened for
 /// writing by whoever asks for a shared lock, and the file of a disk image or the partition of an APFS
 /// container by whoever may.
+///
+/// A container of APFS holds its partition open whether anything of it is mounted or not. So for reading
+/// alone, what cannot be claimed is opened without: then it is for the search for users, and for the
+/// counters, to show that nobody writes.
 #[derive(Debug)]
 pub struct Claim {
     file: File,
@@ -41,9 +45,14 @@ impl Claim {
     /// not even we.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new) for writing; for reading, what `open(2)` says.
     pub fn open(path: &Path, access: Access) -> Result<(Self, Disk)> {
-        let file = open_exclusively(path, access)?;
+        let file = match open_exclusively(path, access) {
+            Err(error) if access == Access::Read && error.kind() == io::ErrorKind::ResourceBusy => {
+                File::open(node_to_open(path)).context("cannot open", path)?
+            }
+            other => other?,
+        };
         let geometry = device::geometry(&file, path)?;
         let plain = file.try_clone().context("cannot open", path)?;
         let direct = open_direct(&plain, path, &mut OpenOptions::new());

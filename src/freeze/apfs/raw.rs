@@ -56,6 +56,9 @@ pub fn objection_to(
                 .to_owned(),
         ));
     }
+    if let Some(why) = mounted_of(system, &disk)? {
+        return Ok(Some(why));
+    }
     match opened {
         Ok(()) => Ok(None),
         Err(error)
@@ -73,4 +76,29 @@ pub fn objection_to(
         // Mounted, locked, gone: told by who looks next.
         Err(_) => Ok(None),
     }
+}
+
+/// Which volume is mounted of a container that lies on the disk; its own node does not tell.
+fn mounted_of(system: &System, disk: &Disk) -> Result<Option<String>> {
+    for container in system.containers()? {
+        let mut is_on_it = false;
+        for store in &container.stores {
+            is_on_it |= store.id == disk.id || system.disk(&store.id)?.whole == disk.id;
+        }
+        if !is_on_it {
+            continue;
+        }
+        for volume in &container.volumes {
+            if let Some(point) = system.disk(&volume.id)?.mount_point {
+                return Ok(Some(format!(
+                    "{} of the APFS container on it is mounted at {}: `diskutil unmountDisk {}`, or name \
+                     what is mounted",
+                    volume.id,
+                    point.display(),
+                    container.id
+                )));
+            }
+        }
+    }
+    Ok(None)
 }
