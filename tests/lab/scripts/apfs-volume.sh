@@ -34,8 +34,8 @@ fill() {
         random $((n * 37)) "$1/gone/$n"
     done
     random 66M "$1/large"
-    truncate -s 300M "$1/sparse"
-    for n in 0 5000001 104857600 314572790; do
+    truncate -s 48M "$1/sparse"
+    for n in 0 5000001 33554432 50331640; do
         echo "at $n" | dd of="$1/sparse" bs=1 seek=$n conv=notrunc status=none
     done
     head -c 3M /dev/zero >"$1/zeros"
