@@ -15,6 +15,7 @@ use crate::extent::Extent;
 use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
+mod apfs;
 mod bitmap;
 pub(crate) mod btrfs;
 mod emit;
@@ -214,6 +215,8 @@ pub enum DirtyReason {
     NotUnmounted,
     /// Files that were deleted while open still have to be freed. The map is sound.
     Orphans,
+    /// The newest checkpoint of an APFS container is not whole: an older one is what a mount shows.
+    Checkpoint,
 }
 
 impl fmt::Display for DirtyReason {
@@ -227,6 +230,7 @@ impl fmt::Display for DirtyReason {
             Self::NeedsRepair => "it asks for a repair",
             Self::NotUnmounted => "it has no journal and was not unmounted",
             Self::Orphans => "deleted files that were still open have to be freed",
+            Self::Checkpoint => "its newest checkpoint is not whole, an older one counts",
         })
     }
 }
@@ -252,6 +256,44 @@ pub trait Filesystem: Send + Sync + fmt::Debug {
         source: &dyn ReadAt,
         sink: &mut dyn FnMut(Extent) -> Result<()>,
     ) -> Result<Walk>;
+
+    /// The volumes that share its blocks, where there can be several.
+    ///
+    /// # Errors
+    /// [`Damaged`](crate::error::Kind::Damaged) if what describes them is; else if reading fails.
+    fn volumes(&self, _source: &dyn ReadAt) -> Result<Vec<Volume>> {
+        Ok(Vec::new())
+    }
+}
+
+/// A volume of a container. Text is as on disk: escape it before showing it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// What its system uses it for: `system`, `data`, `preboot` and so on; none as a rule elsewhere.
+    pub roles: Vec<&'static str>,
+    /// Its files are encrypted.
+    pub is_encrypted: bool,
+    /// It carries a seal over all its content.
+    pub is_sealed: bool,
+    /// Bytes that it has allocated.
+    pub used: ByteLen,
+    /// Its snapshots, the oldest first.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its name, as on disk.
+    pub name: String,
+    /// The transaction it was made in.
+    pub transaction: u64,
+    /// When it was made, if that is a time.
+    pub created: Option<jiff::Timestamp>,
 }
 
 /// What a walk over the used blocks found.
@@ -337,6 +379,7 @@ fn open_as(
         Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),
         Kind::Xfs => xfs::open(source, info),
         Kind::Btrfs => btrfs::open(source, siblings, info),
+        Kind::Apfs => apfs::open(source, info),
         _ => Ok(Opened::NoMap(info)),
     }
 }
@@ -345,6 +388,6 @@ fn open_as(
 fn has_map(kind: Kind) -> bool {
     matches!(
         kind,
-        Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs
+        Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs | Kind::Apfs
     )
 }

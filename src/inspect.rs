@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::error::{IoContext, Kind, Result};
 use crate::freeze::Step;
-use crate::fs::{self, Condition, Opened};
+use crate::fs::{self, Condition, Opened, Snapshot, Volume};
 use crate::image::content::to_hex;
 use crate::image::format::MAGIC;
 use crate::image::manifest::{Manifest, Trailer};
@@ -74,6 +74,8 @@ pub struct SourceReport {
     pub label: Option<String>,
     /// Its UUID.
     pub uuid: Option<String>,
+    /// The volumes that share its blocks, where there can be several.
+    pub volumes: Vec<VolumeReport>,
     /// The other devices of its filesystem, where there are such and all of them are here.
     pub siblings: Vec<String>,
     /// Whether it was left in order: `clean`, `frozen`, `dirty`, or `unknown`. A mounted filesystem
@@ -87,6 +89,52 @@ pub struct SourceReport {
     pub ladder: Vec<StepReport>,
     /// What the user should know.
     pub warnings: Vec<String>,
+}
+
+/// A volume of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VolumeReport {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// What its system uses it for.
+    pub roles: Vec<&'static str>,
+    /// Its files are encrypted: they are imaged as they lie on disk.
+    pub encrypted: bool,
+    /// It carries a seal over all its content.
+    pub sealed: bool,
+    /// Bytes that it has allocated.
+    pub used_bytes: u64,
+    /// Its snapshots, the oldest first.
+    pub snapshots: Vec<SnapshotReport>,
+}
+
+/// A snapshot of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotReport {
+    /// Its name.
+    pub name: String,
+    /// When it was made (RFC 3339, UTC).
+    pub created: Option<String>,
+}
+
+impl VolumeReport {
+    fn new(volume: Volume) -> Self {
+        let snapshot = |snapshot: Snapshot| SnapshotReport {
+            name: snapshot.name,
+            created: snapshot.created.map(|created| created.to_string()),
+        };
+        Self {
+            name: volume.name,
+            uuid: volume.uuid,
+            roles: volume.roles,
+            encrypted: volume.is_encrypted,
+            sealed: volume.is_sealed,
+            used_bytes: volume.used.0,
+            snapshots: volume.snapshots.into_iter().map(snapshot).collect(),
+        }
+    }
 }
 
 /// Looks at a source or an image.
@@ -150,6 +198,7 @@ fn source(source: &Source) -> Result<SourceReport> {
         fs: None,
         label: None,
         uuid: None,
+        volumes: Vec::new(),
         siblings: Vec::new(),
         condition: "unknown".to_owned(),
         used_bytes: None,
@@ -197,6 +246,15 @@ fn source(source: &Source) -> Result<SourceReport> {
                     )),
                     Err(error) => return Err(error),
                 }
+            }
+            match filesystem.volumes(&disk) {
+                Ok(volumes) => {
+                    report.volumes = volumes.into_iter().map(VolumeReport::new).collect();
+                }
+                Err(error) if error.kind() == Kind::Damaged => report
+                    .warnings
+                    .push(format!("its volumes cannot be told ({error})")),
+                Err(error) => return Err(error),
             }
             Some(filesystem.info().clone())
         }

@@ -14,6 +14,7 @@ use holdstill::read_at::ReadAt;
 use crate::common::btrfs::{
     Making, Scene, fill, forget, is_known, making, mount, number_after, size_for,
 };
+use crate::common::btrfs_chunks::{copies_of, printed_chunks};
 use crate::common::volume::{
     digests, digests_in_ext4, direct_copy, ext4, map, poison, poisoned_file, populate, walk,
 };
@@ -107,14 +108,6 @@ const ALL: &[Making] = &[
     },
 ];
 
-/// A chunk as it is printed.
-struct PrintedChunk {
-    logical: std::ops::Range<u64>,
-    profile: String,
-    /// Device and place of each stripe.
-    places: Vec<(u64, u64)>,
-}
-
 /// What is in use on each device, by what the filesystem's own tools print of its trees.
 fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
     let dump = |tree: &str| {
@@ -150,25 +143,7 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
             used
         })
         .collect();
-    let mut chunks: Vec<PrintedChunk> = Vec::new();
-    for line in dump("chunk").lines() {
-        if let Some((_, start)) = line.split_once(" CHUNK_ITEM ") {
-            let start = start.split(')').next().unwrap().parse().unwrap();
-            chunks.push(PrintedChunk {
-                logical: start..start,
-                profile: String::new(),
-                places: Vec::new(),
-            });
-        } else if let Some(len) = number_after(line, "length") {
-            let chunk = chunks.last_mut().unwrap();
-            let (_, kind) = line.split_once(" type ").unwrap();
-            chunk.logical.end += len;
-            chunk.profile = kind.split('|').next_back().unwrap().to_lowercase();
-        } else if line.trim_start().starts_with("stripe ") {
-            let place = ["devid", "offset"].map(|name| number_after(line, name).unwrap());
-            chunks.last_mut().unwrap().places.push((place[0], place[1]));
-        }
-    }
+    let chunks = printed_chunks(devices);
     let mut add = |devid: u64, at: u64, len: u64| {
         let index = ids.iter().position(|id| *id == devid).unwrap();
         used[index].insert(Extent::new(at, len));
@@ -186,36 +161,10 @@ fn used_by_dump_tree(devices: &[&Path]) -> Vec<ExtentSet> {
             "METADATA_ITEM" => node,
             _ => continue,
         };
-        let mut chunks = chunks.iter();
-        let chunk = chunks.find(|chunk| chunk.logical.contains(&start));
-        let PrintedChunk {
-            logical,
-            profile,
-            places,
-        } = chunk.unwrap();
-        let count = places.len() as u64;
         // Sector by sector, as simple as can be.
-        for at in (start..start + len).step_by(4096) {
-            let offset = at - logical.start;
-            let (piece, within) = (offset >> 16, offset & 0xffff);
-            match profile.as_str() {
-                "raid0" => {
-                    let (devid, place) = places[(piece % count) as usize];
-                    add(devid, place + ((piece / count) << 16) + within, 4096);
-                }
-                "raid10" => {
-                    let columns = count / 2;
-                    let column = (piece % columns) as usize;
-                    for (devid, place) in &places[2 * column..2 * column + 2] {
-                        add(*devid, place + ((piece / columns) << 16) + within, 4096);
-                    }
-                }
-                "single" | "dup" | "raid1" | "raid1c3" | "raid1c4" => {
-                    for (devid, place) in places {
-                        add(*devid, place + offset, 4096);
-                    }
-                }
-                other => panic!("profile {other}"),
+        for address in (start..start + len).step_by(4096) {
+            for (devid, place) in copies_of(&chunks, address) {
+                add(devid, place, 4096);
             }
         }
     }

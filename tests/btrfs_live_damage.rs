@@ -6,11 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::common::btrfs::{Making, making, number_after};
+use crate::common::btrfs_chunks::{copies_of, printed_chunks};
 use crate::common::btrfs_live::{Copy, Live, id_of, told};
 use crate::common::btrfs_writers::Writing;
 use crate::common::live::Judgement;
 use crate::common::volume::digests;
-use crate::common::{needs_root, run, seed};
+use crate::common::{LoopDevice, needs_root, run, seed};
 
 const SIZE: u64 = 512 << 20;
 const BYTES: u64 = 60 << 20;
@@ -24,27 +25,15 @@ struct Place {
 
 /// All copies of a logical address. The filesystem is not mounted.
 fn places_of(live: &Live, address: u64) -> Vec<Place> {
-    let logical = PathBuf::from(address.to_string());
-    let device = live.scene.loops[0].path();
-    let text = run("btrfs-map-logical", [Path::new("-l"), &logical, device]);
-    // It goes on with what lies behind, where that is another extent.
-    let is_there = |line: &&str| number_after(line, "logical") == Some(address);
-    let places: Vec<Place> = text
-        .lines()
-        .filter(is_there)
-        .map(|line| {
-            let name = line.split_whitespace().last().expect("a device");
-            let mut loops = live.scene.loops.iter();
-            Place {
-                device: loops
-                    .position(|device| device.path() == Path::new(name))
-                    .expect("one of ours"),
-                offset: number_after(line, "physical").expect("a place"),
-            }
+    let devices: Vec<&Path> = live.scene.loops.iter().map(LoopDevice::path).collect();
+    let copies = copies_of(&printed_chunks(&devices), address);
+    copies
+        .into_iter()
+        .map(|(devid, offset)| Place {
+            device: devid as usize - 1,
+            offset,
         })
-        .collect();
-    assert!(!places.is_empty(), "{text}");
-    places
+        .collect()
 }
 
 /// The logical address of the first extent of a file.

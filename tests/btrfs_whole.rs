@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use holdstill::fs::{self, Opened};
@@ -11,6 +11,7 @@ use holdstill::read_at::ReadAt;
 use crate::common::btrfs::{
     Scene, change_super, filled, forget, making, number_after, patch, why_all_blocks,
 };
+use crate::common::btrfs_chunks::{copies_of, printed_chunks};
 use crate::common::volume::{copy, map, walk};
 use crate::common::{FileSource, Mount, Rng, holdstill as program, needs_root, run, seed};
 
@@ -69,12 +70,8 @@ fn root_of(file: &Path, tree: &str) -> u64 {
 
 /// Where a tree block lies on the only device.
 fn places_of(file: &Path, logical: u64) -> Vec<u64> {
-    let logical = PathBuf::from(logical.to_string());
-    let text = run("btrfs-map-logical", [Path::new("-l"), &logical, file]);
-    let lines = text.lines();
-    lines
-        .map(|line| number_after(line, "physical").unwrap())
-        .collect()
+    let copies = copies_of(&printed_chunks(&[file]), logical);
+    copies.into_iter().map(|(_, place)| place).collect()
 }
 
 /// Changes the leaf that is all of a tree, its checksum (a CRC-32C) included.

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod btrfs;
+pub(crate) mod btrfs_chunks;
 pub(crate) mod btrfs_live;
 pub(crate) mod btrfs_writers;
 pub(crate) mod holdstill;

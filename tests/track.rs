@@ -22,7 +22,7 @@ use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
 use crate::common::live::{LiveWriter, judge, patiently};
-use crate::common::volume::{poisoned_file, populate};
+use crate::common::volume::{check_frozen_ext4, poisoned_file, populate};
 use crate::common::{
     self, LoopDevice, Mount, Partition, Rng, needs_root, run, sparse_file, threads,
 };
@@ -252,7 +252,7 @@ fn judge_files(
     orphans: bool,
 ) {
     if fs_type == "ext4" && !orphans {
-        run("e2fsck", ["-f", "-n", copy.to_str().unwrap()]);
+        check_frozen_ext4(copy);
     }
     let device = LoopDevice::attach(copy);
     let options = if fs_type == "xfs" { "nouuid" } else { "" };
@@ -399,7 +399,7 @@ fn track_swap(fs_type: &str, act: impl FnOnce(&Path) + Send, judge: impl FnOnce(
     let [from, to] = [&image, &copy].map(|path| path.to_str().unwrap());
     common::holdstill::run(["restore", "--yes", from, to]).expect(0);
     if fs_type == "ext4" {
-        run("e2fsck", ["-f", "-n", to]);
+        check_frozen_ext4(&copy);
     }
     let device = LoopDevice::attach(&copy);
     let how = if fs_type == "xfs" { "nouuid" } else { "" };

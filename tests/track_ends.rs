@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::common::holdstill::{self, listing};
 use crate::common::live::{LiveWriter, judge};
-use crate::common::volume::populate;
+use crate::common::volume::{check_frozen_ext4, populate};
 use crate::common::{self, LoopDevice, Mount, Rng, needs_root, run, sparse_file, spawn};
 
 /// A busy volume.
@@ -193,7 +193,7 @@ fn privileged_two_runs_at_once_do_no_harm() {
     for image in whole {
         let copy = busy.path("copy");
         holdstill::run([Path::new("restore"), &image, &copy]).expect(0);
-        run("e2fsck", [Path::new("-fn"), &copy]);
+        check_frozen_ext4(&copy);
         let device = LoopDevice::attach(&copy);
         let mount = Mount::new(device.path(), &busy.path("restored"), "ext4", "");
         judge(&mount.dir().join("busy"), &journal, None);

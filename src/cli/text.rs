@@ -322,6 +322,9 @@ fn inspect_source(report: &inspect::SourceReport) -> String {
     if let Some(point) = &report.mounted_at {
         let _ = write!(text, "\nmounted at {}", Escaped(point));
     }
+    for volume in &report.volumes {
+        text.push_str(&inspect_volume(volume));
+    }
     if !report.siblings.is_empty() {
         let _ = write!(
             text,
@@ -345,6 +348,35 @@ fn inspect_source(report: &inspect::SourceReport) -> String {
     }
     for warning in &report.warnings {
         let _ = write!(text, "\nwarning: {}", Escaped(warning));
+    }
+    text
+}
+
+fn inspect_volume(volume: &inspect::VolumeReport) -> String {
+    let mut traits = volume.roles.clone();
+    if volume.encrypted {
+        traits.push("encrypted");
+    }
+    if volume.sealed {
+        traits.push("sealed");
+    }
+    let traits = match traits.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", traits.join(", ")),
+    };
+    let mut text = format!(
+        "\nvolume `{}`{traits} {}, used {}",
+        Escaped(&volume.name),
+        volume.uuid,
+        ByteLen(volume.used_bytes)
+    );
+    for snapshot in &volume.snapshots {
+        let created = snapshot.created.as_deref().unwrap_or("an unknown time");
+        let _ = write!(
+            text,
+            "\n  snapshot `{}` of {created}",
+            Escaped(&snapshot.name)
+        );
     }
     text
 }

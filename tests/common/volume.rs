@@ -230,3 +230,13 @@ pub(crate) fn free_by_fsmap(dir: &Path) -> ExtentSet {
     }
     free
 }
+
+/// Checks a copy of an ext4 that was frozen while it was written to: sound as it is, or but for files
+/// that were being removed, which are then freed as mounting it would.
+#[track_caller]
+pub(crate) fn check_frozen_ext4(copy: &Path) {
+    let superblock = run("dumpe2fs", [Path::new("-h"), copy]);
+    let has_orphans = superblock.contains("First orphan inode");
+    let how = if has_orphans { "-fp" } else { "-fn" };
+    run("e2fsck", [Path::new(how), copy]);
+}

@@ -4,7 +4,7 @@
 //! specifications of FAT and exFAT, Apple's of HFS+ (TN1150) and APFS.
 
 use super::{Info, Kind, Matcher, Volume, blocks, only};
-use crate::fs::{btrfs, ext4, xfs};
+use crate::fs::{apfs, btrfs, ext4, xfs};
 use crate::units::ByteLen;
 
 /// What is commonly made to look like a partitioned disk as well.
@@ -212,14 +212,18 @@ fn hfs(volume: &Volume) -> Option<Info> {
 }
 
 fn apfs(volume: &Volume) -> Option<Info> {
-    volume.has(32, b"NXSB").then_some(())?;
-    let block_size = volume.le32(36)?;
+    let bytes: [u8; size_of::<apfs::format::Superblock>()] = volume.bytes(0)?;
+    let superblock: apfs::format::Superblock = zerocopy::transmute!(bytes);
+    if superblock.magic.get() != apfs::format::NX_MAGIC {
+        return None;
+    }
+    let block_size = superblock.block_size.get();
     Some(Info {
         kind: Kind::Apfs,
         label: None,
-        uuid: volume.uuid(72),
+        uuid: super::uuid(&superblock.uuid),
         block_size,
-        size: blocks(volume.le64(40)?, block_size),
+        size: blocks(superblock.block_count.get(), block_size),
     })
 }
 
