@@ -113,7 +113,7 @@ for case in "$@"; do
         snapshot | later) ;;
         *) fail "which case is $kind?" ;;
     esac
-    ends 3 "mounted" holdstill backup "$source" -o "$image" --freeze offline
+    ends 3 "offline: mounted.*track: a mounted apfs" holdstill backup "$source" -o "$image"
     umount /run/volume
     checked "$source" >/dev/shm/fsck-source
     # After changes behind a snapshot it miscounts; else it has nothing to say.
@@ -123,13 +123,20 @@ for case in "$@"; do
     [ "$(grep -c '  ./large$' "$kind.source")" = $((1 + ${#names[@]})) ] || fail "not all was listed"
 
     backup "$report" "$source" -o "$image" --freeze offline
-    grade=$(tail -n 1 "$report" | grep -o '"grade":"[a-z]*"' | head -n 1)
+    tail -n 1 "$report" | grep -q '"grade":"clean"' || fail "no grade in $(tail -n 1 "$report")"
     used=$(tail -n 1 "$report" | sed -n 's/.*"used_bytes":\([0-9]*\).*/\1/p')
+    size=$(blockdev --getsize64 "$source")
+    [ "$used" -lt $((size / 2)) ] || fail "nearly all blocks are used: $used"
+    holdstill inspect "$source" --json >"$report"
+    for name in "$kind" "${names[@]}"; do
+        tail -n 1 "$report" | grep -qF "\"name\":\"$name\"" || fail "no '$name' in $(tail -n 1 "$report")"
+    done
+
     timeout "$limit" holdstill verify "$image" --against "$source" --quiet
     [ "$(od -An -tx8 -N 8 -j 1M "$target")" = " a5a5a5a5a5a5a5a5" ] || fail "$target was not prepared"
     timeout "$limit" holdstill restore "$image" "$target" --yes --quiet
     timeout "$limit" holdstill verify "$image" --quiet
-    echo "compared: $kind: size $(blockdev --getsize64 "$source"), used $used, $grade," \
+    echo "compared: $kind: size $size, used $used," \
         "image $(stat -c %s "$image"), $(tail -n 1 /dev/shm/fsck-source)"
     rm "$image"
 
