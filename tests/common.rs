@@ -3,6 +3,7 @@
 
 #![allow(dead_code)]
 
+pub(crate) mod apfs;
 pub(crate) mod btrfs;
 pub(crate) mod btrfs_chunks;
 pub(crate) mod btrfs_live;

@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one module per concept.
 
+mod apfs;
 mod backup;
 mod btrfs;
 mod btrfs_devices;

@@ -111,7 +111,7 @@ fn signatures_are_what_blkid_says() {
         }
         let opened = fs::open(&FileSource::open(&path)).unwrap();
         let is_expected = match kind {
-            Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs => {
+            Kind::Ext2 | Kind::Ext3 | Kind::Ext4 | Kind::Xfs | Kind::Btrfs | Kind::Apfs => {
                 matches!(opened, Opened::Known(_))
             }
             _ => matches!(&opened, Opened::NoMap(other) if *other == info),

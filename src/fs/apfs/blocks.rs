@@ -59,12 +59,21 @@ impl Blocks<'_> {
     }
 }
 
-/// Whether an object is ephemeral, whole, and the one that is expected.
+/// Whether an object is ephemeral, whole, and the one that is expected. Each commit writes all of them
+/// anew, so it has to be of the very transaction: an older one may have been left in its place.
 ///
 /// # Errors
 /// [`Damaged`](Kind::Damaged) if not.
 pub(super) fn check_ephemeral(object: &[u8], oid: u64, expected: Expected) -> Result<()> {
-    check(object, oid, STORAGE_EPHEMERAL, expected)
+    check(object, oid, STORAGE_EPHEMERAL, expected)?;
+    let header: &ObjectHeader = part(object, 0, expected.name)?;
+    if header.xid.get() != expected.newest {
+        return Err(damaged(format!(
+            "{} ({oid}) is older than its checkpoint",
+            expected.name
+        )));
+    }
+    Ok(())
 }
 
 /// The same of a virtual object.

@@ -2,10 +2,12 @@
 //! whose bitmaps are listed in chunk-info blocks (CIBs), whose addresses stand in the space manager,
 //! or, in large containers, in CIB-address blocks (CABs).
 
+use std::ops::Range;
+
 use super::blocks::{Blocks, Expected, damaged, is_damage, part, parts};
 use super::checkpoint::Checkpoint;
 use super::format::{
-    AddressBlock, BlockRange, ChunkInfo, Spaceman, Superblock, TYPE_CAB, TYPE_CIB,
+    AddressBlock, BlockRange, ChunkInfo, ObjectHeader, Spaceman, Superblock, TYPE_CAB, TYPE_CIB,
 };
 use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
@@ -174,6 +176,9 @@ impl<'a> Map<'a> {
             }
             other => other?,
         };
+        let xid = part::<ObjectHeader>(&block, 0, "a chunk-info block")?
+            .xid
+            .get();
         let chunks: &[ChunkInfo] = parts(
             &block,
             size_of::<AddressBlock>(),
@@ -181,12 +186,18 @@ impl<'a> Map<'a> {
             "a chunk-info block",
         )?;
         for (chunk, info) in (first..).zip(chunks) {
-            match self.bitmap(chunk, info) {
+            match self.bitmap(chunk, info, xid) {
                 Ok(mut bits) => {
                     if let Some(free) = free {
                         *free += info.free();
                     }
-                    self.add_fixed(chunk, &mut bits);
+                    let fixed = self.fixed_in(chunk);
+                    if bits.is_empty() && !fixed.is_empty() {
+                        bits = vec![0; self.blocks.size as usize];
+                    }
+                    for run in fixed {
+                        bitmap::set(&mut bits, run);
+                    }
                     let start = info.start.get();
                     for run in bitmap::runs_of_set(&bits, info.blocks()) {
                         let end = self.blocks.offset(start + run.end);
@@ -224,8 +235,9 @@ impl<'a> Map<'a> {
         Ok(block)
     }
 
-    /// The bitmap of a chunk, which agrees with its count: it has no checksum.
-    fn bitmap(&self, chunk: u64, info: &ChunkInfo) -> Result<Vec<u8>> {
+    /// The bitmap of a chunk, which agrees with its count: it has no checksum. Empty if all is free.
+    /// `newest`: the transaction of its CIB.
+    fn bitmap(&self, chunk: u64, info: &ChunkInfo, newest: u64) -> Result<Vec<u8>> {
         let start = chunk * self.shape.blocks_per_chunk;
         let len = self.shape.blocks_per_chunk.min(self.blocks.count - start);
         let (said, address) = (info.free(), info.bitmap.get());
@@ -234,16 +246,19 @@ impl<'a> Map<'a> {
                 "the numbers of chunk {chunk} make no sense"
             )));
         }
-        if info.xid.get() > self.checkpoint.xid() {
+        if info.xid.get() > newest {
             return Err(damaged(format!(
-                "chunk {chunk} is newer than its checkpoint"
+                "chunk {chunk} is newer than what describes it"
             )));
         }
         let bits = match address {
-            0 => vec![0; self.blocks.size as usize],
+            0 => Vec::new(),
             _ => self.blocks.read(address)?,
         };
-        let free = bitmap::count_clear(&bits, len);
+        let free = match address {
+            0 => len,
+            _ => bitmap::count_clear(&bits, len),
+        };
         if free != said {
             return Err(damaged(format!(
                 "chunk {chunk} has {free} free blocks by its bitmap, and {said} by its count"
@@ -255,7 +270,7 @@ impl<'a> Map<'a> {
     /// Chunks of which nothing is known.
     fn all_used(
         &self,
-        chunks: std::ops::Range<u64>,
+        chunks: Range<u64>,
         why: &str,
         free: &mut Option<u64>,
         emitter: &mut Emitter<'_>,
@@ -269,14 +284,16 @@ impl<'a> Map<'a> {
         emitter.used(start, end)
     }
 
-    /// Marks what is in use whatever the bitmap says.
-    fn add_fixed(&self, chunk: u64, bits: &mut [u8]) {
+    /// What is in use of a chunk whatever its bitmap says, in blocks from the chunk's first.
+    fn fixed_in(&self, chunk: u64) -> Vec<Range<u64>> {
         let [start, end] =
             [chunk, chunk + 1].map(|chunk| self.blocks.offset(chunk * self.shape.blocks_per_chunk));
-        for extent in self.fixed.intersect(Extent::between(start, end)) {
-            let block = |offset: Offset| offset.since(start).0 / self.blocks.size;
-            bitmap::set(bits, block(extent.start)..block(extent.end()));
-        }
+        let block = |offset: Offset| offset.since(start).0 / self.blocks.size;
+        let fixed = self.fixed.intersect(Extent::between(start, end));
+        fixed
+            .into_iter()
+            .map(|extent| block(extent.start)..block(extent.end()))
+            .collect()
     }
 }
 
