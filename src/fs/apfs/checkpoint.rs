@@ -14,8 +14,11 @@ use super::format::{
 use crate::error::Result;
 use crate::units::ByteLen;
 
-/// More bytes than any of the two areas has (macOS makes them of some MiB).
-const MAX_AREA: ByteLen = ByteLen::mib(256);
+/// More bytes than any descriptor area has (some MiB): all of it is read.
+const MAX_DESCRIPTORS: ByteLen = ByteLen::mib(64);
+/// More bytes than any ephemeral object has, and than all of a checkpoint have.
+const MAX_OBJECT: ByteLen = ByteLen::mib(16);
+const MAX_OBJECTS: ByteLen = ByteLen::mib(1024);
 
 /// A state of the container all of whose own objects are whole.
 pub(super) struct Checkpoint {
@@ -57,11 +60,7 @@ impl Area {
             blocks: u64::from(count),
         };
         let end = base.checked_add(area.blocks);
-        if count == 0
-            || base == 0
-            || end.is_none_or(|end| end > blocks.count)
-            || area.blocks * blocks.size > MAX_AREA.0
-        {
+        if count == 0 || base == 0 || end.is_none_or(|end| end > blocks.count) {
             return Err("its checkpoint areas make no sense");
         }
         Ok(area)
@@ -103,6 +102,9 @@ pub(super) fn newest(
 ) -> Result<std::result::Result<Newest, &'static str>> {
     let areas = Area::new(&blocks, first.desc_base.get(), first.desc_blocks.get()).and_then(
         |descriptors| {
+            if descriptors.blocks * blocks.size > MAX_DESCRIPTORS.0 {
+                return Err("its checkpoint areas make no sense");
+            }
             let data = Area::new(&blocks, first.data_base.get(), first.data_blocks.get())?;
             Ok((descriptors, data))
         },
@@ -186,7 +188,7 @@ impl<'a> Ring<'a> {
         let begin = u64::from(superblock.desc_index.get());
         let mut spaceman = None;
         // They do not overlap.
-        let mut room = self.data.blocks;
+        let mut room = self.data.blocks.min(MAX_OBJECTS.0 / self.blocks.size);
         for map in 0..maps {
             let block = self.blocks.physical(
                 self.descriptors.address(begin + map),
@@ -261,7 +263,7 @@ impl<'a> Ring<'a> {
         let size = u64::from(mapping.size.get());
         let (Some(index), true) = (
             self.data.index(mapping.address.get()),
-            size > 0 && size.is_multiple_of(self.blocks.size),
+            size > 0 && size <= MAX_OBJECT.0 && size.is_multiple_of(self.blocks.size),
         ) else {
             return Err(damaged("a checkpoint map makes no sense"));
         };
