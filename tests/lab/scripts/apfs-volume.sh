@@ -93,6 +93,7 @@ checked() {
 
 for case in "$@"; do
     IFS=: read -r kind source target <<<"$case"
+    [[ $kind =~ ^(plain|snapshot|later)$ ]] || fail "which case is $kind?"
     names=() blocks=''
     # The last blocks are no container's.
     [ $kind != plain ] || blocks=$(($(blockdev --getsize64 "$source") / 4096 - 1000))
@@ -100,19 +101,16 @@ for case in "$@"; do
     mkapfs -L "$kind" "$source" $blocks
     mount -t apfs -o readwrite "$source" /run/volume
     fill /run/volume
-    case $kind in
-        plain) ;;
-        snapshot | later)
-            names=(first)
-            snapshot first ;;&
-        later)
-            random 2M /run/volume/between
-            names+=("second of two")
-            snapshot "second of two"
-            more /run/volume ;;&
-        snapshot | later) ;;
-        *) fail "which case is $kind?" ;;
-    esac
+    if [ $kind != plain ]; then
+        names=(first)
+        snapshot first
+    fi
+    if [ $kind = later ]; then
+        random 2M /run/volume/between
+        names+=("second of two")
+        snapshot "second of two"
+        more /run/volume
+    fi
     ends 3 "offline: mounted.*track: a mounted apfs" holdstill backup "$source" -o "$image"
     umount /run/volume
     checked "$source" >/dev/shm/fsck-source
@@ -123,7 +121,7 @@ for case in "$@"; do
     [ "$(grep -c '  ./large$' "$kind.source")" = $((1 + ${#names[@]})) ] || fail "not all was listed"
 
     backup "$report" "$source" -o "$image" --freeze offline
-    tail -n 1 "$report" | grep -q '"grade":"clean"' || fail "no grade in $(tail -n 1 "$report")"
+    tail -n 1 "$report" | grep -q '"grade":"clean"' || fail "not clean: $(tail -n 1 "$report")"
     used=$(tail -n 1 "$report" | sed -n 's/.*"used_bytes":\([0-9]*\).*/\1/p')
     size=$(blockdev --getsize64 "$source")
     [ "$used" -lt $((size / 2)) ] || fail "nearly all blocks are used: $used"
