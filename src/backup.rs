@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use holdstill_platform::device::Geometry;
 use holdstill_platform::guard::LeftoverKind;
 use holdstill_platform::output::{Output, part_file_of};
 use holdstill_platform::zfs::Reach;
@@ -228,6 +229,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
+        output_path: options.output.as_deref(),
         cow: &options.cow,
         no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,
@@ -236,6 +238,9 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         memory: options.bounds.memory,
         progress,
     };
+    // Before anything is held: macOS lets nobody open what is, not even us.
+    let geometries = plans.iter().map(Plan::geometries);
+    let geometries = geometries.collect::<Result<Vec<_>>>()?.concat();
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in plans {
@@ -255,7 +260,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         }
         datasets.push(group);
     }
-    let manifest = manifest(options, plans, &stills, &datasets)?;
+    let manifest = manifest(options, plans, &geometries, &stills, &datasets);
     progress.total(manifest.used_bytes());
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;
@@ -420,9 +425,10 @@ fn copy(
 fn manifest(
     options: &Options,
     plans: &[Plan],
+    geometries: &[Geometry],
     stills: &[Box<dyn Still>],
     datasets: &[Datasets],
-) -> Result<Manifest> {
+) -> Manifest {
     let descriptions = datasets.iter().flat_map(|group| &group.descriptions);
     let volumes = stills.iter().map(|still| still.surveys().len());
     let streams = (1 + volumes.sum::<usize>() as u32..).zip(descriptions);
@@ -436,13 +442,16 @@ fn manifest(
     let sources = plans
         .iter()
         .flat_map(|plan| plan.sources().map(move |source| (plan, source)));
-    let surveys = stills.iter().flat_map(|still| still.surveys());
-    let volumes = (1..).zip(sources).zip(surveys);
-    let volumes = volumes.map(|((n, (plan, source)), survey)| {
-        let geometry = source.geometry()?;
+    let surveys = stills.iter().flat_map(|still| {
+        let surveys = still.surveys().iter().enumerate();
+        surveys.map(move |(volume, survey)| (still.geometry(volume), survey))
+    });
+    let volumes = (1..).zip(sources).zip(geometries).zip(surveys);
+    let volumes = volumes.map(|(((n, (plan, source)), of_source), (of_copy, survey))| {
+        let geometry = of_copy.as_ref().unwrap_or(of_source);
         let info = survey.info.as_ref();
         let uuid = info.and_then(|info| info.uuid.clone());
-        Ok(VolumeManifest {
+        VolumeManifest {
             n,
             path: source.path.display().to_string(),
             fs: info.map(|info| info.kind.name().to_owned()),
@@ -456,17 +465,17 @@ fn manifest(
             smallest_target: geometry.size,
             blocks: survey.blocks,
             used_bytes: survey.bytes.0,
-        })
+        }
     });
-    Ok(Manifest {
+    Manifest {
         tool: concat!("holdstill ", env!("CARGO_PKG_VERSION")).to_owned(),
         created: jiff::Timestamp::now().to_string(),
         run_id: options.run_id.clone(),
         compress: options.compression.to_string(),
         parent: None,
-        volumes: volumes.collect::<Result<_>>()?,
+        volumes: volumes.collect(),
         streams,
-    })
+    }
 }
 
 /// All of a trailer but for its volumes and streams.

@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
+use holdstill_platform::apple::System;
 use holdstill_platform::btrfs;
 use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
@@ -16,11 +17,13 @@ use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::records::Records;
+use holdstill_platform::signals;
 use holdstill_platform::trace::{PREFIX, Tracefs};
 use holdstill_platform::zfs::{self, Made, Named, Reach, Snapdev};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::apfs::Leavings;
 use crate::progress::Progress;
 use crate::run::RunRecord;
 
@@ -66,6 +69,9 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
             }
         }
     }
+    for warning in &report.warnings {
+        progress.warn(warning);
+    }
     remove_stray_instances(&mut report)?;
     for remove in [remove_stray_snapshots, remove_stray_subvolumes] {
         if let Err(error) = remove(&mut report) {
@@ -78,11 +84,48 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
     })
 }
 
+/// Takes away what a run made to copy volumes of APFS. This is for its guard, which undoes everything else by
+/// itself, still holds the run's lock, and cannot read what the tools for that print.
+///
+/// # Errors
+/// [`Kind::NotFound`] if there is no such run, [`Kind::InUse`] if it lives; else if something is left.
+pub fn of_run(run_id: &str) -> Result<Report> {
+    let runs = Records::default().list()?;
+    let none = || Error::new(Kind::NotFound, "there is no record of this run").on(run_id);
+    let found = runs
+        .into_iter()
+        .find(|run| run.id == run_id)
+        .ok_or_else(none)?;
+    let record = parse(&found.content)?;
+    if signals::is_process(record.pid) {
+        return Err(Error::new(Kind::InUse, "this run lives").on(run_id));
+    }
+    let mut report = Report::default();
+    undo_apfs(&System::this(), &record.apfs, &mut report)?;
+    Ok(report)
+}
+
+fn parse(content: &[u8]) -> Result<RunRecord> {
+    serde_json::from_slice(content)
+        .map_err(|source| Error::new(Kind::Failed, "a run record cannot be read").because(source))
+}
+
+/// Takes away what was made to copy volumes of APFS, by the tools of `system`.
+///
+/// # Errors
+/// If something is left.
+pub fn undo_apfs(system: &System, leavings: &[Leavings], report: &mut Report) -> Result<()> {
+    for leavings in leavings.iter().filter(|_| system.is_macos()) {
+        let undone = leavings.undo(system)?;
+        report.removed.extend(undone.removed);
+        report.warnings.extend(undone.left);
+    }
+    Ok(())
+}
+
 /// Undoes what a record speaks of: thaw first, for whoever waits.
 fn undo(content: &[u8], report: &mut Report) -> Result<()> {
-    let record: RunRecord = serde_json::from_slice(content).map_err(|source| {
-        Error::new(Kind::Failed, "a run record cannot be read").because(source)
-    })?;
+    let record = parse(content)?;
     for point in &record.mount_points {
         match MountPoint::open(point) {
             Ok(open) => {
@@ -115,6 +158,7 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
             }
         }
     }
+    undo_apfs(&System::this(), &record.apfs, report)?;
     for pool in &record.thin_pools {
         release_metadata_snapshot(pool, report)?;
     }

@@ -166,8 +166,11 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
             console.result(&report, &text::inspect(&report));
             Ok(0)
         }
-        Verb::Cleanup => {
-            let report = cleanup::run(progress)?;
+        Verb::Cleanup { run } => {
+            let report = match run {
+                Some(run_id) => cleanup::of_run(&run_id)?,
+                None => cleanup::run(progress)?,
+            };
             console.result(&report, &text::cleanup(&report));
             Ok(0)
         }

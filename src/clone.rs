@@ -122,13 +122,18 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         // What is not wanted is removed by the kernel.
         Filesystem::can_mount()?;
     }
-    let size = ByteLen(plan.geometry()?.size);
+    let size = ByteLen(plan.geometries()?[0].size);
     let candidate = Candidate::examine(&options.target, size)?;
     if options.new_ids {
-        let found = fs::probe(&Disk::open(&plan.source.path, Access::Read)?)?;
-        let fs = found.map(|info| info.kind.name());
+        let found = match plan.step {
+            // Its node cannot be read.
+            Step::Apfs => Some(fs::Kind::Apfs),
+            _ => fs::probe(&Disk::open(&plan.source.path, Access::Read)?)?.map(|info| info.kind),
+        };
+        let fs = found.map(fs::Kind::name);
         new_ids::refuse_others(fs, "the source").map_err(|error| error.on(&plan.source.path))?;
     } else if !options.allow_twin
+        && plan.step != Step::Apfs
         && let Some(member) = whole::member(&plan.source)?
     {
         twin::refuse(member.fsid, &options.target, &[&options.target])?;
@@ -167,6 +172,7 @@ pub fn run(
     let context = Context {
         run: &run,
         output: Some(target.as_fd()),
+        output_path: Some(&options.target),
         cow: &options.cow,
         no_freeze: options.no_freeze,
         all_blocks: options.all_blocks,

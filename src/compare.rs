@@ -1,10 +1,9 @@
 //! Comparing what was read with what a device or raw file holds.
 
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use holdstill_platform::buffer::Buffer;
-use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -29,16 +28,15 @@ pub struct Comparison {
 const ENOUGH: usize = 1 << 20;
 
 impl Comparison {
-    /// Compares volume number `volume` of `size` bytes with what is at `path`.
+    /// Compares volume number `volume` of `size` bytes with what is on `disk`.
     ///
     /// # Errors
-    /// [`Kind::Mismatch`] if that is smaller; else if it cannot be opened.
-    pub fn new(volume: u32, size: ByteLen, path: &Path) -> Result<Self> {
-        let disk = Disk::open(path, Access::Read)?;
+    /// [`Kind::Mismatch`] if that is smaller.
+    pub fn new(volume: u32, size: ByteLen, disk: Disk) -> Result<Self> {
         let room = ReadAt::len(&disk);
         if room < size {
             let what = format!("it is smaller ({room}) than the volume ({size})");
-            return Err(Error::new(Kind::Mismatch, what).on(path));
+            return Err(Error::new(Kind::Mismatch, what).on(disk.path()));
         }
         Ok(Self {
             disk,

@@ -2,6 +2,7 @@
 //!
 //! A [`Still`] source is a value: dropping it thaws what was frozen and removes what was made.
 
+pub mod apfs;
 pub mod btrfs;
 pub mod dm;
 mod final_read;
@@ -20,10 +21,10 @@ pub mod zfs;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use holdstill_platform::device::Disk;
+use holdstill_platform::device::{Disk, Geometry};
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
@@ -48,6 +49,8 @@ pub enum Step {
     Lvm,
     /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
     Track,
+    /// A snapshot of a mounted volume of APFS, copied into a container of its own (macOS).
+    Apfs,
     /// A snapshot slid under the live mapping of a device-mapper device.
     Dm,
     /// Its filesystem is frozen for the whole copy.
@@ -58,21 +61,23 @@ pub enum Step {
 
 impl Step {
     /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 5] = [
+    pub const LADDER: [Self; 6] = [
         Self::Offline,
         Self::Zfs,
         Self::Btrfs,
         Self::Lvm,
         Self::Track,
+        Self::Apfs,
     ];
 
     /// All steps of this version. Those that are not in the ladder are taken only when named.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Offline,
         Self::Zfs,
         Self::Btrfs,
         Self::Lvm,
         Self::Track,
+        Self::Apfs,
         Self::Dm,
         Self::Hold,
         Self::None,
@@ -85,7 +90,7 @@ impl Step {
 
     /// Whether the step makes writers wait, be it for milliseconds, and cannot do without.
     pub fn has_to_freeze(self) -> bool {
-        !matches!(self, Self::Offline | Self::Btrfs | Self::None)
+        !matches!(self, Self::Offline | Self::Btrfs | Self::Apfs | Self::None)
     }
 
     /// The name on the command line.
@@ -96,6 +101,7 @@ impl Step {
             Self::Btrfs => "btrfs",
             Self::Lvm => "lvm",
             Self::Track => "track",
+            Self::Apfs => "apfs",
             Self::Dm => "dm",
             Self::Hold => "hold",
             Self::None => "none",
@@ -134,6 +140,8 @@ pub struct Context<'a> {
     pub run: &'a Run,
     /// What the copy is written to, if it is a file or device of this machine.
     pub output: Option<BorrowedFd<'a>>,
+    /// Where that is, if it has a name.
+    pub output_path: Option<&'a Path>,
     /// Room for a snapshot.
     pub cow: &'a CowRoom,
     /// Freeze nothing.
@@ -229,6 +237,11 @@ impl<'a> Pass<'a> {
 pub trait Still {
     /// What is on each of its volumes: several where a filesystem lives on several devices.
     fn surveys(&self) -> &[Survey];
+
+    /// Size and sectors of one of them, where they are not those of its source.
+    fn geometry(&self, _volume: usize) -> Option<Geometry> {
+        None
+    }
 
     /// The next pass over one of them; `None` when nothing is left to read. What a later pass gives
     /// supersedes what an earlier one gave.

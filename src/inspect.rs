@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::error::{IoContext, Kind, Result};
 use crate::freeze::Step;
+use crate::freeze::apfs::{self, Description};
 use crate::fs::{self, Condition, Opened, Snapshot, Volume};
 use crate::image::content::to_hex;
 use crate::image::format::MAGIC;
@@ -183,7 +184,40 @@ fn is_image(path: &Path) -> Result<bool> {
     Ok(start == MAGIC)
 }
 
+/// A volume of APFS on a Mac, whose node cannot be read.
+fn source_of_apfs(source: &Source, volume: Description) -> Result<SourceReport> {
+    let ladder = plan::ladder(source)?;
+    let mount = source.mount.as_ref();
+    Ok(SourceReport {
+        path: source.path.display().to_string(),
+        size: volume.size,
+        logical_sector: 512,
+        mounted_at: mount.map(|mount| mount.point.display().to_string()),
+        fs: Some(fs::Kind::Apfs.name().to_owned()),
+        label: volume.name,
+        uuid: volume.uuid,
+        volumes: Vec::new(),
+        siblings: Vec::new(),
+        condition: "in use".to_owned(),
+        used_bytes: Some(volume.used),
+        step: first_that_applies(&ladder),
+        ladder,
+        warnings: Vec::new(),
+    })
+}
+
+fn first_that_applies(ladder: &[StepReport]) -> Option<String> {
+    let applies = |report: &&StepReport| report.objection.is_none();
+    ladder
+        .iter()
+        .find(applies)
+        .map(|report| report.step.clone())
+}
+
 fn source(source: &Source) -> Result<SourceReport> {
+    if let Some(volume) = apfs::description(source)? {
+        return source_of_apfs(source, volume);
+    }
     let disk = Disk::open(&source.path, Access::Read)?;
     let geometry = disk.geometry();
     let ladder = plan::ladder(source)?;
@@ -202,10 +236,7 @@ fn source(source: &Source) -> Result<SourceReport> {
         siblings: Vec::new(),
         condition: "unknown".to_owned(),
         used_bytes: None,
-        step: ladder
-            .iter()
-            .find(|step| step.objection.is_none())
-            .map(|step| step.step.clone()),
+        step: first_that_applies(&ladder),
         ladder,
         warnings: Vec::new(),
     };

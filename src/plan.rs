@@ -9,6 +9,7 @@ use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::apfs;
 use crate::freeze::btrfs::{self, Live};
 use crate::freeze::dm;
 use crate::freeze::hold::{self, Hold};
@@ -104,6 +105,7 @@ impl Plan {
             }
             Step::Lvm => lvm::snapshot(&self.source, context)?,
             Step::Track => Box::new(Track::begin(&self.source, context)?),
+            Step::Apfs => apfs::snapshot(&self.source, context)?,
             Step::Dm => dm::snapshot(&self.source, context)?,
             Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
             Step::None => Box::new(Moving::open(&self.source, context)?),
@@ -123,6 +125,7 @@ impl Plan {
         match self.step {
             Step::Zfs => zfs::undo(&self.source, run_id),
             Step::Lvm => lvm::undo(&self.source, run_id),
+            Step::Apfs => apfs::undo(&self.source, run_id),
             Step::Dm => dm::undo(&self.source, run_id),
             _ => Ok(Vec::new()),
         }
@@ -133,12 +136,17 @@ impl Plan {
         self.is_same_as(&other.path)
     }
 
-    /// Size and sectors of the source.
+    /// Size and sectors of each of its [`sources`](Self::sources); at most, where it is copied by way of
+    /// another device.
     ///
     /// # Errors
-    /// If it cannot be opened.
-    pub fn geometry(&self) -> Result<Geometry> {
-        self.source.geometry()
+    /// If one cannot be opened.
+    pub fn geometries(&self) -> Result<Vec<Geometry>> {
+        let of = match self.step {
+            Step::Apfs => apfs::geometry,
+            _ => Source::geometry,
+        };
+        self.sources().map(of).collect()
     }
 
     /// Whether `path` leads to a very file or device that is a source.
@@ -180,6 +188,7 @@ fn objection(step: Step, source: &Source) -> Result<Option<String>> {
         Step::Btrfs => btrfs::objection(source),
         Step::Lvm => lvm::objection(source),
         Step::Track => track::objection(source),
+        Step::Apfs => apfs::objection(source),
         Step::Dm => dm::objection(source),
         Step::Hold => hold::objection(source),
         Step::None => Ok(None),

@@ -16,6 +16,7 @@ use holdstill_platform::records::{Record, Records};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::apfs::Leavings;
 use crate::plan::Plan;
 use crate::progress::Progress;
 
@@ -59,6 +60,9 @@ pub struct RunRecord {
     /// Volumes of ZFS whose property `snapdev` it may have set, and what was set before, if anything.
     #[serde(default)]
     pub zfs_snapdev: Vec<(String, Option<String>)>,
+    /// What it may have made to copy volumes of APFS; not what it has taken away again.
+    #[serde(default)]
+    pub apfs: Vec<Leavings>,
 }
 
 /// What of a run has to be watched over.
@@ -300,13 +304,17 @@ impl Run {
 }
 
 /// Ends the run, however it went: the guard does what is left to do (the hook, if it is still owed),
-/// and the record goes. Only a run that is killed leaves its record, for `cleanup`.
+/// and the record goes. Only a run that is killed, or could not take away what nothing but its record tells
+/// of, leaves it, for `cleanup`.
 impl Drop for Guarded {
     fn drop(&mut self) {
         if let Some(Err(error)) = self.guard.take().map(Guard::finish) {
             log::warn!("{error}");
         }
         let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        if !record.0.apfs.is_empty() {
+            return;
+        }
         if let Some(Err(error)) = record.1.take().map(Record::remove) {
             log::warn!("{error}");
         }

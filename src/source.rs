@@ -5,6 +5,7 @@ pub mod whole;
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::apple::System;
 use holdstill_platform::btrfs::{self, Mounted};
 use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::lvm::LogicalVolume;
@@ -100,7 +101,14 @@ impl Named {
         if !text.starts_with(['/', '.']) {
             let volume = volume_of_name(text)?;
             let named = zfs::find(text)?;
-            let readings = [node.is_ok(), volume.is_some(), named.is_some()];
+            // On a Mac.
+            let disk = System::this().named(text);
+            let readings = [
+                node.is_ok(),
+                volume.is_some(),
+                named.is_some(),
+                disk.is_some(),
+            ];
             if readings.into_iter().filter(|is_one| *is_one).count() > 1 {
                 return Err(Error::new(Kind::Usage, "this could be more than one thing")
                     .on(text)
@@ -111,6 +119,9 @@ impl Named {
             }
             if let Some(named) = named {
                 return Self::zfs(text, named);
+            }
+            if let Some(node) = disk {
+                return Source::device(text, BlockDevice::at(&node)?, node).map(Self::blocks);
             }
         }
         let node = node.map_err(|error| {

@@ -125,11 +125,13 @@ impl Candidate {
                 return Err(error).context("cannot size", &self.path);
             }
         }
-        let claimed = match self.existing {
-            Some(NodeKind::Block(_)) => Some(Claimed::new(&self.path)?),
-            _ => None,
+        let (claimed, disk) = match self.existing {
+            Some(NodeKind::Block(_)) => {
+                let (claimed, disk) = Claimed::open(&self.path)?;
+                (Some(claimed), disk)
+            }
+            _ => (None, Disk::open(&self.path, Access::ReadWrite)?),
         };
-        let disk = Disk::open(&self.path, Access::ReadWrite)?;
         let end = Offset(self.size.0);
         let head_end = Offset(HEAD.min(self.size).0);
         let tail_start = Offset(end.0.saturating_sub(TAIL.0))
@@ -162,7 +164,7 @@ struct Claimed {
 }
 
 impl Claimed {
-    fn new(path: &Path) -> Result<Self> {
+    fn open(path: &Path) -> Result<(Self, Disk)> {
         let taken = |error: holdstill_platform::error::Error| match error.source.kind() {
             ErrorKind::ResourceBusy | ErrorKind::WouldBlock => {
                 Error::new(Kind::InUse, "somebody took the target meanwhile").on(path)
@@ -170,10 +172,12 @@ impl Claimed {
             _ => error.into(),
         };
         let disk = BlockDevice::of(BlockDevice::at(path)?.disk)?.path();
-        Ok(Self {
-            claim: Some(Claim::new(path).map_err(taken)?),
+        let (claim, opened) = Claim::open(path, Access::ReadWrite).map_err(taken)?;
+        let claimed = Self {
+            claim: Some(claim),
             _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
-        })
+        };
+        Ok((claimed, opened))
     }
 }
 
@@ -310,7 +314,8 @@ impl Target {
     /// What the device says.
     pub fn comparison(&self, volume: u32) -> Result<Comparison> {
         self.disk.sync()?;
-        Ok(Comparison::new(volume, self.size, self.path())?.within(self.middle()))
+        let disk = self.disk.try_clone()?;
+        Ok(Comparison::new(volume, self.size, disk)?.within(self.middle()))
     }
 
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
 use crate::compare::Comparison;
@@ -75,7 +76,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let comparison = match &options.against {
         Some(path) => {
             let volume = volume_of(&image.manifest().volumes, options.volume)?;
-            Some(Comparison::new(volume.n, ByteLen(volume.size), path)?)
+            let disk = Disk::open(path, Access::Read)?;
+            Some(Comparison::new(volume.n, ByteLen(volume.size), disk)?)
         }
         None => None,
     };

@@ -1,6 +1,11 @@
 //! APFS: what is in use, by the tools of others, by containers written for the purpose, and after
 //! damage.
 
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "runs of blocks, of which there may be one"
+)]
+
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 

@@ -150,7 +150,7 @@ fn the_version_tells_what_this_build_can_do() {
     assert_eq!(
         names("steps"),
         [
-            "offline", "zfs", "btrfs", "lvm", "track", "dm", "hold", "none"
+            "offline", "zfs", "btrfs", "lvm", "track", "apfs", "dm", "hold", "none"
         ]
     );
     assert!(names("used_block_filesystems").contains(&"xfs"));

@@ -19,11 +19,14 @@ const MAX_READ: usize = 4 << 20;
 /// No walk over one of these small volumes reads more.
 const MAX_READ_IN_ALL: u64 = 256 << 20;
 
+/// Where, and what comes to be there.
+type Patch = (u64, Vec<u8>);
+
 /// A volume, changed here and there. Panics where a parser reads without bound.
 struct Changed<'a> {
     base: &'a [u8],
     len: ByteLen,
-    patches: Vec<(u64, Vec<u8>)>,
+    patches: Vec<Patch>,
     /// What cannot be read.
     broken: Option<Extent>,
     read: AtomicU64,
@@ -88,7 +91,7 @@ const NASTY: &[u32] = &[
 ];
 
 /// One small change of something on the volume, mostly of metadata.
-fn patch(victim: &Victim, rng: &mut Rng) -> (u64, Vec<u8>) {
+fn patch(victim: &Victim, rng: &mut Rng) -> Patch {
     let places = &victim.metadata;
     let place = places[rng.below(places.len() as u64) as usize];
     // Mostly where the fields are.
@@ -412,7 +415,7 @@ fn btrfs() {
 }
 
 /// Changes that checksums cannot tell, for `forge` makes them right again.
-fn run_forged(victims: &[Victim], tries: u64, forge: fn(&Victim, &mut Rng) -> Vec<(u64, Vec<u8>)>) {
+fn run_forged(victims: &[Victim], tries: u64, forge: fn(&Victim, &mut Rng) -> Vec<Patch>) {
     let seed = seed();
     for victim in victims {
         for number in 0..tries {
@@ -437,8 +440,8 @@ fn run_forged(victims: &[Victim], tries: u64, forge: fn(&Victim, &mut Rng) -> Ve
     }
 }
 
-fn forge_btrfs(victim: &Victim, rng: &mut Rng) -> Vec<(u64, Vec<u8>)> {
-    let mut bytes: Vec<(u64, Vec<u8>)> = Vec::new();
+fn forge_btrfs(victim: &Victim, rng: &mut Rng) -> Vec<Patch> {
+    let mut bytes: Vec<Patch> = Vec::new();
     for _ in 0..1 + rng.below(3) {
         let places = &victim.metadata;
         let place = places[rng.below(places.len() as u64) as usize];
@@ -573,8 +576,8 @@ fn apfs() {
     run_all(&apfs_victims(), count(300, 10_000));
 }
 
-fn forge_apfs(victim: &Victim, rng: &mut Rng) -> Vec<(u64, Vec<u8>)> {
-    let mut patches: Vec<(u64, Vec<u8>)> = Vec::new();
+fn forge_apfs(victim: &Victim, rng: &mut Rng) -> Vec<Patch> {
+    let mut patches: Vec<Patch> = Vec::new();
     for _ in 0..1 + rng.below(3) {
         let place = victim.metadata[rng.below(victim.metadata.len() as u64) as usize];
         let start = place.start.0 as usize;

@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: one module per concept.
 
 mod apfs;
+mod apfs_snapshot;
 mod backup;
 mod btrfs;
 mod btrfs_devices;

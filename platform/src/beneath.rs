@@ -5,15 +5,17 @@
 //! md devices, partition, disk.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::btrfs;
 use crate::error::{Context, Result};
 use crate::mounts::{self, Mount};
 use crate::node::{BlockDevice, DeviceNumber};
+use crate::os;
 
 /// Whether the filesystem numbered `filesystem` (`st_dev` of a file on it) lies on `source`, directly
 /// or through other devices. What is below a network or FUSE filesystem cannot be seen.
@@ -31,7 +33,7 @@ pub fn rests_on(filesystem: DeviceNumber, source: &BlockDevice) -> Result<bool> 
         if !seen.insert(number) {
             continue;
         }
-        if number.major == 0 {
+        if !os::mounts::is_of_device(number) {
             let on_it = mounts.iter().filter(|mount| mount.device == number);
             open.extend(on_it.filter_map(below_mount));
             continue;
@@ -52,23 +54,24 @@ pub fn rests_on(filesystem: DeviceNumber, source: &BlockDevice) -> Result<bool> 
 /// As [`rests_on`].
 pub fn file_rests_on(file: impl AsFd, source: &BlockDevice) -> Result<bool> {
     let fd = file.as_fd();
-    let stat = nix::sys::stat::fstat(fd).map_err(io::Error::from).context(
+    let metadata = fd.try_clone_to_owned().map(File::from);
+    let metadata = metadata.and_then(|file| file.metadata()).context(
         "cannot look at",
         PathBuf::from(format!("file descriptor {}", fd.as_raw_fd())),
     )?;
-    match stat.st_mode & libc::S_IFMT {
-        libc::S_IFREG | libc::S_IFDIR => {
-            let filesystem = DeviceNumber::from_raw(stat.st_dev);
-            for device in btrfs::devices_below(fd)?.unwrap_or_else(|| vec![filesystem]) {
-                if rests_on(device, source)? {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        }
-        libc::S_IFBLK => rests_on(DeviceNumber::from_raw(stat.st_rdev), source),
-        _ => Ok(false),
+    let kind = metadata.file_type();
+    if kind.is_block_device() {
+        return rests_on(DeviceNumber::from_raw(metadata.rdev()), source);
     }
+    if kind.is_file() || kind.is_dir() {
+        let filesystem = DeviceNumber::from_raw(metadata.dev());
+        for device in btrfs::devices_below(fd)?.unwrap_or_else(|| vec![filesystem]) {
+            if rests_on(device, source)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// The filesystem or device that a filesystem without a device number of its own writes to.

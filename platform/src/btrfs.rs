@@ -22,10 +22,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
-
 use crate::error::{Context, Error, Result};
 use crate::node::DeviceNumber;
+use crate::os::linux_only;
 
 pub use leftovers::{Leftover, snapshot_name};
 pub use members::Member;
@@ -34,6 +33,9 @@ pub use pruning::{Child, Dropping, forget};
 pub use search::{Item, Key};
 pub(crate) use subvolume::delete_subvolume;
 pub use subvolume::{Subvolume, subvolume_at};
+
+/// `BTRFS_SUPER_MAGIC` of include/uapi/linux/magic.h.
+const MAGIC: i64 = 0x9123_683e;
 
 /// The id of the top-level subvolume (`BTRFS_FS_TREE_OBJECTID`). Those of all others begin at 256.
 pub const TOP_LEVEL: u64 = 5;
@@ -162,7 +164,7 @@ impl Filesystem {
     /// # Errors
     /// What it says: a write of earlier may have failed.
     pub fn sync(&self) -> Result<()> {
-        nix::unistd::syncfs(&self.folder).context("cannot sync", &self.path)
+        linux_only::syncfs(&self.folder).context("cannot sync", &self.path)
     }
 
     /// Hands to `visit` all items of a tree with keys from `min` to `max` (as a key is one number of
@@ -226,7 +228,7 @@ impl AsFd for Filesystem {
 
 /// Whether an open file lies on a btrfs.
 fn is_btrfs(file: BorrowedFd<'_>) -> bool {
-    fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == BTRFS_SUPER_MAGIC)
+    linux_only::magic(file).is_ok_and(|magic| magic & 0xffff_ffff == MAGIC)
 }
 
 /// The devices that an open file lies on, if that is on a btrfs. Its `st_dev` does not tell: each subvolume

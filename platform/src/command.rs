@@ -123,12 +123,22 @@ impl Tool {
     /// # Errors
     /// `NotFound` if it is not installed.
     pub fn find(name: &str) -> Result<Self> {
-        let program = FOLDERS
+        Self::find_in(&FOLDERS.map(Path::new), name)
+    }
+
+    /// The tool of this name in the first of these folders that has it.
+    pub(crate) fn find_in(folders: &[&Path], name: &str) -> Result<Self> {
+        let program = folders
             .iter()
-            .map(|folder| Path::new(folder).join(name))
+            .map(|folder| folder.join(name))
             .find(|path| path.is_file())
             .ok_or_else(|| {
-                let why = io::Error::new(io::ErrorKind::NotFound, format!("not in {PATH}"));
+                let folders: Vec<_> = folders
+                    .iter()
+                    .map(|folder| folder.to_string_lossy())
+                    .collect();
+                let why = format!("not in {}", folders.join(":"));
+                let why = io::Error::new(io::ErrorKind::NotFound, why);
                 Error::new("cannot find the tool", name, why)
             })?;
         let mut command = Command::new(&program);

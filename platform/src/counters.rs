@@ -10,7 +10,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use crate::error::{Context, Result};
-use crate::node::{self, BlockDevice, DeviceNumber};
+use crate::node::{BlockDevice, DeviceNumber};
+use crate::os;
 
 /// Requests completed, and how much they moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -158,13 +159,15 @@ impl InFlightFile {
     }
 }
 
+/// What it means for whoever relies on them that they are not kept, in words.
+pub const NOT_KEPT: &str = os::counters::NOT_KEPT;
+
 /// Whether the kernel counts at all for this device: `queue/iostats` of its disk.
 ///
 /// # Errors
 /// If the device is gone.
 pub fn are_kept(device: &BlockDevice) -> Result<bool> {
-    let value: u32 = node::read_number(&device.disk_sysfs().join("queue/iostats"))?;
-    Ok(value != 0)
+    os::counters::are_kept(device)
 }
 
 #[cfg(test)]

@@ -8,8 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::fstatfs;
 
 use crate::beneath;
 use crate::device::{Access, Disk};
@@ -19,9 +18,13 @@ use crate::in_use;
 use crate::loop_device::LoopDevice;
 use crate::memory;
 use crate::node::{BlockDevice, DeviceNumber, Node};
+use crate::os::linux_only;
 
 /// What is zeroed at the begin of a device, in bytes: what was kept there last may look like something.
 const HEAD: u64 = 1 << 20;
+
+/// `TMPFS_MAGIC` of include/uapi/linux/magic.h.
+const TMPFS: i64 = 0x0102_1994;
 
 /// A copy-on-write store that nobody uses yet.
 #[derive(Debug)]
@@ -64,7 +67,7 @@ impl Place {
             return Ok(None);
         };
         let stat = fstatfs(&open).context("cannot look at", folder)?;
-        let is_memory = stat.filesystem_type() == TMPFS_MAGIC;
+        let is_memory = linux_only::magic(&open) == Ok(TMPFS);
         let mount = crate::mounts::Place::of(folder)?.mount;
         let is_local =
             ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"].contains(&mount.fs_type.as_str());
@@ -74,6 +77,7 @@ impl Place {
         if beneath::file_rests_on(&open, source)? {
             return Ok(None);
         }
+        #[allow(clippy::unnecessary_fallible_conversions)] // its width differs between systems
         let free = stat.blocks_available() * u64::try_from(stat.block_size()).unwrap_or(0);
         let mut room = free / 2;
         if is_memory {
@@ -96,7 +100,7 @@ impl CowStore {
         let folder = &place.folder;
         let file = nameless(folder)?;
         let reserved = match i64::try_from(size) {
-            Ok(len) if !place.is_memory => fallocate(&file, FallocateFlags::empty(), 0, len),
+            Ok(len) if !place.is_memory => linux_only::set_aside(&file, len),
             _ => Err(Errno::EOPNOTSUPP),
         };
         match reserved {
@@ -168,11 +172,7 @@ impl CowStore {
 fn nameless(folder: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);
-    let made = options
-        .clone()
-        .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
-        .open(folder);
-    made.context("cannot make a file in", folder)
+    linux_only::open_nameless(&options, folder).context("cannot make a file in", folder)
 }
 
 #[cfg(test)]

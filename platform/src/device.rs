@@ -4,31 +4,18 @@
 //! `O_DIRECT` wherever offset, length and memory are aligned to what the device asks for; the odd
 //! rest (the last partial unit of a file, a superblock at byte 1024) goes through an aligned bounce
 //! buffer when reading, and through a second, buffered descriptor when writing. Where the
-//! filesystem refuses `O_DIRECT`, all goes buffered, and read pages are dropped from the cache again.
+//! filesystem refuses `O_DIRECT`, all goes buffered, and read pages are dropped from the cache again. On
+//! macOS a disk's character device and `F_NOCACHE` do the same.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::buffer::Buffer;
-use crate::error::{Error, Result};
-
-mod ioctl {
-    //! Requests of `include/uapi/linux/fs.h`.
-    nix::ioctl_read!(blkgetsize64, 0x12, 114, libc::size_t);
-    nix::ioctl_read_bad!(blkssz_get, nix::request_code_none!(0x12, 104), libc::c_int);
-    nix::ioctl_read_bad!(
-        blkpbsz_get,
-        nix::request_code_none!(0x12, 123),
-        libc::c_uint
-    );
-    nix::ioctl_read_bad!(blkro_get, nix::request_code_none!(0x12, 94), libc::c_int);
-    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
-    nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
-    nix::ioctl_none_bad!(blkrrpart, nix::request_code_none!(0x12, 95));
-}
+use crate::error::{Context, Error, Result};
+use crate::os;
 
 /// Largest piece read through a bounce buffer at once, in bytes.
 const BOUNCE: usize = 1 << 20;
@@ -83,21 +70,46 @@ impl Disk {
         // O_NONBLOCK: opening a FIFO by mistake must not wait for a writer.
         let plain = options
             .custom_flags(libc::O_NONBLOCK)
-            .open(path)
+            .open(os::device::node_to_open(path))
             .map_err(fail)?;
         let geometry = geometry(&plain, path)?;
-        let direct = options.custom_flags(libc::O_DIRECT).open(path).ok();
+        let direct = os::device::open_direct(&plain, path, &mut options);
+        Ok(Self::opened(path, plain, direct, geometry))
+    }
+
+    /// From what is open already.
+    pub(crate) fn opened(
+        path: &Path,
+        plain: File,
+        direct: Option<File>,
+        geometry: Geometry,
+    ) -> Self {
         let align = if geometry.is_block_device {
             geometry.logical_sector
         } else {
-            file_dio_align(&plain).unwrap_or(FILE_ALIGN)
+            os::device::file_dio_align(&plain).unwrap_or(FILE_ALIGN)
         };
-        Ok(Self {
+        Self {
             path: path.to_owned(),
             plain,
             direct,
             align,
             geometry,
+        }
+    }
+
+    /// The same once more, opened for the same.
+    ///
+    /// # Errors
+    /// If there are too many descriptors.
+    pub fn try_clone(&self) -> Result<Self> {
+        let again = |file: &File| file.try_clone().context("cannot open", &self.path);
+        Ok(Self {
+            path: self.path.clone(),
+            plain: again(&self.plain)?,
+            direct: self.direct.as_ref().map(again).transpose()?,
+            align: self.align,
+            geometry: self.geometry,
         })
     }
 
@@ -125,7 +137,7 @@ impl Disk {
         let fail = |source| Error::new("cannot read", &self.path, source);
         let Some(direct) = &self.direct else {
             self.plain.read_exact_at(buf, offset).map_err(fail)?;
-            self.forget_cached(offset, buf.len() as u64);
+            os::device::forget_cached(&self.plain, offset, buf.len() as u64);
             return Ok(());
         };
         if self.is_aligned(buf, offset) {
@@ -174,9 +186,12 @@ impl Disk {
         };
         let (aligned, rest) = buf.split_at(front);
         direct.write_all_at(aligned, offset).map_err(fail)?;
-        self.plain
-            .write_all_at(rest, offset + front as u64)
-            .map_err(fail)
+        let at = offset + front as u64;
+        match self.geometry.is_block_device {
+            true => os::device::write_odd(&self.plain, self.align, rest, at),
+            false => self.plain.write_all_at(rest, at),
+        }
+        .map_err(fail)
     }
 
     /// Makes `[offset, offset + len)` read as zeros, really: by zero-out on a device (the kernel
@@ -189,9 +204,9 @@ impl Disk {
             return Ok(());
         }
         let done = if self.geometry.is_block_device {
-            self.block_range(ioctl_zeroout, offset, len)
+            self.block_range(os::device::zero_out, offset, len)
         } else {
-            punch_hole(&self.plain, offset, len)
+            os::device::punch_hole(&self.plain, offset, len)
         };
         match done {
             Err(error) if is_unsupported(&error) => self.write_zeros(offset, len),
@@ -216,9 +231,9 @@ impl Disk {
     /// What the kernel says; `Unsupported` if the device cannot discard.
     pub fn discard_all(&self) -> Result<()> {
         let done = if self.geometry.is_block_device {
-            self.block_range(ioctl_discard, 0, self.geometry.size)
+            self.block_range(os::device::discard, 0, self.geometry.size)
         } else {
-            punch_hole(&self.plain, 0, self.geometry.size)
+            os::device::punch_hole(&self.plain, 0, self.geometry.size)
         };
         done.map_err(|source| Error::new("cannot discard", &self.path, source))
     }
@@ -254,7 +269,8 @@ impl Disk {
         let start = match seek(&self.plain, offset, libc::SEEK_DATA) {
             Ok(start) => start.min(size),
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            // macOS says ENOTTY where the filesystem cannot tell.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
                 return Ok(Some((offset, size)));
             }
             Err(error) => return Err(fail(error)),
@@ -271,8 +287,7 @@ impl Disk {
     /// # Errors
     /// What `fsync(2)` says: the device then may have lost writes.
     pub fn sync(&self) -> Result<()> {
-        self.plain
-            .sync_all()
+        os::device::sync(&self.plain, self.geometry.is_block_device)
             .map_err(|source| Error::new("cannot flush", &self.path, source))
     }
 
@@ -281,10 +296,8 @@ impl Disk {
     /// # Errors
     /// What the kernel says.
     pub fn reread_table(&self) -> Result<()> {
-        // SAFETY: takes no argument; the descriptor is open.
-        unsafe { ioctl::blkrrpart(self.plain.as_raw_fd()) }
-            .map(drop)
-            .map_err(|errno| Error::new("cannot reread the partition table", &self.path, errno))
+        os::device::reread_table(&self.plain)
+            .map_err(|source| Error::new("cannot reread the partition table", &self.path, source))
     }
 
     fn is_aligned(&self, buf: &[u8], offset: u64) -> bool {
@@ -292,15 +305,6 @@ impl Disk {
         offset.is_multiple_of(unit)
             && (buf.len() as u64).is_multiple_of(unit)
             && (buf.as_ptr() as u64).is_multiple_of(unit)
-    }
-
-    /// Drops the pages a buffered read left: imaging a disk must not push out everybody's cache.
-    fn forget_cached(&self, offset: u64, len: u64) {
-        if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
-            let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-            // Only a hint: whether it is taken changes nothing for us.
-            let _ = nix::fcntl::posix_fadvise(&self.plain, offset, len, advice);
-        }
     }
 }
 
@@ -310,7 +314,8 @@ impl AsFd for Disk {
     }
 }
 
-fn geometry(file: &File, path: &Path) -> Result<Geometry> {
+/// Size and sectors of an open device or file.
+pub(crate) fn geometry(file: &File, path: &Path) -> Result<Geometry> {
     let fail = |source| Error::new("cannot examine", path, source);
     let metadata = file.metadata().map_err(fail)?;
     if metadata.file_type().is_file() {
@@ -322,74 +327,17 @@ fn geometry(file: &File, path: &Path) -> Result<Geometry> {
             read_only: false,
         });
     }
-    if !metadata.file_type().is_block_device() {
+    if !os::device::is_device(metadata.file_type()) {
         return Err(fail(io::Error::new(
             io::ErrorKind::InvalidInput,
             "neither a block device nor a regular file",
         )));
     }
-    let fd = file.as_raw_fd();
-    let (mut size, mut logical, mut physical, mut read_only) = (0, 0, 0, 0);
-    // SAFETY: each call fills one integer of the type that its request is defined with.
-    unsafe {
-        ioctl::blkgetsize64(fd, &raw mut size)
-            .and_then(|_| ioctl::blkssz_get(fd, &raw mut logical))
-            .and_then(|_| ioctl::blkpbsz_get(fd, &raw mut physical))
-            .and_then(|_| ioctl::blkro_get(fd, &raw mut read_only))
-    }
-    .map_err(|errno| fail(errno.into()))?;
-    let logical = u32::try_from(logical).unwrap_or(0);
-    if logical == 0 || !logical.is_power_of_two() {
+    let geometry = os::device::geometry(file).map_err(fail)?;
+    if geometry.logical_sector == 0 || !geometry.logical_sector.is_power_of_two() {
         return Err(fail(io::Error::other("the device has no sane sector size")));
     }
-    Ok(Geometry {
-        size: size as u64,
-        logical_sector: logical,
-        physical_sector: physical,
-        is_block_device: true,
-        read_only: read_only != 0,
-    })
-}
-
-/// What the filesystem asks of direct I/O on this file (`STATX_DIOALIGN`, Linux 6.1), in bytes.
-fn file_dio_align(file: &File) -> Option<u32> {
-    // SAFETY: all-zero is a valid `statx`, which is plain numbers.
-    let mut answer: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty C string, which AT_EMPTY_PATH takes as "the descriptor itself",
-    // and `answer` outlives the call.
-    let done = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &raw mut answer,
-        )
-    };
-    let align = answer.stx_dio_offset_align.max(answer.stx_dio_mem_align);
-    (done == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && align.is_power_of_two())
-        .then_some(align)
-}
-
-fn ioctl_discard(file: &File, range: [u64; 2]) -> io::Result<()> {
-    // SAFETY: the request reads two u64: start and length in bytes.
-    unsafe { ioctl::blkdiscard(file.as_raw_fd(), &raw const range) }?;
-    Ok(())
-}
-
-fn ioctl_zeroout(file: &File, range: [u64; 2]) -> io::Result<()> {
-    // SAFETY: the request reads two u64: start and length in bytes.
-    unsafe { ioctl::blkzeroout(file.as_raw_fd(), &raw const range) }?;
-    Ok(())
-}
-
-fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
-    use nix::fcntl::{FallocateFlags, fallocate};
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    Ok(fallocate(file, flags, offset, len)?)
+    Ok(geometry)
 }
 
 fn is_unsupported(error: &io::Error) -> bool {

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sys::ioctl::ioctl_num_type;
 
 use crate::error::{Context, Error, Result};
 use crate::memory::Arena;
@@ -86,19 +87,21 @@ mod spec {
 
 mod ioctl {
     //! `_IOWR(0xfd, NUMBER, struct dm_ioctl)`.
-    const fn request(number: u8) -> libc::Ioctl {
-        nix::request_code_readwrite!(0xfd, number, super::HEADER_LEN) as libc::Ioctl
+    use nix::sys::ioctl::ioctl_num_type;
+
+    const fn request(number: u8) -> ioctl_num_type {
+        nix::request_code_readwrite!(0xfd, number, super::HEADER_LEN) as ioctl_num_type
     }
 
-    pub(super) const DEV_CREATE: libc::Ioctl = request(3);
-    pub(super) const DEV_REMOVE: libc::Ioctl = request(4);
+    pub(super) const DEV_CREATE: ioctl_num_type = request(3);
+    pub(super) const DEV_REMOVE: ioctl_num_type = request(4);
     /// Suspends or, without that flag, resumes; a table that was loaded is live then.
-    pub(super) const DEV_SUSPEND: libc::Ioctl = request(6);
-    pub(super) const DEV_STATUS: libc::Ioctl = request(7);
-    pub(super) const TABLE_LOAD: libc::Ioctl = request(9);
-    pub(super) const TABLE_CLEAR: libc::Ioctl = request(10);
-    pub(super) const TABLE_STATUS: libc::Ioctl = request(12);
-    pub(super) const TARGET_MSG: libc::Ioctl = request(14);
+    pub(super) const DEV_SUSPEND: ioctl_num_type = request(6);
+    pub(super) const DEV_STATUS: ioctl_num_type = request(7);
+    pub(super) const TABLE_LOAD: ioctl_num_type = request(9);
+    pub(super) const TABLE_CLEAR: ioctl_num_type = request(10);
+    pub(super) const TABLE_STATUS: ioctl_num_type = request(12);
+    pub(super) const TARGET_MSG: ioctl_num_type = request(14);
 }
 
 /// Which mapped device is meant.
@@ -286,7 +289,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// Allocates nothing.
-fn exchange(control: &OwnedFd, request: libc::Ioctl, bytes: &mut [u8]) -> io::Result<()> {
+fn exchange(control: &OwnedFd, request: ioctl_num_type, bytes: &mut [u8]) -> io::Result<()> {
     debug_assert!(bytes.len() >= HEADER_LEN, "no room for a header");
     // SAFETY: the kernel reads and writes `data_size` bytes of `bytes`, which is its length.
     let done = unsafe { libc::ioctl(control.as_raw_fd(), request, bytes.as_mut_ptr()) };

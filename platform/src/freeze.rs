@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use crate::error::{Context, Result};
 use crate::node::DeviceNumber;
+use crate::os::linux_only;
 
 mod ioctl {
     nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
@@ -62,7 +63,7 @@ impl MountPoint {
     /// # Errors
     /// What it says: a write of earlier may have failed.
     pub fn sync(&self) -> Result<()> {
-        nix::unistd::syncfs(&self.file).context("cannot sync", &self.path)
+        linux_only::syncfs(&self.file).context("cannot sync", &self.path)
     }
 
     /// Freezes. Whoever calls this must be sure that somebody thaws.
@@ -97,6 +98,7 @@ impl AsFd for MountPoint {
 
 /// FIFREEZE on a descriptor; calls nothing but the kernel.
 fn freeze(fd: i32) -> std::result::Result<(), Errno> {
+    linux_only::check()?;
     let mut unused = 0;
     // SAFETY: the kernel ignores the argument; a stale descriptor gives EBADF.
     unsafe { ioctl::fifreeze(fd, &raw mut unused) }.map(drop)
@@ -104,6 +106,7 @@ fn freeze(fd: i32) -> std::result::Result<(), Errno> {
 
 /// FITHAW on a descriptor; calls nothing but the kernel.
 pub(crate) fn thaw(fd: i32) -> std::result::Result<(), Errno> {
+    linux_only::check()?;
     let mut unused = 0;
     // SAFETY: as above.
     unsafe { ioctl::fithaw(fd, &raw mut unused) }.map(drop)

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 
 use crate::freeze::MountPoint;
 use crate::node::DeviceNumber;
+use crate::os::linux_only;
 
 /// Bytes `start..start + len` of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +172,7 @@ impl FsMap {
         size: u64,
         used: &mut Vec<UsedRange>,
     ) -> Result<(), FsMapError> {
+        linux_only::check().map_err(|_| FsMapError::Unsupported)?;
         let mut collect = Collect::new(device, size, used);
         let question = self.question.first_mut().ok_or(FsMapError::Contradiction)?;
         question.head.keys = [EMPTY, HIGHEST];

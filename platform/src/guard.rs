@@ -22,7 +22,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
@@ -31,6 +30,7 @@ use crate::dm::Takeover;
 use crate::error::{Context, Error, Result};
 use crate::freeze::{FreezeError, MountPoint};
 use crate::memory::Arena;
+use crate::os;
 use wire::{Ask, Counts, Reply, Request};
 
 /// How long the guard may take to answer before it counts as lost.
@@ -168,13 +168,8 @@ impl Guard {
             .into_iter()
             .map(prepare_undo)
             .collect::<Result<_>>()?;
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .context("cannot start", "the guard process")?;
+        let (ours, theirs) =
+            os::guard::socket_pair().context("cannot start", "the guard process")?;
         let mut kept: Vec<_> = config.keep.iter().map(AsRawFd::as_raw_fd).collect();
         kept.push(theirs.as_raw_fd());
         kept.sort_unstable();

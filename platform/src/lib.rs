@@ -1,8 +1,14 @@
 //! Everything holdstill needs of one operating system, and every line of its `unsafe` code.
 //!
-//! The operating system is Linux: each module names the kernel interface it stands on. The crate
-//! knows nothing of images, filesystem formats or the command line.
+//! Each module names the kernel interface it stands on. The crate knows nothing of images, filesystem
+//! formats or the command line.
+//!
+//! Modules that mean something on Linux and on macOS take what differs from `os`: one folder for each
+//! system, with the same names in it. Modules of what Linux alone has (LVM, btrfs, traces, ...) are the
+//! same everywhere: elsewhere they find nothing, because the files they ask are not there, and the few
+//! system calls that are not either are in `os::linux_only`.
 
+pub mod apple;
 pub mod beneath;
 pub mod btrfs;
 pub mod buffer;
@@ -26,15 +32,33 @@ pub mod mounts;
 pub mod node;
 pub mod open_files;
 pub mod output;
-mod private_mount;
 pub mod records;
 pub mod signals;
 pub mod stack;
 pub mod stream;
 pub mod swap_file;
 pub mod trace;
-mod urgent;
 pub mod zfs;
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
+
+#[cfg(target_os = "linux")]
+use linux as os;
+#[cfg(target_os = "macos")]
+use macos as os;
+
+use os::{private_mount, urgent};
+
+// What of macOS calls no kernel is tested everywhere.
+#[cfg(all(test, target_os = "linux"))]
+#[path = "macos/names.rs"]
+mod macos_names;
+#[cfg(all(test, target_os = "linux"))]
+#[path = "macos/sectors.rs"]
+mod macos_sectors;
 
 #[cfg(test)]
 mod testing;

@@ -14,7 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::error::{Context, Error, Result};
 
 /// Where the locks of this machine are.
-pub const FOLDER: &str = "/run/holdstill";
+pub const FOLDER: &str = crate::os::LOCKS;
 
 /// Somebody asking [`is_held`] takes the lock for a moment: so long is it tried again.
 const TRIES: u32 = 20;

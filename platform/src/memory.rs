@@ -8,11 +8,11 @@ use std::path::Path;
 use std::ptr::NonNull;
 
 use nix::sys::mman::{
-    MapFlags, MlockAllFlags, MmapAdvise, ProtFlags, madvise, mlock, mlockall, mmap_anonymous,
-    munlockall, munmap,
+    MapFlags, MlockAllFlags, ProtFlags, mlock, mlockall, mmap_anonymous, munlockall, munmap,
 };
 
 use crate::error::{Context, Error, Result};
+use crate::os;
 
 /// Memory locked and present from the begin, aligned to a page, left out of core dumps.
 pub struct Arena {
@@ -44,7 +44,7 @@ impl Arena {
         };
         // SAFETY: our own mapping, of this length.
         unsafe {
-            madvise(memory, len.get(), MmapAdvise::MADV_DONTDUMP).context("cannot set up", what)?;
+            os::memory::keep_out_of_dumps(memory, len.get()).context("cannot set up", what)?;
             // Locking also brings in every page.
             mlock(memory, len.get()).context("cannot lock", what)?;
         }

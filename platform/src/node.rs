@@ -1,5 +1,5 @@
 //! What a path is: block device, regular file, folder; and what a block device is made of
-//! (`/sys/dev/block`, Documentation/ABI/stable/sysfs-block; loop ioctls of
+//! (on Linux `/sys/dev/block`, Documentation/ABI/stable/sysfs-block; loop ioctls of
 //! include/uapi/linux/loop.h).
 
 use std::ffi::OsString;
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Context, Error, Result};
+use crate::os;
 
 /// Number of a device, `8:1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,15 +27,13 @@ pub struct DeviceNumber {
 impl DeviceNumber {
     /// From `st_dev` or `st_rdev`.
     pub fn from_raw(raw: u64) -> Self {
-        Self {
-            major: libc::major(raw),
-            minor: libc::minor(raw),
-        }
+        let (major, minor) = os::node::split(raw);
+        Self { major, minor }
     }
 
     /// As in `st_dev` and `st_rdev`.
     pub fn to_raw(self) -> u64 {
-        libc::makedev(self.major, self.minor)
+        os::node::join(self.major, self.minor)
     }
 
     /// As the kernel holds it inside, and shows it in trace events: 12 bits of major above 20 bits
@@ -108,7 +107,8 @@ pub enum Kind {
 /// A path and what it leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// The path without symbolic links.
+    /// The path without symbolic links; of a macOS disk that of its block device, `/dev/disk2`, never of
+    /// the character device beside it.
     pub path: PathBuf,
     /// What is there.
     pub kind: Kind,
@@ -125,6 +125,7 @@ impl Node {
     /// What `stat(2)` says.
     pub fn of(path: &Path) -> Result<Self> {
         let resolved = std::fs::canonicalize(path).context("cannot look up", path)?;
+        let resolved = os::node::block_node(resolved);
         let metadata = std::fs::metadata(&resolved).context("cannot look up", path)?;
         Self::from_metadata(resolved, &metadata)
     }
@@ -184,32 +185,30 @@ pub struct PartitionPlace {
     pub sectors: u64,
 }
 
-/// A block device as sysfs describes it.
+/// A block device as the system describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockDevice {
     /// Its number.
     pub number: DeviceNumber,
-    /// The kernel's name: `sda1`, `dm-3`, `nvme0n1`.
+    /// The kernel's name: `sda1`, `dm-3`, `nvme0n1`; `disk2s1`.
     pub name: String,
     /// The whole disk it belongs to: itself, if it is one.
     pub disk: DeviceNumber,
     /// Length in units of 512 bytes.
     pub sectors: u64,
-    /// Where it lies on the disk, if it is a partition.
+    /// Where it lies on the disk, if it is a partition. macOS does not say.
     pub partition: Option<PartitionPlace>,
-    /// Its folder in sysfs.
-    sysfs: PathBuf,
+    /// Its folder in sysfs. Elsewhere than on Linux one that does not exist.
+    pub(crate) sysfs: PathBuf,
 }
 
 impl BlockDevice {
     /// Looks a device up by number.
     ///
     /// # Errors
-    /// If there is no such device, or sysfs is not mounted.
+    /// If there is no such device, or sysfs is not mounted; on macOS, if it cannot be opened.
     pub fn of(number: DeviceNumber) -> Result<Self> {
-        let link = PathBuf::from(format!("/sys/dev/block/{number}"));
-        let sysfs = std::fs::canonicalize(&link).context("cannot find the block device", &link)?;
-        Self::from_sysfs(number, sysfs)
+        os::node::device(number)
     }
 
     /// Looks up the device that `path` leads to.
@@ -222,34 +221,6 @@ impl BlockDevice {
             .block_device()
             .ok_or_else(|| Error::other("cannot use", path, "not a block device"))?;
         Self::of(number)
-    }
-
-    fn from_sysfs(number: DeviceNumber, sysfs: PathBuf) -> Result<Self> {
-        let name = sysfs
-            .file_name()
-            .ok_or_else(|| Error::invalid("cannot read", &sysfs, "no name"))?
-            .to_string_lossy()
-            .into_owned();
-        let sectors = read_number(&sysfs.join("size"))?;
-        let (disk, partition) = if sysfs.join("partition").exists() {
-            let disk = sysfs.parent().unwrap_or(&sysfs);
-            let place = PartitionPlace {
-                index: read_number(&sysfs.join("partition"))?,
-                start: read_number(&sysfs.join("start"))?,
-                sectors,
-            };
-            (read_number(&disk.join("dev"))?, Some(place))
-        } else {
-            (number, None)
-        };
-        Ok(Self {
-            number,
-            name,
-            disk,
-            sectors,
-            partition,
-            sysfs,
-        })
     }
 
     /// Whether this is a whole disk, not a partition of one.
@@ -296,13 +267,7 @@ impl BlockDevice {
     /// # Errors
     /// If sysfs cannot be read, or the disk vanished.
     pub fn partitions(&self) -> Result<Vec<Self>> {
-        let mut partitions = Vec::new();
-        for entry in std::fs::read_dir(&self.sysfs).context("cannot read", &self.sysfs)? {
-            let path = entry.context("cannot read", &self.sysfs)?.path();
-            if path.join("partition").exists() {
-                partitions.push(Self::from_sysfs(read_number(&path.join("dev"))?, path)?);
-            }
-        }
+        let mut partitions = os::node::partitions(self)?;
         partitions.sort_by_key(|partition| partition.partition.map(|place| place.start));
         Ok(partitions)
     }
@@ -490,26 +455,12 @@ pub fn device_with_uuid(uuid: &str) -> Option<PathBuf> {
     std::fs::canonicalize(Path::new("/dev/disk/by-uuid").join(uuid)).ok()
 }
 
-/// The kernel's names of all block devices that are whole disks.
+/// All block devices that are whole disks; on macOS those that may be opened.
 ///
 /// # Errors
-/// If sysfs is not mounted.
+/// If they cannot be listed.
 pub fn disks() -> Result<Vec<BlockDevice>> {
-    let dir = Path::new("/sys/block");
-    let mut disks = Vec::new();
-    for entry in std::fs::read_dir(dir).context("cannot read", dir)? {
-        let path = entry.context("cannot read", dir)?.path();
-        let found = std::fs::canonicalize(&path)
-            .context("cannot read", &path)
-            .and_then(|sysfs| BlockDevice::from_sysfs(read_number(&sysfs.join("dev"))?, sysfs));
-        match found {
-            Ok(disk) => disks.push(disk),
-            // Unplugged between the listing and the look.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(disks)
+    os::node::disks()
 }
 
 /// Reads a file of sysfs that holds one value.

@@ -9,11 +9,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::node::Node;
+use crate::os::{self, linux_only};
 use crate::stream::Writer;
 
 /// Alignment of the writes that go past the page cache, in bytes.
@@ -78,13 +80,15 @@ impl Output {
     /// device or folder; `WouldBlock` for a pipe that nobody reads yet; else what the kernel says.
     pub fn create(path: &Path, replace: bool) -> Result<Self> {
         let fail = |source| Error::new("cannot create", path, source);
+        // By its node: the character device of a macOS disk is one, too.
+        let is_disk = || Node::of(path).is_ok_and(|node| node.block_device().is_some());
         match std::fs::metadata(path) {
             Ok(existing) if existing.is_file() => {
                 if !replace {
                     return Err(fail(io::ErrorKind::AlreadyExists.into()));
                 }
             }
-            Ok(existing) if existing.is_dir() || existing.file_type().is_block_device() => {
+            Ok(existing) if existing.is_dir() || is_disk() => {
                 return Err(fail(io::Error::new(
                     io::ErrorKind::InvalidInput,
                     "an image is written to a file or a pipe, not to a folder or a block device",
@@ -100,7 +104,7 @@ impl Output {
         let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let (plain, part) =
             new_file(&path).map_err(|source| Error::new("cannot create", &path, source))?;
-        let direct = reopen_direct(&plain);
+        let direct = os::output::reopen_direct(&plain);
         Ok(Self {
             path,
             kind: Kind::Image(ImageFile {
@@ -228,7 +232,6 @@ impl ImageFile {
     /// Asks for space up to `end` and some more, without changing the size. A full disk is left for
     /// the write itself to report: it may still have room for just the last bytes.
     fn allocate(&mut self, end: u64) -> io::Result<()> {
-        use nix::fcntl::{FallocateFlags, fallocate};
         if end <= self.allocated || !self.can_allocate {
             return Ok(());
         }
@@ -238,7 +241,7 @@ impl ImageFile {
         ) else {
             return Err(io::ErrorKind::FileTooLarge.into());
         };
-        match fallocate(&self.plain, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, len) {
+        match os::output::allocate(&self.plain, from, len) {
             Ok(()) => self.allocated = end + AHEAD,
             Err(_) => self.can_allocate = false,
         }
@@ -248,7 +251,7 @@ impl ImageFile {
     fn publish(&mut self, path: &Path, written: u64) -> io::Result<()> {
         // Cuts off what was allocated ahead.
         self.plain.set_len(written)?;
-        self.plain.sync_all()?;
+        os::output::sync(&self.plain)?;
         let part = match self.part.take() {
             Some(part) => part,
             None if !self.replace => {
@@ -296,11 +299,7 @@ fn folder_of(path: &Path) -> &Path {
 fn new_file(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(MODE);
-    let nameless = options
-        .clone()
-        .custom_flags(libc::O_TMPFILE)
-        .open(folder_of(path));
-    match nameless {
+    match linux_only::open_nameless(&options, folder_of(path)) {
         Ok(file) => Ok((file, None)),
         // Old kernels answer EISDIR, filesystems without it EOPNOTSUPP (FAT, NFS, some FUSE).
         Err(error)
@@ -325,8 +324,8 @@ pub fn part_file_of(path: &Path) -> Option<PathBuf> {
     }
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let mut options = OpenOptions::new();
-    options.write(true).mode(MODE).custom_flags(libc::O_TMPFILE);
-    match options.open(folder_of(&path)) {
+    options.write(true).mode(MODE);
+    match linux_only::open_nameless(&options, folder_of(&path)) {
         Ok(_) => None,
         Err(_) => Some(part_name(&path)),
     }
@@ -338,15 +337,6 @@ fn part_name(path: &Path) -> PathBuf {
     name.push(path.file_name().unwrap_or(OsStr::new("image")));
     name.push(format!(".{}.part", std::process::id()));
     path.with_file_name(name)
-}
-
-/// The same file with `O_DIRECT`, where it is granted.
-fn reopen_direct(file: &File) -> Option<File> {
-    OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-        .ok()
 }
 
 fn link_nameless(file: &File, path: &Path) -> io::Result<()> {
@@ -364,10 +354,9 @@ fn link_nameless(file: &File, path: &Path) -> io::Result<()> {
 
 /// Renames without replacing. Where the filesystem cannot promise that, a hard link can.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+    match os::output::rename_new(from, to) {
         Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
-            // No RENAME_NOREPLACE here (NFS, old FAT): the check before the rename leaves a gap of
+            // Nothing of that kind here (NFS, old FAT): the check before the rename leaves a gap of
             // microseconds, which a second writer of the same name would have to hit.
             if to.exists() {
                 return Err(io::ErrorKind::AlreadyExists.into());

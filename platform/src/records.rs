@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::lock::{self, Lock};
 
 /// Where the records of this machine are.
-pub const FOLDER: &str = "/var/lib/holdstill";
+pub const FOLDER: &str = crate::os::RECORDS;
 
 /// A larger record is not one of ours, in bytes.
 const MAX_LEN: u64 = 1 << 20;

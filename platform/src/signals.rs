@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::errno::Errno;
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
+use nix::unistd::Pid;
 
 use crate::error::{Context, Result};
 
@@ -70,6 +72,13 @@ impl Stop {
     pub fn ask(&self, by: StopSignal) {
         self.0.store(by as usize + 1, Ordering::Relaxed);
     }
+}
+
+/// Whether there is a process of this number, dead perhaps and not waited for.
+pub fn is_process(pid: u32) -> bool {
+    // Zero and what is negative mean groups of processes.
+    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0);
+    pid.is_some_and(|pid| kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH))
 }
 
 /// Whether this process ignores a signal.

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::error::{Context, Error, Result};
 
 /// Bytes that a pipe or socket with any room at all takes at once (`PIPE_BUF`, pipe(7)).
-const ANY_ROOM: usize = 4096;
+const ANY_ROOM: usize = libc::PIPE_BUF;
 
 /// Waits until something can be read, or written; `false` if that was not so within `patience`.
 fn is_ready(fd: BorrowedFd<'_>, events: PollFlags, patience: Duration) -> io::Result<bool> {

@@ -15,11 +15,11 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::error::{Context, Error, Result};
 use crate::fsmap::UsedRange;
+use crate::os::linux_only;
 
 /// `struct fiemap` without its extents.
 #[repr(C)]
@@ -134,8 +134,7 @@ impl SwapFile {
     /// ETXTBSY before it looks at what is wanted (`vfs_fallocate` of fs/open.c), which here is
     /// nothing that can be had: a hole beyond the end of all files.
     fn is_active(&self) -> bool {
-        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&self.file, hole, i64::MAX - 1, 4096) == Err(Errno::ETXTBSY)
+        linux_only::punch_hole(&self.file, i64::MAX - 1, 4096) == Err(Errno::ETXTBSY)
     }
 
     /// How many pages of the file are swap space, the first included: `union swap_header` of

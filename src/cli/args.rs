@@ -71,7 +71,11 @@ pub(super) enum Verb {
     /// Say what a source or an image is, and how it would be backed up
     Inspect(InspectArgs),
     /// Remove what killed runs left, and thaw what they left frozen
-    Cleanup,
+    Cleanup {
+        /// Only what this run made to copy volumes of APFS: for its guard process
+        #[arg(long, value_name = "ID", hide = true)]
+        run: Option<String>,
+    },
     /// Show on a scratch volume what this is for (needs root)
     Demo,
     /// Print completions for a shell
@@ -136,9 +140,10 @@ pub(super) struct BackupArgs {
 struct FreezeArgs {
     /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
     /// it), zfs (a snapshot of a zvol), btrfs (a commit, pinned by snapshots), lvm (a snapshot of a
-    /// logical volume), track (writes are tracked, frozen for milliseconds); never chosen by auto: dm (a
-    /// snapshot slid under a device-mapper device), hold (frozen for the whole copy, 60 s at most), or
-    /// none (see --allow-inconsistent)
+    /// logical volume), track (writes are tracked, frozen for milliseconds), apfs (macOS: a snapshot of
+    /// a volume in use, copied to a disk image first); never chosen by auto: dm (a snapshot slid under a
+    /// device-mapper device), hold (frozen for the whole copy, 60 s at most), or none (see
+    /// --allow-inconsistent)
     #[arg(long, value_name = "STEP", default_value = "auto")]
     freeze: String,
     /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so

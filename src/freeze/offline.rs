@@ -5,15 +5,17 @@
 //! and the last: a device by its counters of writes and discards, a file by a read lease. Where
 //! neither exists the copy may still be right, but is graded `crash`.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use holdstill_platform::counters::{self, Counters};
-use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::exclusive::{Claim, Lease, LeaseAnswer, Stamp};
 use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::freeze::apfs::raw;
 use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
@@ -68,6 +70,9 @@ enum Watch {
 /// # Errors
 /// If the users cannot be searched.
 pub fn objection(source: &Source) -> Result<Option<String>> {
+    if let Some(why) = raw::objection(source)? {
+        return Ok(Some(why));
+    }
     let Users { users, .. } = match &source.medium {
         Medium::Device(device) => in_use::of_device(device, &[])?,
         Medium::File(file) => in_use::of_file(*file, &[])?,
@@ -83,20 +88,22 @@ impl Offline {
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
     pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
         context.run.before_freeze()?;
+        Self::take(sources, context)
+    }
+
+    /// The same for something the run itself has made: no hook is run for it.
+    pub(super) fn take(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
         let mut held = Vec::new();
         for source in sources {
-            let disk = Disk::open(&source.path, Access::Read)?;
-            let watch = match &source.medium {
-                Medium::Device(device) => Watch::device(source, device, &disk),
-                Medium::File(_) => Watch::file(source, &disk),
-            }?;
-            let disk = Arc::new(disk);
-            held.push(Held { disk, watch });
+            held.push(match &source.medium {
+                Medium::Device(device) => Held::device(source, device)?,
+                Medium::File(_) => Held::file(source)?,
+            });
         }
         // Searched for only now: whoever comes later is seen by the watch.
         for (source, Held { disk, .. }) in sources.iter().zip(&held) {
             if let Some(user) = objection(source)? {
-                return Err(in_use(disk, &user));
+                return Err(in_use(disk.path(), &user));
             }
         }
         let instant = jiff::Timestamp::now();
@@ -120,6 +127,39 @@ impl Offline {
         })
     }
 
+    /// Proves that nobody wrote since it was taken.
+    ///
+    /// # Errors
+    /// [`Kind::Inconsistent`] if somebody did; else if that cannot be told.
+    pub(super) fn prove(&self) -> Result<Proof> {
+        for Held { disk, watch } in &self.held {
+            if !watch.is_quiet(disk)? {
+                return Err(Error::new(
+                    Kind::Inconsistent,
+                    "somebody wrote to the source while it was copied",
+                )
+                .on(disk.path())
+                .hint("find out who, and try again"));
+            }
+        }
+        Ok(Proof {
+            grade: worst_grade(&self.surveys),
+            instant: self.instant,
+            freezes: Vec::new(),
+            commit: None,
+        })
+    }
+
+    /// What was found on its devices, to be judged by who knows more of them.
+    pub(super) fn surveys_mut(&mut self) -> &mut [Survey] {
+        &mut self.surveys
+    }
+
+    /// Size and sectors of one of its devices.
+    pub(super) fn geometry_of(&self, volume: usize) -> Option<Geometry> {
+        Some(self.held.get(volume)?.disk.geometry())
+    }
+
     /// What is on device `own` of `held`.
     fn examine(held: &[Held], own: usize, context: &Context<'_>) -> Result<Survey> {
         let disk = &held[own].disk;
@@ -137,20 +177,20 @@ impl Offline {
     }
 }
 
-fn in_use(disk: &Disk, user: &str) -> Error {
+fn in_use(path: &Path, user: &str) -> Error {
     Error::new(Kind::InUse, format!("the source is in use: {user}"))
-        .on(disk.path())
+        .on(path)
         .hint("unmount it, or end whatever writes to it")
 }
 
-impl Watch {
-    fn device(source: &Source, device: &BlockDevice, disk: &Disk) -> Result<Self> {
-        let claim = match Claim::new(disk.path()) {
-            Ok(claim) => claim,
+impl Held {
+    fn device(source: &Source, device: &BlockDevice) -> Result<Self> {
+        let (claim, disk) = match Claim::open(&source.path, Access::Read) {
+            Ok(both) => both,
             Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy => {
                 let user = objection(source)?;
                 return Err(in_use(
-                    disk,
+                    &source.path,
                     user.as_deref().unwrap_or("the kernel says it is held"),
                 ));
             }
@@ -158,35 +198,42 @@ impl Watch {
         };
         // What others wrote and the kernel has not passed on yet must count before, not meanwhile.
         disk.sync()?;
-        if !counters::are_kept(device)? {
-            return Ok(Self::Nothing { _claim: claim });
-        }
-        Ok(Self::Counters {
-            device: device.clone(),
-            before: Counters::of(device.number)?,
-            _claim: claim,
-        })
+        let watch = match counters::are_kept(device)? {
+            false => Watch::Nothing { _claim: claim },
+            true => Watch::Counters {
+                device: device.clone(),
+                before: Counters::of(device.number)?,
+                _claim: claim,
+            },
+        };
+        let disk = Arc::new(disk);
+        Ok(Self { disk, watch })
     }
 
-    fn file(source: &Source, disk: &Disk) -> Result<Self> {
-        match Lease::ask(disk.path())? {
-            LeaseAnswer::Granted(lease) => Ok(Self::Lease(lease)),
+    fn file(source: &Source) -> Result<Self> {
+        let disk = Disk::open(&source.path, Access::Read)?;
+        let watch = match Lease::ask(disk.path())? {
+            LeaseAnswer::Granted(lease) => Watch::Lease(lease),
             LeaseAnswer::Writer => {
                 let user = objection(source)?;
-                Err(in_use(
-                    disk,
+                return Err(in_use(
+                    disk.path(),
                     user.as_deref()
                         .unwrap_or("somebody has it open for writing"),
-                ))
+                ));
             }
             LeaseAnswer::Unsupported(_) => {
                 let metadata =
                     std::fs::metadata(disk.path()).context("cannot examine", disk.path())?;
-                Ok(Self::Stamp(Stamp::of(&metadata)))
+                Watch::Stamp(Stamp::of(&metadata))
             }
-        }
+        };
+        let disk = Arc::new(disk);
+        Ok(Self { disk, watch })
     }
+}
 
+impl Watch {
     /// Why the watch could miss a writer.
     fn weakness(&self) -> Option<&'static str> {
         match self {
@@ -195,10 +242,7 @@ impl Watch {
                 "this file cannot be protected from writers (no leases here): only its size and \
                  times are compared",
             ),
-            Self::Nothing { .. } => Some(
-                "the kernel does not count writes to this device (queue/iostats is off): a writer \
-                 would go unnoticed",
-            ),
+            Self::Nothing { .. } => Some(counters::NOT_KEPT),
         }
     }
 
@@ -241,26 +285,8 @@ impl Still for Offline {
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        let mut written = None;
-        for Held { disk, watch } in &self.held {
-            if !watch.is_quiet(disk)? {
-                written = Some(disk.path());
-            }
-        }
+        let proof = self.prove();
         self.run.after_thaw(progress);
-        if let Some(path) = written {
-            return Err(Error::new(
-                Kind::Inconsistent,
-                "somebody wrote to the source while it was copied",
-            )
-            .on(path)
-            .hint("find out who, and try again"));
-        }
-        Ok(Proof {
-            grade: worst_grade(&self.surveys),
-            instant: self.instant,
-            freezes: Vec::new(),
-            commit: None,
-        })
+        proof
     }
 }

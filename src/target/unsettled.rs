@@ -94,10 +94,10 @@ impl Unsettled {
         };
         let begun = Instant::now();
         loop {
-            match Claim::new(&path) {
-                Ok(claim) => {
+            match Claim::open(&path, Access::ReadWrite) {
+                Ok((claim, disk)) => {
                     claimed.claim = Some(claim);
-                    target.disk = Disk::open(&path, Access::ReadWrite)?;
+                    target.disk = disk;
                     return Ok(());
                 }
                 Err(error) if error.kind() != std::io::ErrorKind::ResourceBusy => {
@@ -142,11 +142,14 @@ impl Drop for Unsettled {
         let Some(target) = &mut self.target else {
             return;
         };
-        let opened = Disk::open(&self.path, Access::ReadWrite).map_err(Error::from);
-        let cleared = opened.and_then(|disk| {
-            target.disk = disk;
-            target.clear_signatures()
-        });
+        let is_lent = matches!(&target.claimed, Some(claimed) if claimed.claim.is_none());
+        let opened = match is_lent {
+            true => Disk::open(&self.path, Access::ReadWrite).map(|disk| target.disk = disk),
+            false => Ok(()),
+        };
+        let cleared = opened
+            .map_err(Error::from)
+            .and_then(|()| target.clear_signatures());
         if let Err(error) = cleared {
             log::warn!("{error}: it looks whole, and is not");
         }

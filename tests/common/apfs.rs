@@ -172,7 +172,7 @@ impl Container {
         self.omap_base() + 4
     }
 
-    fn from_pool(&mut self) -> u64 {
+    fn allocate(&mut self) -> u64 {
         let address = self.pool_base() + self.pool_next % self.pool_blocks();
         self.pool_next += 1;
         address
@@ -232,7 +232,7 @@ impl Container {
             let entries: Vec<[u64; 4]> = (first..first + count)
                 .map(|chunk| self.write_chunk(chunk, in_use))
                 .collect();
-            let address = self.from_pool();
+            let address = self.allocate();
             let xid = self.xid;
             self.object(address, 0x7, |block| {
                 put32(block, 32, cib as u32);
@@ -254,7 +254,7 @@ impl Container {
             return cibs;
         }
         for (index, part) in cibs.chunks(shape.per_cab() as usize).enumerate() {
-            let address = self.from_pool();
+            let address = self.allocate();
             self.object(address, 0x6, |block| {
                 put32(block, 32, index as u32);
                 put32(block, 36, part.len() as u32);
@@ -283,7 +283,7 @@ impl Container {
         let bitmap = match used {
             0 => 0,
             _ => {
-                let address = self.from_pool();
+                let address = self.allocate();
                 self.written.insert(address, block);
                 self.places.bitmaps.push((chunk, address));
                 address

@@ -7,10 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{ChildStdin, Stdio};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-
 use super::{Output, Running, Tool, ending};
 use crate::error::{Context, Error, Result};
+use crate::os;
 use crate::stream::Reader;
 
 /// The most that is looked at of what a tool says on standard error, in bytes.
@@ -53,9 +52,7 @@ impl Tool {
     }
 
     fn start(mut self) -> Result<Streaming> {
-        let said = memfd_create(c"stderr", MFdFlags::MFD_CLOEXEC)
-            .map(File::from)
-            .context("cannot run", &self.program)?;
+        let said = os::streaming::file_in_memory().context("cannot run", &self.program)?;
         let theirs = said.try_clone().context("cannot run", &self.program)?;
         self.command.stderr(Stdio::from(theirs)).process_group(0);
         let child = self.command.spawn().context("cannot run", &self.program)?;

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use nix::sys::ioctl::ioctl_num_type;
+
 use super::{
     ACTIVE_PRESENT, BUFFER_FULL, HEADER_LEN, NOFLUSH, SECURE_DATA, SKIP_LOCKFS, SPEC_LEN,
     STATUS_TABLE, Secret, Who, decode, exchange, header, ioctl, put, spec, text, u32_at, u64_at,
@@ -26,7 +28,7 @@ pub(super) fn create(control: &OwnedFd, (name, uuid): &(String, String)) -> Resu
 /// A request that is a header and nothing else.
 pub(super) fn simple(
     control: &OwnedFd,
-    request: libc::Ioctl,
+    request: ioctl_num_type,
     who: Who<'_>,
     flags: u32,
     event: u32,

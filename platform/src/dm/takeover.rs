@@ -50,6 +50,7 @@ use super::{
 use crate::error::{Context, Error, Result};
 use crate::memory::Arena;
 use crate::node::{self, BlockDevice, DeviceNumber};
+use crate::os::linux_only;
 
 /// Before the uuids of all devices made here.
 const UUID_PREFIX: &str = "HOLDSTILL-";
@@ -243,7 +244,7 @@ impl Takeover {
     /// What an error of [`prepare`](Self::prepare) means: that it cannot be done; `None`: that it failed.
     pub fn refusal(error: &Error) -> Option<Refusal> {
         match (error.errno(), error.kind()) {
-            (Some(libc::ENOKEY), _) => Some(Refusal::Key),
+            (Some(linux_only::ENOKEY), _) => Some(Refusal::Key),
             (Some(libc::EBUSY | libc::EINVAL), _) | (None, io::ErrorKind::Other) => {
                 Some(Refusal::Table)
             }

@@ -13,6 +13,7 @@ use crate::btrfs;
 use crate::dm::Takeover;
 use crate::freeze;
 use crate::memory::Arena;
+use crate::os;
 use crate::urgent::become_urgent;
 
 /// Freezes watched at a time.
@@ -466,19 +467,19 @@ fn settle(kept: &[RawFd]) {
     // thread. None of them touches memory that Rust owns elsewhere.
     unsafe {
         libc::setsid();
-        for signal in 1..=libc::SIGRTMAX() {
+        for signal in 1..=os::guard::last_signal() {
             if signal != libc::SIGCHLD {
                 libc::signal(signal, libc::SIG_IGN);
             }
         }
         libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-        libc::prctl(libc::PR_SET_NAME, c"holdstill-guard".as_ptr());
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
         if null >= 0 {
             libc::dup2(null, 0);
             libc::dup2(null, 1);
         }
     }
+    os::guard::set_name(c"holdstill-guard");
     close_all_but(kept);
     write_to(c"/proc/self/oom_score_adj", b"-1000");
     let _ = become_urgent(PRIORITY);
@@ -514,9 +515,7 @@ fn close_range(first: libc::c_uint, end: libc::c_uint) {
     if first >= end {
         return;
     }
-    // SAFETY: this process owns all its descriptors, and uses none of those closed here.
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
-    if closed == 0 {
+    if os::guard::close_range(first, end - 1) {
         return;
     }
     // Before Linux 5.9.
@@ -551,7 +550,7 @@ fn execute(command: &Prepared) -> ! {
     // and point to strings that live as long as they do.
     unsafe {
         libc::setpgid(0, 0);
-        for signal in 1..=libc::SIGRTMAX() {
+        for signal in 1..=os::guard::last_signal() {
             libc::signal(signal, libc::SIG_DFL);
         }
         let mut none = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();

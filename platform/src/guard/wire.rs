@@ -7,6 +7,8 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
+use crate::os::guard::RECEIVE;
+
 /// Longest name of something to remove, in bytes (NAME_MAX).
 pub(super) const MAX_NAME: usize = 255;
 
@@ -209,7 +211,7 @@ pub(super) fn receive<T: Plain>(socket: RawFd) -> Result<Option<(T, Option<Owned
     header.msg_controllen = size_of::<Control>() as _;
     let received = loop {
         // SAFETY: `header` points to memory for one `T` and for the control block.
-        let received = unsafe { libc::recvmsg(socket, &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        let received = unsafe { libc::recvmsg(socket, &raw mut header, RECEIVE) };
         match Errno::result(received) {
             Ok(received) => break received.cast_unsigned(),
             Err(Errno::EINTR) => {}

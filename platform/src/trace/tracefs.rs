@@ -10,10 +10,10 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
-use nix::sys::statfs::{FsType, fstatfs};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::error::{Context, Error, Result};
+use crate::os::linux_only;
 use crate::private_mount;
 
 /// Where tracefs is usually mounted.
@@ -111,7 +111,7 @@ pub fn instance_name(run_id: &str) -> String {
 }
 
 fn is_tracefs(folder: &File) -> bool {
-    fstatfs(folder).is_ok_and(|stat| stat.filesystem_type() == FsType(MAGIC as _))
+    linux_only::magic(folder) == Ok(MAGIC)
 }
 
 pub(super) fn open(folder: &File, path: &str, flags: OFlag) -> Result<File> {

@@ -226,7 +226,7 @@ fn privileged_writers_are_found_through_disk_partition_and_memory() {
     drop(reader);
 
     // A mapping outlives its descriptor.
-    let mapper = Role::start("in_use::tests::role_map", &[&first]);
+    let mapper = Role::start("linux::in_use::tests::role_map", &[&first]);
     let found = of(device.path()).users;
     assert!(
         matches!(&found[..], [User::Writer { pid, mapped: true, .. }] if *pid == mapper.pid()),
@@ -256,7 +256,10 @@ fn privileged_what_is_hidden_is_counted() {
     needs_root!();
     let dir = scratch();
     std::fs::write(dir.path().join("file"), "x").unwrap();
-    let mut nobody = Role::start("in_use::tests::role_nobody", &[&dir.path().join("file")]);
+    let mut nobody = Role::start(
+        "linux::in_use::tests::role_nobody",
+        &[&dir.path().join("file")],
+    );
     let hidden: usize = nobody.expect("hidden").parse().unwrap();
     assert!(hidden > 0);
 }
