@@ -168,6 +168,9 @@ pub enum Condition {
     Clean,
     /// An XFS whose log holds, behind its tail, nothing but the record a freeze leaves on purpose.
     Frozen,
+    /// An APFS that was not unmounted. It has no log: the map is true as it is, but what programs had not
+    /// written yet is lost as by a power cut.
+    Interrupted,
     /// Something would have to be replayed or repaired first: the map may call blocks free that
     /// are in use.
     Dirty {
@@ -179,7 +182,7 @@ pub enum Condition {
 impl Condition {
     /// Whether the map is true without any further knowledge.
     pub fn is_settled(self) -> bool {
-        matches!(self, Self::Clean | Self::Frozen)
+        matches!(self, Self::Clean | Self::Frozen | Self::Interrupted)
     }
 
     /// Whether the map is true given that the caller itself holds, or held for this instant, the
@@ -187,7 +190,7 @@ impl Condition {
     /// use as long as it is mounted, and an ext4 with files that are deleted but still open.
     pub fn is_settled_if_frozen(self) -> bool {
         match self {
-            Self::Clean | Self::Frozen => true,
+            Self::Clean | Self::Frozen | Self::Interrupted => true,
             Self::Dirty { reason } => {
                 matches!(reason, DirtyReason::NotUnmounted | DirtyReason::Orphans)
             }

@@ -264,6 +264,7 @@ fn source(source: &Source) -> Result<SourceReport> {
             report.condition = match filesystem.condition() {
                 Condition::Clean => "clean".to_owned(),
                 Condition::Frozen => "frozen".to_owned(),
+                Condition::Interrupted => "dirty: it was not unmounted".to_owned(),
                 Condition::Dirty { reason } => format!("dirty: {reason}"),
             };
             if filesystem.condition().is_settled() && source.mount.is_none() {

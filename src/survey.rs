@@ -216,6 +216,13 @@ impl Survey {
             return Ok(());
         }
         self.grade = best;
+        if condition == Condition::Interrupted {
+            self.grade = best.max(Grade::Crash);
+            self.warnings.push(format!(
+                "the {} filesystem was not unmounted: it is as a power cut left it",
+                filesystem.info().kind
+            ));
+        }
         if all_blocks {
             return Ok(());
         }
@@ -275,10 +282,10 @@ impl Survey {
     }
 }
 
-/// Offline only what was unmounted is trusted. An XFS that was frozen once, and then copied or cut
-/// off, is most likely whole too, but nothing proves that nobody wrote between.
+/// Offline only what was unmounted is trusted, or has no log. An XFS that was frozen once, and then copied or
+/// cut off, is most likely whole too, but nothing proves that nobody wrote between.
 fn is_clean(condition: Condition) -> bool {
-    condition == Condition::Clean
+    matches!(condition, Condition::Clean | Condition::Interrupted)
 }
 
 /// All of a disk: what its own medium knows to be holes as zeros, and what is not `provisioned`, where

@@ -144,7 +144,12 @@ fn runs(rng: &mut Rng, container: &Container) -> Vec<std::ops::Range<u64>> {
 
 fn assert_map(container: &Container) {
     let filesystem = open(container);
-    assert_eq!(filesystem.condition(), Condition::Clean);
+    let unmounted = container.written[&0] == container.written[&container.places.superblock];
+    let condition = match unmounted {
+        true => Condition::Clean,
+        false => Condition::Interrupted,
+    };
+    assert_eq!(filesystem.condition(), condition);
     let (used, walked) = walk(filesystem.as_ref(), container);
     assert_eq!(walked.unwrap().warnings, [""; 0]);
     assert_eq!(used, container.used);
@@ -174,6 +179,40 @@ fn every_block_size_and_ring_is_read() {
                 assert_map(&container);
             }
         }
+    }
+}
+
+#[test]
+fn what_was_not_unmounted_is_imaged_by_its_map_and_graded_so() {
+    let shape = Shape {
+        blocks: 4000,
+        ..Shape::SMALL
+    };
+    let mut container = Container::new(shape, 20, &[2000..2010]);
+    container.commit(&[2500..2600]);
+    assert_map(&container);
+    let dir = temp_dir();
+    let [source, image] = ["source", "image.still"].map(|name| dir.path().join(name));
+    for (unmounted, grade) in [(false, "crash"), (true, "clean")] {
+        if unmounted {
+            let newest = container.written[&container.places.superblock].clone();
+            container.written.insert(0, newest);
+            assert_map(&container);
+        }
+        std::fs::write(&source, container.bytes()).unwrap();
+        let args = ["backup", "--json", "-o"].map(Path::new);
+        let args = args.into_iter().chain([image.as_path(), &source]);
+        let report = program::run(args).expect(0).last();
+        std::fs::remove_file(&image).unwrap();
+        assert_eq!(report["volumes"][0]["grade"], grade);
+        assert_eq!(report["volumes"][0]["used_bytes"], container.used.bytes().0);
+        let warns = report["warnings"].to_string().contains("not unmounted");
+        assert_eq!(warns, !unmounted, "{report}");
+        let inspected = program::run([Path::new("inspect"), &source]).expect(0);
+        let says = inspected
+            .to_string()
+            .contains("dirty: it was not unmounted");
+        assert_eq!(says, !unmounted, "{inspected}");
     }
 }
 
@@ -618,7 +657,7 @@ fn whatever_block_is_lost_no_less_is_in_use() {
             at: *at,
         };
         match fs::open(&lost).unwrap() {
-            Opened::Known(filesystem) if filesystem.condition() == Condition::Clean => {
+            Opened::Known(filesystem) if filesystem.condition().is_settled() => {
                 let (used, walked) = walk(filesystem.as_ref(), &lost);
                 if walked.is_ok() {
                     for run in whole.used.runs() {

@@ -532,6 +532,13 @@ fn raw_copies_that_nobody_could_read_are_refused() {
     partition(true);
     assert!(said(Ok(())).unwrap().contains("never leave its hardware"));
     partition(false);
+    let mounted = said(Ok(())).unwrap();
+    assert!(mounted.contains("disk3s5 of the APFS container on it is mounted at"));
+    for volume in ["disk3s5", "disk3s7"] {
+        let path = format!("info/{volume}");
+        let info = fs::read_to_string(mac.dir.join("state").join(&path)).unwrap();
+        mac.state(&path, &info.replace("/System/Volumes/Data", ""));
+    }
     assert_eq!(said(Ok(())), None);
     // In it, but not a part of it: a card, an image.
     for of_others in [

@@ -113,6 +113,7 @@ pub(super) fn open(source: &dyn ReadAt, info: Info) -> Result<Opened> {
     let Newest {
         checkpoint,
         is_doubtful,
+        is_interrupted,
     } = match checkpoint::newest(blocks, &superblock)? {
         Ok(newest) => newest,
         Err(why) => return all_blocks(info, why),
@@ -124,9 +125,10 @@ pub(super) fn open(source: &dyn ReadAt, info: Info) -> Result<Opened> {
     }
     Ok(Opened::Known(Box::new(Apfs {
         info,
-        condition: match is_doubtful {
-            false => Condition::Clean,
-            true => Condition::Dirty {
+        condition: match (is_doubtful, is_interrupted) {
+            (false, false) => Condition::Clean,
+            (false, true) => Condition::Interrupted,
+            (true, _) => Condition::Dirty {
                 reason: DirtyReason::Checkpoint,
             },
         },

@@ -41,6 +41,8 @@ pub(super) struct Newest {
     pub(super) checkpoint: Checkpoint,
     /// There is, or may have been, a newer one that is not whole.
     pub(super) is_doubtful: bool,
+    /// Unmounting copies it to block 0. This one is newer than that.
+    pub(super) is_interrupted: bool,
 }
 
 /// A ring of blocks.
@@ -127,6 +129,7 @@ pub(super) fn newest(
                 return Ok(Ok(Newest {
                     checkpoint,
                     is_doubtful,
+                    is_interrupted: xid > first.header.xid.get(),
                 }));
             }
             Err(error) if is_damage(&error) => {
