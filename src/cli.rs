@@ -83,8 +83,8 @@ fn version(run_id: &str) -> ExitCode {
         &serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "steps": names(&Step::ALL),
-            "auto_steps": names(&Step::LADDER),
-            "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs", "btrfs"],
+            "auto_steps": names(Step::ladder()),
+            "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs", "btrfs", "apfs"],
             "format_versions": [format::VERSION],
         }),
     );

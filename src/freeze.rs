@@ -24,6 +24,7 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use holdstill_platform::apple::System;
 use holdstill_platform::device::{Disk, Geometry};
 
 use crate::error::{Error, Kind, Result};
@@ -60,17 +61,21 @@ pub enum Step {
 }
 
 impl Step {
-    /// The steps that `auto` tries, in this order.
-    pub const LADDER: [Self; 6] = [
-        Self::Offline,
-        Self::Zfs,
-        Self::Btrfs,
-        Self::Lvm,
-        Self::Track,
-        Self::Apfs,
-    ];
+    /// The steps that `auto` tries on this system, in this order.
+    pub fn ladder() -> &'static [Self] {
+        match System::this().is_macos() {
+            true => &[Self::Offline, Self::Apfs],
+            false => &[
+                Self::Offline,
+                Self::Zfs,
+                Self::Btrfs,
+                Self::Lvm,
+                Self::Track,
+            ],
+        }
+    }
 
-    /// All steps of this version. Those that are not in the ladder are taken only when named.
+    /// All steps of this version. Those in no ladder are taken only when named.
     pub const ALL: [Self; 9] = [
         Self::Offline,
         Self::Zfs,

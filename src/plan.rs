@@ -51,7 +51,7 @@ impl Plan {
     pub fn of(source: Source, named: Option<Step>) -> Result<Self> {
         let candidates: Vec<Step> = match named {
             Some(step) => vec![step],
-            None => Step::LADDER.to_vec(),
+            None => Step::ladder().to_vec(),
         };
         let mut passed_over = Vec::new();
         for step in candidates {
@@ -172,7 +172,7 @@ pub struct StepReport {
 /// # Errors
 /// If the source cannot be examined.
 pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
-    let reports = Step::LADDER.into_iter().map(|step| {
+    let reports = Step::ladder().iter().map(|&step| {
         Ok(StepReport {
             step: step.name().to_owned(),
             objection: siblings_or_objection(step, source)?.err(),

@@ -165,7 +165,7 @@ impl Mac {
     fn undo_words(&self, run_id: &str) -> Vec<OsString> {
         let script = self.dir.join("undo");
         let text = format!(
-            "#!/bin/sh\nexport {ROLE}='{}\n{run_id}'\nexec {} apfs::role_undoes --exact --nocapture\n",
+            "#!/bin/sh\nexport {ROLE}='{}\n{run_id}'\nexec {} apfs_snapshot::role_undoes --exact --nocapture\n",
             self.dir.display(),
             std::env::current_exe().unwrap().display()
         );
@@ -854,7 +854,7 @@ fn kill_at(mac: &Mac, id: &str, hang: &str, both: bool) -> RunRecord {
     mac.state("hang", hang);
     let mut child = common::spawn(
         Command::new(std::env::current_exe().unwrap())
-            .args(["apfs::role_copies", "--exact", "--nocapture"])
+            .args(["apfs_snapshot::role_copies", "--exact", "--nocapture"])
             .env(ROLE, format!("{}\n{id}", mac.dir.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -153,7 +153,11 @@ fn the_version_tells_what_this_build_can_do() {
             "offline", "zfs", "btrfs", "lvm", "track", "apfs", "dm", "hold", "none"
         ]
     );
-    assert!(names("used_block_filesystems").contains(&"xfs"));
+    assert!(names("used_block_filesystems").contains(&"apfs"));
+    assert_eq!(
+        names("auto_steps"),
+        ["offline", "zfs", "btrfs", "lvm", "track"]
+    );
     assert_eq!(line["format_versions"], serde_json::json!([1]));
 }
 

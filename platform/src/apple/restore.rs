@@ -46,6 +46,10 @@ impl System {
         let (running, mut said) = tool.write_stream()?;
         let mut last = Vec::new();
         loop {
+            // Also while it talks without a pause.
+            if is_over() {
+                return Ok(false);
+            }
             let mut some = [0; 1024];
             let read = said
                 .read_within(&mut some, LOOK)
@@ -56,7 +60,6 @@ impl System {
                     last.extend_from_slice(some.get(..len).unwrap_or_default());
                     last.drain(..last.len().saturating_sub(KEPT));
                 }
-                None if is_over() => return Ok(false),
                 None => {}
             }
         }
