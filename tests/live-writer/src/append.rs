@@ -108,7 +108,7 @@ pub(crate) fn run(task: &Task) -> io::Result<()> {
 }
 
 /// Which prefix of the writes the file at `path` holds. `begun` is the last write that can be in
-/// it: an empty file does not say after which of the truncations it is. After a crash the last record
+/// it: an empty file does not say after which of the truncations it is, at most after the last. After a crash the last record
 /// may be cut off.
 pub(crate) fn check(
     path: &Path,
@@ -133,7 +133,11 @@ pub(crate) fn check(
                 found = state.n;
             }
         }
-        return Ok(Found::whole(found));
+        // Nor does it show that any of them was made.
+        return Ok(Found {
+            seen: 0,
+            whole: found,
+        });
     }
 
     let Some(first) = Stamp::read(&content) else {

@@ -13,7 +13,7 @@ mod tests;
 /// What a copy holds of one thread's writes: a prefix of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// The last write of which something is there. One less than `whole` if the last one left
+    /// The last write of which something is there. Less than `whole` if the last ones left
     /// nothing to be seen.
     pub(crate) seen: u64,
     /// The last write that is there whole, with all before it. One less than `seen` if the last

@@ -183,6 +183,13 @@ fn appended_records_are_whole_and_in_order() {
     case.assert_wrong(Window::default(), "append-0");
     std::fs::write(&path, b"").unwrap();
     case.assert_wrong(Case::after(), "before the freeze");
+    // It may be so after any of the truncations, or before the first write.
+    let threads = case.journal.config.threads();
+    let timeline = &case.journal.threads[0];
+    let (config, begun) = (&case.journal.config, case.begun(0));
+    let found = append::check(&path, config, &threads[0], timeline, begun, true).unwrap();
+    assert_eq!(found.seen, 0);
+    assert!(found.whole <= begun, "{found:?}");
     std::fs::remove_file(&path).unwrap();
     case.assert_wrong(Window::default(), "cannot read");
 }
