@@ -168,10 +168,7 @@ pub(crate) fn check(
         let len = len as usize;
         let expected = record(config, thread.index, seq, len as u32);
         if after_crash && rest.len() < len && expected.starts_with(rest) {
-            return Ok(Found {
-                seen: seq,
-                whole: state.n,
-            });
+            return Ok(cut_off(state, config, thread.index, begun));
         }
         if rest.get(..len) != Some(&expected[..]) {
             let what = match (Stamp::read(rest), rest.get(..len)) {
@@ -186,4 +183,24 @@ pub(crate) fn check(
         state.step(next);
     }
     Ok(Found::whole(state.n))
+}
+
+/// What a file holds that ends within the record behind `state`: a crash came while that was written, or
+/// while the truncation that comes next was under way, which btrfs makes in several commits.
+fn cut_off(mut state: State, config: &Config, index: usize, begun: u64) -> Found {
+    let here = Found {
+        seen: state.n + 1,
+        whole: state.n,
+    };
+    while state.n < begun {
+        let next = state.next(config, index);
+        if let Next::Truncate = next {
+            return Found {
+                whole: state.n,
+                ..here
+            };
+        }
+        state.step(next);
+    }
+    here
 }
