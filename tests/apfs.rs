@@ -340,15 +340,7 @@ fn what_is_damaged_in_the_map_is_in_use_as_a_whole() {
     }
     // Chunks that agree with their bitmaps, but not with the sum.
     let mut damaged = whole.clone();
-    let mut object = Vec::new();
-    for place in &whole.places.spaceman {
-        object.extend_from_slice(&whole.written[place]);
-    }
-    object[72] ^= 1;
-    seal(&mut object);
-    for (place, part) in whole.places.spaceman.iter().zip(object.chunks(4096)) {
-        damaged.written.insert(*place, part.to_vec());
-    }
+    damaged.forge_spaceman(|object| object[72] ^= 1);
     let (_, walked) = walk(open(&damaged).as_ref(), &damaged);
     assert_eq!(walked.unwrap_err().kind(), ErrorKind::Damaged);
 }
@@ -373,17 +365,10 @@ fn what_the_container_needs_is_in_use_whatever_its_bitmap_says() {
         let free = u32::from_le_bytes(block[60..64].try_into().unwrap());
         block[60..64].copy_from_slice(&(free + freed).to_le_bytes());
     });
-    let places = container.places.spaceman.clone();
-    let mut object: Vec<u8> = places
-        .iter()
-        .flat_map(|place| container.written[place].clone())
-        .collect();
-    let free = u64::from_le_bytes(object[72..80].try_into().unwrap()) + u64::from(freed);
-    object[72..80].copy_from_slice(&free.to_le_bytes());
-    seal(&mut object);
-    for (place, part) in places.iter().zip(object.chunks(4096)) {
-        container.written.insert(*place, part.to_vec());
-    }
+    container.forge_spaceman(|object| {
+        let free = u64::from_le_bytes(object[72..80].try_into().unwrap()) + u64::from(freed);
+        object[72..80].copy_from_slice(&free.to_le_bytes());
+    });
     assert_map(&container);
 }
 
@@ -422,18 +407,9 @@ fn a_torn_newest_checkpoint_is_not_trusted_and_the_older_one_counts() {
         ("spaceman is an older one", |container, newest| {
             container.written.insert(newest.spaceman[0], vec![0; 4096]);
         }),
-        ("spaceman of the one before", |container, newest| {
+        ("spaceman of the one before", |container, _| {
             // Whole, and in the right place, but the newer one was never written.
-            let mut object: Vec<u8> = newest
-                .spaceman
-                .iter()
-                .flat_map(|place| container.written[place].clone())
-                .collect();
-            object[16] -= 1;
-            seal(&mut object);
-            for (place, part) in newest.spaceman.iter().zip(object.chunks(4096)) {
-                container.written.insert(*place, part.to_vec());
-            }
+            container.forge_spaceman(|object| object[16] -= 1);
         }),
         ("object map", |container, newest| {
             container.flip(newest.omap[0], 60);

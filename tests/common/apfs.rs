@@ -402,6 +402,19 @@ impl Container {
         seal(block);
     }
 
+    /// The same of the space manager, which has several blocks.
+    pub(crate) fn forge_spaceman(&mut self, change: impl FnOnce(&mut [u8])) {
+        let places = self.places.spaceman.clone();
+        let blocks = places.iter().flat_map(|place| &self.written[place]);
+        let mut object: Vec<u8> = blocks.copied().collect();
+        change(&mut object);
+        seal(&mut object);
+        let blocks = object.chunks(self.shape.block_size as usize);
+        for (place, block) in places.iter().zip(blocks) {
+            self.written.insert(*place, block.to_vec());
+        }
+    }
+
     /// Flips a bit of a block.
     pub(crate) fn flip(&mut self, address: u64, byte: usize) {
         self.written.get_mut(&address).expect("a block")[byte] ^= 1;

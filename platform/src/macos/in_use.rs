@@ -1,8 +1,9 @@
 //! The search for users: mounts, and processes that have a device or file open for writing.
 //!
 //! What is built on a device (an APFS container on a partition, a disk on a disk image's file) is not found:
-//! no call tells. A device with something on it that is in use cannot be claimed
-//! ([`crate::exclusive::Claim`]), and the program that serves a disk image has its file open.
+//! no call tells. A device with something on it that is in use cannot be claimed for writing
+//! ([`crate::exclusive::Claim`]), the program that serves a disk image has its file open, and what is mounted
+//! of a container its tools tell ([`crate::apple`]).
 
 use std::collections::BTreeSet;
 

@@ -83,7 +83,9 @@ fn mounted_of(system: &System, disk: &Disk) -> Result<Option<String>> {
     for container in system.containers()? {
         let mut is_on_it = false;
         for store in &container.stores {
-            is_on_it |= store.id == disk.id || system.disk(&store.id)?.whole == disk.id;
+            // Of a whole disk, the store is a part.
+            is_on_it |= store.id == disk.id
+                || disk.id == disk.whole && system.disk(&store.id)?.whole == disk.id;
         }
         if !is_on_it {
             continue;

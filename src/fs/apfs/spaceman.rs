@@ -113,13 +113,10 @@ impl<'a> Map<'a> {
     pub(super) fn walk(&self, emitter: &mut Emitter<'_>) -> Result<()> {
         // Of all chunks, if each of them told.
         let mut free = Some(0);
-        if self.shape.cabs == 0 {
-            for (index, address) in (0..).zip(self.addresses) {
-                self.cib(index, address.get(), &mut free, emitter)?;
-            }
-        } else {
-            for (index, address) in (0..).zip(self.addresses) {
-                self.cab(index, address.get(), &mut free, emitter)?;
+        for (index, address) in (0..).zip(self.addresses) {
+            match self.shape.cabs {
+                0 => self.cib(index, address.get(), &mut free, emitter)?,
+                _ => self.cab(index, address.get(), &mut free, emitter)?,
             }
         }
         match free {
