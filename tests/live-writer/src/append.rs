@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::check::Found;
 use crate::config::{Config, Thread};
-use crate::content::{STAMP, Stamp, intact, mix};
+use crate::content::{BLOCK, STAMP, Stamp, intact, mix};
 use crate::journal::Timeline;
 use crate::run::Task;
 
@@ -108,22 +108,28 @@ pub(crate) fn run(task: &Task) -> io::Result<()> {
 }
 
 /// Which prefix of the writes the file at `path` holds. `begun` is the last write that can be in
-/// it: an empty file does not say after which of the truncations it is, at most after the last. After a crash the last record
-/// may be cut off.
+/// it: an empty file does not say after which of the truncations it is, at most after the last.
 pub(crate) fn check(
     path: &Path,
     config: &Config,
     thread: &Thread,
     timeline: &Timeline,
     begun: u64,
-    after_crash: bool,
 ) -> Result<Found, Vec<String>> {
-    let one = |message: String| Err(vec![message]);
-    let content = match std::fs::read(path) {
-        Ok(content) => content,
-        Err(error) => return one(format!("cannot read {}: {error}", path.display())),
-    };
+    in_order(&read(path)?, config, thread, timeline, begun).map_err(|wrong| vec![wrong])
+}
 
+fn read(path: &Path) -> Result<Vec<u8>, Vec<String>> {
+    std::fs::read(path).map_err(|error| vec![format!("cannot read {}: {error}", path.display())])
+}
+
+fn in_order(
+    content: &[u8],
+    config: &Config,
+    thread: &Thread,
+    timeline: &Timeline,
+    begun: u64,
+) -> Result<Found, String> {
     let mut state = State::default();
     if content.is_empty() {
         let mut found = 0;
@@ -140,36 +146,31 @@ pub(crate) fn check(
         });
     }
 
-    let Some(first) = Stamp::read(&content) else {
-        return one("does not begin with a record".into());
-    };
+    let first = Stamp::read(content).ok_or("does not begin with a record")?;
     if first.seq == 0 || first.seq > timeline.begun_count() {
-        return one(format!("begins with record {}", first.seq));
+        return Err(format!("begins with record {}", first.seq));
     }
     while state.n + 1 < first.seq {
         state.step(state.next(config, thread.index));
     }
     if state.size != 0 {
-        return one(format!(
+        return Err(format!(
             "begins with record {} instead of {}",
             first.seq, state.first
         ));
     }
-    let mut rest = &content[..];
+    let mut rest = content;
     while !rest.is_empty() {
         let seq = state.n + 1;
         let next = state.next(config, thread.index);
         let Next::Append(len) = next else {
-            return one(format!(
+            return Err(format!(
                 "goes on after record {}, where it was truncated",
                 seq - 1
             ));
         };
         let len = len as usize;
         let expected = record(config, thread.index, seq, len as u32);
-        if after_crash && rest.len() < len && expected.starts_with(rest) {
-            return Ok(cut_off(state, config, thread.index, begun));
-        }
         if rest.get(..len) != Some(&expected[..]) {
             let what = match (Stamp::read(rest), rest.get(..len)) {
                 (_, None) => "is cut off".to_owned(),
@@ -177,7 +178,7 @@ pub(crate) fn check(
                 (Some(stamp), _) => format!("is torn (stamp of record {})", stamp.seq),
                 (None, _) => "has no stamp".to_owned(),
             };
-            return one(format!("record {seq} at byte {} {what}", state.size));
+            return Err(format!("record {seq} at byte {} {what}", state.size));
         }
         rest = &rest[len..];
         state.step(next);
@@ -185,22 +186,110 @@ pub(crate) fn check(
     Ok(Found::whole(state.n))
 }
 
-/// What a file holds that ends within the record behind `state`: a crash came while that was written, or
-/// while the truncation that comes next was under way, which btrfs makes in several commits.
-fn cut_off(mut state: State, config: &Config, index: usize, begun: u64) -> Found {
-    let here = Found {
-        seen: state.n + 1,
-        whole: state.n,
-    };
-    while state.n < begun {
-        let next = state.next(config, index);
-        if let Next::Truncate = next {
-            return Found {
-                whole: state.n,
-                ..here
-            };
+/// Which writes the file at `path` holds after a crash of btrfs, of which `begun` is the last that
+/// can be in it.
+///
+/// The file ends anywhere in what was appended. Each of its blocks holds what had been appended to it
+/// when it was written out, then zeros; blocks that were not written out are holes (with the feature
+/// `no-holes`, which is usual, the size on the disk does not wait for them). A truncation takes several
+/// commits: once it was begun, any part of the file may be gone. Where this leaves several answers, all
+/// are meant: the earliest last write, and the latest whole one.
+pub(crate) fn check_after_crash(
+    path: &Path,
+    config: &Config,
+    thread: &Thread,
+    timeline: &Timeline,
+    begun: u64,
+) -> Result<Found, Vec<String>> {
+    let content = read(path)?;
+    let mut found: Option<Found> = None;
+    let mut state = State::default();
+    loop {
+        let filling = Filling::next(&mut state, config, thread.index, begun);
+        if let Some(new) = filling.found(&content) {
+            found = Some(found.map_or(new, |found| Found {
+                seen: found.seen.min(new.seen),
+                whole: found.whole.max(new.whole),
+            }));
         }
-        state.step(next);
+        if !filling.truncated {
+            break;
+        }
     }
-    here
+    match found {
+        Some(found) => Ok(found),
+        None => in_order(&content, config, thread, timeline, begun).map_err(|wrong| vec![wrong]),
+    }
+}
+
+/// What is appended from one truncation to the next.
+struct Filling {
+    /// Writes done before.
+    before: u64,
+    content: Vec<u8>,
+    /// Where each record ends in it.
+    ends: Vec<usize>,
+    /// Whether the truncation that ends it was begun.
+    truncated: bool,
+}
+
+impl Filling {
+    /// What is appended after `state`, up to write `begun`. `state` is moved behind the truncation.
+    fn next(state: &mut State, config: &Config, index: usize, begun: u64) -> Self {
+        let mut filling = Self {
+            before: state.n,
+            content: Vec::new(),
+            ends: Vec::new(),
+            truncated: false,
+        };
+        while state.n < begun && !filling.truncated {
+            let next = state.next(config, index);
+            match next {
+                Next::Append(len) => {
+                    let record = record(config, index, state.n + 1, len);
+                    filling.content.extend(record);
+                    filling.ends.push(filling.content.len());
+                }
+                Next::Truncate => filling.truncated = true,
+            }
+            state.step(next);
+        }
+        filling
+    }
+
+    /// What `content` holds of it after a crash, if it can be of it.
+    fn found(&self, content: &[u8]) -> Option<Found> {
+        let expected = self.content.get(..content.len())?;
+        let is_possible =
+            content
+                .chunks(BLOCK)
+                .zip(expected.chunks(BLOCK))
+                .all(|(have, expected)| {
+                    let len = have
+                        .iter()
+                        .rposition(|byte| *byte != 0)
+                        .map_or(0, |at| at + 1);
+                    have[..len] == expected[..len]
+                });
+        is_possible.then_some(())?;
+        let intact = content
+            .iter()
+            .zip(expected)
+            .position(|(have, expected)| have != expected)
+            .unwrap_or(content.len());
+        let ending = |bytes: usize| self.ends.partition_point(|end| *end <= bytes);
+        let whole = match self.truncated {
+            true => self.ends.len(),
+            false => ending(intact),
+        };
+        // The record that the last byte is in.
+        let seen = match content.len() {
+            0 => 0,
+            len => ending(len - 1) + 1,
+        };
+        Some(Found {
+            seen: self.before + seen as u64,
+            whole: self.before + whole as u64,
+        })
+    }
 }

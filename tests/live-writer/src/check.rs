@@ -143,7 +143,11 @@ fn contents(
                 Some(end) => timeline.begun_until(end),
                 None => timeline.begun_count(),
             };
-            append::check(&path, config, thread, timeline, begun, window.after_crash)
+            if window.after_crash {
+                append::check_after_crash(&path, config, thread, timeline, begun)
+            } else {
+                append::check(&path, config, thread, timeline, begun)
+            }
         }
         Kind::Churn => churn::check(&path, config, thread, timeline, window.after_crash),
         Kind::Sqlite => sqlite::check(&path, timeline),

@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use super::*;
+use crate::content::Stamp;
 use crate::journal::{Recorder, monotonic, realtime_offset};
 use crate::random::tests::{put, rewind};
 
@@ -158,17 +159,25 @@ fn the_last_store_into_a_mapping_may_be_there_in_part() {
     case.assert_wrong(Window::default(), "torn");
 }
 
-#[test]
-fn appended_records_are_whole_and_in_order() {
+/// A run of an appender and its file, which holds some records; the first one is durable.
+fn a_filled_appender() -> (Case, Vec<u8>) {
     // A run may end just after the file was truncated.
-    let (case, content) = (0..20)
+    (0..50)
         .map(|_| {
             let case = Case::new([0, 0, 0, 1, 0, 0, 0]);
             let content = std::fs::read(case.path("append-0")).unwrap();
             (case, content)
         })
-        .find(|(_, content)| content.len() > 20_000)
-        .expect("a file with some records");
+        .find(|(case, content)| {
+            let acked = case.journal.threads[0].acked_before(u64::MAX);
+            content.len() > 20_000 && Stamp::read(content).is_some_and(|first| first.seq <= acked)
+        })
+        .expect("a file with some records")
+}
+
+#[test]
+fn appended_records_are_whole_and_in_order() {
+    let (case, content) = a_filled_appender();
     let path = case.path("append-0");
     case.assert_right(Case::after());
 
@@ -187,11 +196,57 @@ fn appended_records_are_whole_and_in_order() {
     let threads = case.journal.config.threads();
     let timeline = &case.journal.threads[0];
     let (config, begun) = (&case.journal.config, case.begun(0));
-    let found = append::check(&path, config, &threads[0], timeline, begun, true).unwrap();
+    let found = append::check(&path, config, &threads[0], timeline, begun).unwrap();
     assert_eq!(found.seen, 0);
     assert!(found.whole <= begun, "{found:?}");
     std::fs::remove_file(&path).unwrap();
     case.assert_wrong(Window::default(), "cannot read");
+}
+
+#[test]
+fn after_a_crash_appended_records_may_have_holes() {
+    let (case, content) = a_filled_appender();
+    let path = case.path("append-0");
+    let crash = Window {
+        after_crash: true,
+        ..Window::default()
+    };
+    case.assert_right(crash);
+    let threads = case.journal.config.threads();
+    let (timeline, begun) = (&case.journal.threads[0], case.begun(0));
+    let found = |content: &[u8]| {
+        std::fs::write(&path, content).unwrap();
+        append::check_after_crash(&path, &case.journal.config, &threads[0], timeline, begun)
+    };
+    let all = found(&content).unwrap();
+
+    // Cut off, a block that is a hole, one that was written out before it was full.
+    let cut = found(&content[..content.len() - 1]).unwrap();
+    assert_eq!((cut.seen, cut.whole), (all.seen, all.whole - 1));
+    for from in [8192, 8192 + 100] {
+        let mut holes = content.clone();
+        holes[from..12_288].fill(0);
+        let holes = found(&holes).unwrap();
+        assert_eq!(holes.seen, all.seen);
+        assert!(holes.whole < all.whole, "{holes:?} of {all:?}");
+    }
+    // What was made durable is not lost.
+    let mut lost = content.clone();
+    lost[..4096].fill(0);
+    found(&lost).unwrap();
+    let begin = Some(u64::MAX);
+    case.assert_wrong(Window { begin, ..crash }, "were durable before the freeze");
+
+    // What nobody wrote.
+    let mut flipped = content.clone();
+    flipped[5000] ^= 1;
+    found(&flipped).unwrap_err();
+    let mut shifted = content.clone();
+    shifted.drain(4096..8192);
+    found(&shifted).unwrap_err();
+    let mut stale = content.clone();
+    stale[9000..9010].fill(0);
+    found(&stale).unwrap_err();
 }
 
 #[test]
