@@ -150,7 +150,8 @@ fn the_map_is_what_xfs_db_says_for_every_feature() {
     let dir = temp_dir();
     let tree = dir.path().join("tree");
     std::fs::create_dir(&tree).unwrap();
-    populate(&tree, &mut rng, 8 << 20);
+    // Of larger trees `mkfs` fails for some seeds (createname error, no space left on device).
+    populate(&tree, &mut rng, 3 << 20);
     let proto = dir.path().join("proto");
     std::fs::write(&proto, prototype(&tree)).unwrap();
     for &(name, options) in FEATURES {
