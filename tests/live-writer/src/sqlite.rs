@@ -10,7 +10,7 @@ use crate::journal::Timeline;
 use crate::run::Task;
 
 /// Rows of the log that are kept.
-const KEEP: u64 = 2000;
+pub(crate) const KEEP: u64 = 2000;
 
 /// The database's file in the thread's folder.
 const FILE: &str = "counter.db";

@@ -7,6 +7,7 @@ use super::*;
 use crate::content::Stamp;
 use crate::journal::{Recorder, monotonic, realtime_offset};
 use crate::random::tests::{put, rewind};
+use crate::sqlite::KEEP;
 
 /// A short run that has ended, and its journal.
 struct Case {
@@ -302,7 +303,12 @@ fn committed_transactions_are_there() {
             .status;
         assert!(status.success());
     };
-    change("UPDATE counter SET n = n - 1; DELETE FROM log WHERE n = (SELECT max(n) FROM log);");
+    // Without the last transaction, with the row that it removed.
+    change(&format!(
+        "UPDATE counter SET n = n - 1; DELETE FROM log WHERE n = (SELECT max(n) FROM log);
+         INSERT INTO log SELECT n, printf('%d-%d-%.300c', n, n * 7919, 'x')
+             FROM (SELECT n + 1 - {KEEP} AS n FROM counter) WHERE n > 0;"
+    ));
     case.assert_right(Window::default());
     case.assert_wrong(Case::after(), "durable before the freeze");
     change("DELETE FROM log WHERE n = (SELECT max(n) FROM log) - 1;");
