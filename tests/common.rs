@@ -10,6 +10,7 @@ pub(crate) mod btrfs_live;
 pub(crate) mod btrfs_writers;
 pub(crate) mod holdstill;
 pub(crate) mod live;
+pub(crate) mod reading;
 pub(crate) mod reseal;
 pub(crate) mod scene;
 pub(crate) mod volume;

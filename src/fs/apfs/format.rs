@@ -6,6 +6,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use crate::fs::sums_match;
+
 pub(super) const MIN_BLOCK_SIZE: u64 = 4096;
 pub(super) const MAX_BLOCK_SIZE: u64 = 65536;
 
@@ -371,7 +373,7 @@ pub(super) const KEY_SNAPSHOT: u64 = 1;
 /// Whether an object's checksum holds. The object has a header, and a multiple of four bytes.
 pub(super) fn checksum_holds(object: &[u8]) -> bool {
     match object.split_first_chunk::<8>() {
-        Some((stored, rest)) => u64::from_le_bytes(*stored) == fletcher64(rest),
+        Some((stored, rest)) => sums_match(&fletcher64(rest), &u64::from_le_bytes(*stored)),
         None => false,
     }
 }

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use xxhash_rust::xxh64::xxh64;
 
 use super::format::CSUM_SIZE;
+use crate::fs::sums_match;
 
 /// A kind of checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +53,7 @@ impl Checksum {
         let Some((noted, rest)) = block.split_at_checked(CSUM_SIZE) else {
             return false;
         };
-        self.of(rest)[..self.len()] == noted[..self.len()]
+        sums_match(&self.of(rest)[..self.len()], &noted[..self.len()])
     }
 }
 

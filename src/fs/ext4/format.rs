@@ -5,6 +5,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::fs::sums_match;
+
 /// Where the superblock lies, in bytes from the start of the volume.
 pub(crate) const SUPERBLOCK_OFFSET: u64 = 1024;
 /// [`SuperBlock::magic`].
@@ -265,7 +267,10 @@ impl SuperBlock {
     pub(super) fn checksum_holds(&self) -> bool {
         let bytes = self.as_bytes();
         !self.has_metadata_csum()
-            || crc32c(u32::MAX, &bytes[..bytes.len() - 4]) == self.checksum.get()
+            || sums_match(
+                &crc32c(u32::MAX, &bytes[..bytes.len() - 4]),
+                &self.checksum.get(),
+            )
     }
 
     /// What every other metadata checksum begins with.
@@ -345,9 +350,10 @@ impl GroupDesc {
         let noted = u32::from(self.block_bitmap_csum_lo.get());
         // EXT4_BG_BLOCK_BITMAP_CSUM_HI_END: the upper half is there only in long descriptors.
         if desc_size >= 0x3a {
-            computed == u32::from(self.block_bitmap_csum_hi.get()) << 16 | noted
+            let noted = u32::from(self.block_bitmap_csum_hi.get()) << 16 | noted;
+            sums_match(&computed, &noted)
         } else {
-            computed & 0xffff == noted
+            sums_match(&(computed & 0xffff), &noted)
         }
     }
 }
@@ -375,7 +381,10 @@ pub(super) fn desc_csum(superblock: &SuperBlock, seed: u32, group: u32, raw: &[u
 pub(super) fn desc_csum_holds(superblock: &SuperBlock, seed: u32, group: u32, raw: &[u8]) -> bool {
     let noted = &raw[DESC_CHECKSUM_OFFSET..DESC_CHECKSUM_OFFSET + 2];
     !superblock.has_desc_csum()
-        || desc_csum(superblock, seed, group, raw).to_le_bytes()[..] == *noted
+        || sums_match(
+            &desc_csum(superblock, seed, group, raw).to_le_bytes()[..],
+            noted,
+        )
 }
 
 /// `struct mmp_struct`, its first part: multiple mount protection.

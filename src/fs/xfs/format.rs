@@ -8,6 +8,8 @@ use std::mem::offset_of;
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use crate::fs::sums_match;
+
 /// [`SuperBlock::magic`]: "XFSB".
 pub(crate) const SB_MAGIC: u32 = 0x5846_5342;
 /// [`Agf::magic`]: "XAGF".
@@ -261,7 +263,7 @@ pub(super) fn crc_holds(bytes: &[u8], offset: usize) -> bool {
     let crc = [head, &[0; 4], tail]
         .into_iter()
         .fold(0, crc32c::crc32c_append);
-    crc.to_le_bytes() == noted
+    sums_match(&crc.to_le_bytes()[..], noted)
 }
 
 /// [`LogRecord::magic`].

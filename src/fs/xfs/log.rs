@@ -12,6 +12,7 @@ use zerocopy::FromBytes;
 use super::Geometry;
 use super::format::{self, LogOp, LogRecord, SuperBlock};
 use crate::error::Result;
+use crate::fs::sums_match;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset, SECTOR};
 
@@ -448,6 +449,6 @@ fn log_crc_holds(record: &LogRecord, headers: &[u8], body: &[u8]) -> bool {
         for extended in headers.chunks_exact(ByteLen(SECTOR).as_usize()).skip(1) {
             crc = crc32c::crc32c_append(crc, &extended[..format::LOG_EXT_HEADER_SIZE]);
         }
-        crc32c::crc32c_append(crc, body).to_le_bytes() == record.crc
+        sums_match(&crc32c::crc32c_append(crc, body).to_le_bytes(), &record.crc)
     })
 }
