@@ -16,7 +16,8 @@ use holdstill::read_at::ReadAt;
 use holdstill::units::{ByteLen, Offset};
 
 use crate::common::apfs::{Container, Places, Shape, seal};
-use crate::common::volume::{map, open, poisoned_file, walk};
+use crate::common::volume::{map, open, poisoned_file};
+use crate::common::walking::walk;
 use crate::common::{Rng, count, holdstill as program, output, run, seed, sparse_file, temp_dir};
 
 /// A container by the tool of others; it makes none below some 130 MiB.

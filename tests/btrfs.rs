@@ -16,8 +16,9 @@ use crate::common::btrfs::{
 };
 use crate::common::btrfs_chunks::{copies_of, printed_chunks};
 use crate::common::volume::{
-    digests, digests_in_ext4, direct_copy, ext4, map, poison, poisoned_file, populate, walk,
+    digests, digests_in_ext4, direct_copy, ext4, map, poison, poisoned_file, populate,
 };
+use crate::common::walking::walk;
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, holdstill as program, needs_root, run, seed, shell,
     sparse_file, temp_dir,

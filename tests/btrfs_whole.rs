@@ -12,7 +12,8 @@ use crate::common::btrfs::{
     Scene, change_super, filled, forget, making, number_after, patch, why_all_blocks,
 };
 use crate::common::btrfs_chunks::{copies_of, printed_chunks};
-use crate::common::volume::{copy, map, walk};
+use crate::common::volume::{copy, map};
+use crate::common::walking::walk;
 use crate::common::{FileSource, Mount, Rng, holdstill as program, needs_root, run, seed};
 
 #[test]

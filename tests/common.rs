@@ -14,6 +14,7 @@ pub(crate) mod reading;
 pub(crate) mod reseal;
 pub(crate) mod scene;
 pub(crate) mod volume;
+pub(crate) mod walking;
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};

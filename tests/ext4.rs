@@ -11,8 +11,9 @@ use holdstill::read_at::ReadAt;
 use holdstill::units::{ByteLen, Offset};
 
 use crate::common::volume::{
-    copy, digests, digests_in_ext4, direct_copy, ext4, map, open, poison, populate, walk,
+    copy, digests, digests_in_ext4, direct_copy, ext4, map, open, poison, populate,
 };
+use crate::common::walking::walk;
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, needs_root, output, run, seed, temp_dir,
 };

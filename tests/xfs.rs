@@ -10,8 +10,9 @@ use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::units::ByteLen;
 
 use crate::common::volume::{
-    copy, digests, direct_copy, free_by_fsmap, map, open, poison, populate, walk,
+    copy, digests, direct_copy, free_by_fsmap, map, open, poison, populate,
 };
+use crate::common::walking::walk;
 use crate::common::{
     FileSource, LoopDevice, Mount, Rng, count, needs_root, output, run, seed, sparse_file, temp_dir,
 };

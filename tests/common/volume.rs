@@ -11,6 +11,7 @@ use holdstill::fs::{self, Condition, Filesystem, Opened, Walk};
 use holdstill::read_at::ReadAt;
 use holdstill::units::ByteLen;
 
+use super::walking::walk;
 use super::{FileSource, Rng, run, sparse_file};
 
 /// What a free byte is overwritten with, to show that nobody needs it.
@@ -88,30 +89,6 @@ pub(crate) fn map(path: &Path) -> Map {
         condition: filesystem.condition(),
         volume: Extent::new(0, source.len().0),
     }
-}
-
-/// Walks a filesystem, checking that the runs keep their promises.
-pub(crate) fn walk(
-    filesystem: &dyn Filesystem,
-    source: &dyn ReadAt,
-) -> (ExtentSet, holdstill::error::Result<Walk>) {
-    let mut used = ExtentSet::new();
-    let mut last = None;
-    let walk = filesystem.walk_used(source, &mut |run: Extent| {
-        assert!(!run.is_empty(), "an empty run");
-        assert!(run.end().0 <= source.len().0, "{run:?} is outside");
-        assert!(
-            last.is_none_or(|last| run.start > last),
-            "{run:?} after {last:?}"
-        );
-        last = Some(run.end());
-        used.insert(run);
-        Ok(())
-    });
-    if let Ok(walk) = &walk {
-        assert_eq!(walk.used, used.bytes());
-    }
-    (used, walk)
 }
 
 /// Overwrites every byte outside of `used`.
