@@ -3,55 +3,14 @@
 
 use std::path::Path;
 
-use holdstill::error::{Error, Kind, Result};
 use holdstill::extent::{Extent, ExtentSet};
 use holdstill::fs::{self, Opened};
-use holdstill::read_at::{ReadAt, check_range};
-use holdstill::units::{ByteLen, Offset};
+use holdstill::units::ByteLen;
 
 use crate::common::apfs::{Container, Shape, seal};
 use crate::common::volume::populate;
-use crate::common::walking::{Bounded, walk};
+use crate::common::walking::{Bounded, Changed, Patch, walk};
 use crate::common::{Rng, count, run, seed, sparse_file, temp_dir};
-
-/// Where, and what comes to be there.
-type Patch = (u64, Vec<u8>);
-
-/// A volume, changed here and there.
-struct Changed<'a> {
-    base: &'a [u8],
-    len: ByteLen,
-    patches: Vec<Patch>,
-    /// What cannot be read.
-    broken: Option<Extent>,
-}
-
-impl ReadAt for Changed<'_> {
-    fn len(&self) -> ByteLen {
-        self.len
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
-        let whole = Extent::new(offset.0, buf.len() as u64);
-        check_range(self.len, offset, whole.len)?;
-        if self
-            .broken
-            .is_some_and(|broken| broken.intersect(whole).is_some())
-        {
-            return Err(Error::new(Kind::Io, "unreadable").at(offset));
-        }
-        self.base.read_exact_at(buf, offset)?;
-        for (at, bytes) in &self.patches {
-            if let Some(both) = whole.intersect(Extent::new(*at, bytes.len() as u64)) {
-                let from = (both.start.0 - at) as usize;
-                let to = (both.start.0 - offset.0) as usize;
-                let len = both.len.0 as usize;
-                buf[to..to + len].copy_from_slice(&bytes[from..from + len]);
-            }
-        }
-        Ok(())
-    }
-}
 
 /// A volume and where its metadata lies.
 struct Victim {

@@ -3,13 +3,14 @@
 //!
 //! Written from the Apple File System Reference, not from the parser.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use holdstill::error::Result;
 use holdstill::extent::{Extent, ExtentSet};
 use holdstill::read_at::{ReadAt, check_range};
 use holdstill::units::{ByteLen, Offset};
+
+use super::sparse::{self, Blocks};
 
 /// What a container is like.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +80,7 @@ pub(crate) struct Places {
 #[derive(Clone)]
 pub(crate) struct Container {
     pub(crate) shape: Shape,
-    pub(crate) written: BTreeMap<u64, Vec<u8>>,
+    pub(crate) written: Blocks,
     /// Of the newest checkpoint.
     pub(crate) places: Places,
     pub(crate) used: ExtentSet,
@@ -126,7 +127,7 @@ impl Container {
     pub(crate) fn new(shape: Shape, xid: u64, used: &[Range<u64>]) -> Self {
         let mut container = Self {
             shape,
-            written: BTreeMap::new(),
+            written: Blocks::new(),
             places: Places::default(),
             used: ExtentSet::new(),
             xid,
@@ -433,20 +434,7 @@ impl ReadAt for Container {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         check_range(self.len(), offset, ByteLen(buf.len() as u64))?;
-        let size = self.shape.block_size;
-        let mut at = offset.0;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let within = (at % size) as usize;
-            let len = rest.len().min(size as usize - within);
-            let (part, behind) = rest.split_at_mut(len);
-            match self.written.get(&(at / size)) {
-                Some(block) => part.copy_from_slice(&block[within..within + len]),
-                None => part.fill(0),
-            }
-            at += len as u64;
-            rest = behind;
-        }
+        sparse::read(&self.written, self.shape.block_size, buf, offset);
         Ok(())
     }
 }

@@ -96,7 +96,7 @@ pub(crate) fn read_all_ways(image: &Vec<u8>, below: &mut dyn FnMut(u64) -> u64) 
             let at = below(size.0 - buf.len() as u64 + 1);
             indexed.read(n, Offset(at), &mut buf)?;
             indexed
-                .read(n, size_end(size), &mut [0])
+                .read(n, Offset(size.0), &mut [0])
                 .expect_err("behind the end");
         }
         indexed.content_id()
@@ -110,8 +110,4 @@ pub(crate) fn read_all_ways(image: &Vec<u8>, below: &mut dyn FnMut(u64) -> u64) 
         assert!(is_known, "{error}");
     }
     in_order.is_ok()
-}
-
-fn size_end(size: ByteLen) -> Offset {
-    Offset(size.0)
 }

@@ -4,10 +4,15 @@
 
 use libfuzzer_sys::{Corpus, fuzz_target};
 
+#[path = "../../common/random.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod random;
 #[path = "../../common/reading.rs"]
 mod reading;
 #[path = "../../common/reseal.rs"]
 mod reseal;
+
+use random::Rng;
 
 /// Bytes of a file header and a footer.
 const FRAMES: usize = 2 * 4096;
@@ -19,12 +24,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     let mut image = input.to_vec();
     reseal::reseal(&mut image);
     // Where it is looked into follows from the input, too.
-    let mut state = u64::from(crc32fast::hash(input));
-    reading::read_all_ways(&image, &mut |limit| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (state >> 32) % limit
-    });
+    let mut rng = Rng(u64::from(crc32fast::hash(input)));
+    reading::read_all_ways(&image, &mut |limit| rng.below(limit));
     Corpus::Keep
 });

@@ -11,7 +11,6 @@
 //! | then 12 each | `u16` number of a sector that is not all zeros, `u16` offset in it and length of the change, `u64` what is put there |
 #![no_main]
 
-use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use holdstill::error::Result;
@@ -20,22 +19,23 @@ use holdstill::read_at::{ReadAt, check_range};
 use holdstill::units::{ByteLen, Offset};
 use libfuzzer_sys::{Corpus, fuzz_target};
 
+#[path = "../../common/sparse.rs"]
+mod sparse;
 #[path = "../../common/walking.rs"]
 mod walking;
 
-use walking::{Bounded, walk};
+use sparse::Blocks;
+use walking::{Bounded, Changed, Patch, walk};
 
 const SECTOR: usize = 512;
 /// Bytes of a change in an input.
 const CHANGE: usize = 12;
 const MAX_CHANGES: usize = 64;
 
-type Sectors = BTreeMap<u64, [u8; SECTOR]>;
-
 /// A volume in memory; sectors of zeros are left out.
 struct Volume {
-    len: u64,
-    sectors: Sectors,
+    len: ByteLen,
+    sectors: Blocks,
     numbers: Vec<u64>,
 }
 
@@ -53,72 +53,37 @@ static VOLUMES: LazyLock<Vec<Volume>> = LazyLock::new(|| {
 impl Volume {
     fn read(path: &std::path::Path) -> Self {
         let bytes = std::fs::read(path).expect("a volume");
-        let (whole, _) = bytes.as_chunks::<SECTOR>();
-        let sectors: Sectors = (0..)
-            .zip(whole)
+        let sectors: Blocks = (0..)
+            .zip(bytes.chunks_exact(SECTOR))
             .filter(|(_, sector)| **sector != [0; SECTOR])
-            .map(|(number, sector)| (number, *sector))
+            .map(|(number, sector)| (number, sector.to_vec()))
             .collect();
         Self {
-            len: bytes.len() as u64,
+            len: ByteLen(bytes.len() as u64),
             numbers: sectors.keys().copied().collect(),
             sectors,
         }
     }
-}
 
-/// A volume with changes.
-struct Changed {
-    volume: &'static Volume,
-    len: ByteLen,
-    changed: Sectors,
-}
-
-impl Changed {
-    fn new(volume: &'static Volume, is_cut: bool, changes: &[[u8; CHANGE]]) -> Self {
-        let mut changed = Sectors::new();
-        for change in changes {
-            let [number, place] =
-                [0, 2].map(|at| usize::from(u16::from_le_bytes([change[at], change[at + 1]])));
-            let number = volume.numbers[number % volume.numbers.len()];
-            let offset = place % SECTOR;
-            let len = (place / SECTOR % 8 + 1).min(SECTOR - offset);
-            let sector = changed
-                .entry(number)
-                .or_insert_with(|| volume.sectors[&number]);
-            sector[offset..offset + len].copy_from_slice(&change[4..4 + len]);
-        }
-        Self {
-            volume,
-            len: ByteLen(if is_cut {
-                volume.len / 2 + 100
-            } else {
-                volume.len
-            }),
-            changed,
-        }
+    fn patch(&self, change: &[u8; CHANGE]) -> Patch {
+        let [number, place] =
+            [0, 2].map(|at| usize::from(u16::from_le_bytes([change[at], change[at + 1]])));
+        let number = self.numbers[number % self.numbers.len()];
+        let offset = place % SECTOR;
+        let len = (place / SECTOR % 8 + 1).min(SECTOR - offset);
+        let at = number * SECTOR as u64 + offset as u64;
+        (at, change[4..4 + len].to_vec())
     }
 }
 
-impl ReadAt for Changed {
+impl ReadAt for Volume {
     fn len(&self) -> ByteLen {
         self.len
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         check_range(self.len, offset, ByteLen(buf.len() as u64))?;
-        buf.fill(0);
-        let end = offset.0 + buf.len() as u64;
-        let sectors = offset.0 / SECTOR as u64..end.div_ceil(SECTOR as u64);
-        for from in [&self.volume.sectors, &self.changed] {
-            for (number, sector) in from.range(sectors.clone()) {
-                let start = number * SECTOR as u64;
-                let first = offset.0.max(start);
-                let last = end.min(start + SECTOR as u64);
-                buf[(first - offset.0) as usize..(last - offset.0) as usize]
-                    .copy_from_slice(&sector[(first - start) as usize..(last - start) as usize]);
-            }
-        }
+        sparse::read(&self.sectors, SECTOR as u64, buf, offset);
         Ok(())
     }
 }
@@ -132,7 +97,15 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         return Corpus::Reject;
     }
     let volume = &VOLUMES[usize::from(*number) % VOLUMES.len()];
-    let source = Changed::new(volume, how & 2 != 0, changes);
+    let source = Changed {
+        base: volume,
+        len: match how & 2 {
+            0 => volume.len,
+            _ => ByteLen(volume.len.0 / 2 + 100),
+        },
+        patches: changes.iter().map(|change| volume.patch(change)).collect(),
+        broken: None,
+    };
     let source = Bounded::new(&source);
     let opened = match how & 1 {
         0 => fs::open(&source),

@@ -107,34 +107,40 @@ pub(crate) fn run(task: &Task) -> io::Result<()> {
     Ok(())
 }
 
-/// Which prefix of the writes the file at `path` holds. `begun` is the last write that can be in
-/// it: an empty file does not say after which of the truncations it is, at most after the last.
+/// Which prefix of the writes the file at `path` holds. `begun` is the last write that can be in it.
 pub(crate) fn check(
     path: &Path,
     config: &Config,
     thread: &Thread,
     timeline: &Timeline,
     begun: u64,
+    after_crash: bool,
 ) -> Result<Found, Vec<String>> {
-    in_order(&read(path)?, config, thread, timeline, begun).map_err(|wrong| vec![wrong])
+    let content = std::fs::read(path)
+        .map_err(|error| vec![format!("cannot read {}: {error}", path.display())])?;
+    let index = thread.index;
+    let found = after_crash.then(|| after_a_crash(&content, config, index, begun));
+    match found.flatten() {
+        Some(found) => Ok(found),
+        None => in_order(&content, config, index, timeline.begun_count(), begun)
+            .map_err(|wrong| vec![wrong]),
+    }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Vec<String>> {
-    std::fs::read(path).map_err(|error| vec![format!("cannot read {}: {error}", path.display())])
-}
-
+/// What a file holds that was written in order, up to write `last`. An empty one does not say after which
+/// of the truncations it is, at most after the last one up to write `begun`.
 fn in_order(
     content: &[u8],
     config: &Config,
-    thread: &Thread,
-    timeline: &Timeline,
+    index: usize,
+    last: u64,
     begun: u64,
 ) -> Result<Found, String> {
     let mut state = State::default();
     if content.is_empty() {
         let mut found = 0;
         while state.n < begun {
-            state.step(state.next(config, thread.index));
+            state.step(state.next(config, index));
             if state.size == 0 {
                 found = state.n;
             }
@@ -147,11 +153,11 @@ fn in_order(
     }
 
     let first = Stamp::read(content).ok_or("does not begin with a record")?;
-    if first.seq == 0 || first.seq > timeline.begun_count() {
+    if first.seq == 0 || first.seq > last {
         return Err(format!("begins with record {}", first.seq));
     }
     while state.n + 1 < first.seq {
-        state.step(state.next(config, thread.index));
+        state.step(state.next(config, index));
     }
     if state.size != 0 {
         return Err(format!(
@@ -162,7 +168,7 @@ fn in_order(
     let mut rest = content;
     while !rest.is_empty() {
         let seq = state.n + 1;
-        let next = state.next(config, thread.index);
+        let next = state.next(config, index);
         let Next::Append(len) = next else {
             return Err(format!(
                 "goes on after record {}, where it was truncated",
@@ -170,7 +176,7 @@ fn in_order(
             ));
         };
         let len = len as usize;
-        let expected = record(config, thread.index, seq, len as u32);
+        let expected = record(config, index, seq, len as u32);
         if rest.get(..len) != Some(&expected[..]) {
             let what = match (Stamp::read(rest), rest.get(..len)) {
                 (_, None) => "is cut off".to_owned(),
@@ -186,39 +192,28 @@ fn in_order(
     Ok(Found::whole(state.n))
 }
 
-/// Which writes the file at `path` holds after a crash of btrfs, of which `begun` is the last that
-/// can be in it.
+/// Which writes a file can hold after a crash of btrfs, of which `begun` is the last that can be in it.
+/// `None`: it cannot be so.
 ///
 /// The file ends anywhere in what was appended. Each of its blocks holds what had been appended to it
 /// when it was written out, then zeros; blocks that were not written out are holes (with the feature
 /// `no-holes`, which is usual, the size on the disk does not wait for them). A truncation takes several
 /// commits: once it was begun, any part of the file may be gone. Where this leaves several answers, all
 /// are meant: the earliest last write, and the latest whole one.
-pub(crate) fn check_after_crash(
-    path: &Path,
-    config: &Config,
-    thread: &Thread,
-    timeline: &Timeline,
-    begun: u64,
-) -> Result<Found, Vec<String>> {
-    let content = read(path)?;
+fn after_a_crash(content: &[u8], config: &Config, index: usize, begun: u64) -> Option<Found> {
     let mut found: Option<Found> = None;
     let mut state = State::default();
     loop {
-        let filling = Filling::next(&mut state, config, thread.index, begun);
-        if let Some(new) = filling.found(&content) {
+        let filling = Filling::next(&mut state, config, index, begun);
+        if let Some(new) = filling.found(content) {
             found = Some(found.map_or(new, |found| Found {
                 seen: found.seen.min(new.seen),
                 whole: found.whole.max(new.whole),
             }));
         }
-        if !filling.truncated {
-            break;
+        if !filling.is_truncated {
+            return found;
         }
-    }
-    match found {
-        Some(found) => Ok(found),
-        None => in_order(&content, config, thread, timeline, begun).map_err(|wrong| vec![wrong]),
     }
 }
 
@@ -230,7 +225,7 @@ struct Filling {
     /// Where each record ends in it.
     ends: Vec<usize>,
     /// Whether the truncation that ends it was begun.
-    truncated: bool,
+    is_truncated: bool,
 }
 
 impl Filling {
@@ -240,9 +235,9 @@ impl Filling {
             before: state.n,
             content: Vec::new(),
             ends: Vec::new(),
-            truncated: false,
+            is_truncated: false,
         };
-        while state.n < begun && !filling.truncated {
+        while state.n < begun && !filling.is_truncated {
             let next = state.next(config, index);
             match next {
                 Next::Append(len) => {
@@ -250,7 +245,7 @@ impl Filling {
                     filling.content.extend(record);
                     filling.ends.push(filling.content.len());
                 }
-                Next::Truncate => filling.truncated = true,
+                Next::Truncate => filling.is_truncated = true,
             }
             state.step(next);
         }
@@ -278,7 +273,7 @@ impl Filling {
             .position(|(have, expected)| have != expected)
             .unwrap_or(content.len());
         let ending = |bytes: usize| self.ends.partition_point(|end| *end <= bytes);
-        let whole = match self.truncated {
+        let whole = match self.is_truncated {
             true => self.ends.len(),
             false => ending(intact),
         };

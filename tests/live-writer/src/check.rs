@@ -143,11 +143,7 @@ fn contents(
                 Some(end) => timeline.begun_until(end),
                 None => timeline.begun_count(),
             };
-            if window.after_crash {
-                append::check_after_crash(&path, config, thread, timeline, begun)
-            } else {
-                append::check(&path, config, thread, timeline, begun)
-            }
+            append::check(&path, config, thread, timeline, begun, window.after_crash)
         }
         Kind::Churn => churn::check(&path, config, thread, timeline, window.after_crash),
         Kind::Sqlite => sqlite::check(&path, timeline),

@@ -197,7 +197,7 @@ fn appended_records_are_whole_and_in_order() {
     let threads = case.journal.config.threads();
     let timeline = &case.journal.threads[0];
     let (config, begun) = (&case.journal.config, case.begun(0));
-    let found = append::check(&path, config, &threads[0], timeline, begun).unwrap();
+    let found = append::check(&path, config, &threads[0], timeline, begun, false).unwrap();
     assert_eq!(found.seen, 0);
     assert!(found.whole <= begun, "{found:?}");
     std::fs::remove_file(&path).unwrap();
@@ -217,7 +217,14 @@ fn after_a_crash_appended_records_may_have_holes() {
     let (timeline, begun) = (&case.journal.threads[0], case.begun(0));
     let found = |content: &[u8]| {
         std::fs::write(&path, content).unwrap();
-        append::check_after_crash(&path, &case.journal.config, &threads[0], timeline, begun)
+        append::check(
+            &path,
+            &case.journal.config,
+            &threads[0],
+            timeline,
+            begun,
+            true,
+        )
     };
     let all = found(&content).unwrap();
 
