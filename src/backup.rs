@@ -222,6 +222,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         progress.event(&Event::Plan(&wanted.to_string()));
     }
     let run = begin(options, &planned)?;
+    run.warn_of_shared_group(progress);
     let output = match &options.output {
         Some(path) => create_output(path, options.force, progress)?,
         None => Output::stdout()?,

@@ -6,7 +6,7 @@
 //! never touches a live run or anything it did not make.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use holdstill_platform::apple::System;
@@ -15,8 +15,9 @@ use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
-use holdstill_platform::node::BlockDevice;
-use holdstill_platform::records::Records;
+use holdstill_platform::mounts;
+use holdstill_platform::node::{BlockDevice, DeviceNumber};
+use holdstill_platform::records::{self, Records};
 use holdstill_platform::signals;
 use holdstill_platform::trace::{PREFIX, Tracefs};
 use holdstill_platform::zfs::{self, Made, Named, Reach, Snapdev};
@@ -25,7 +26,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
 use crate::progress::Progress;
-use crate::run::RunRecord;
+use crate::run::{FreezeRecord, RunRecord};
 
 /// For how long what is busy is tried to be removed.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -126,16 +127,9 @@ pub fn undo_apfs(system: &System, leavings: &[Leavings], report: &mut Report) ->
 /// Undoes what a record speaks of: thaw first, for whoever waits.
 fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     let record = parse(content)?;
-    for point in &record.mount_points {
-        match MountPoint::open(point) {
-            Ok(open) => {
-                if open.thaw_leftover()? {
-                    report.thawed.push(point.display().to_string());
-                }
-            }
-            // Unmounted and gone since: then it is not frozen either.
-            Err(error) if error.source.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
+    for freeze in &record.freezes {
+        if let Some(point) = thaw(freeze)? {
+            report.thawed.push(point.display().to_string());
         }
     }
     if let Some(instance) = &record.trace_instance
@@ -179,6 +173,37 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Thaws what a run was freezing when it died, with its guard; where it is mounted, if it was still
+/// frozen. The path alone proves nothing: the filesystem may have been unmounted since, and then the
+/// path leads to another one, or the machine was started anew.
+fn thaw(freeze: &FreezeRecord) -> Result<Option<PathBuf>> {
+    let this_boot = records::this_boot();
+    if freeze.boot.is_some() && this_boot.is_some() && freeze.boot != this_boot {
+        return Ok(None);
+    }
+    let Ok(device) = freeze.device.parse::<DeviceNumber>() else {
+        return Err(Error::new(Kind::Failed, "a run record cannot be read").on(&freeze.point));
+    };
+    let all = mounts::of_this_process()?;
+    let elsewhere = mounts::uncovered(&all, |mount| mount.device == device);
+    let points = std::iter::once(&freeze.point).chain(elsewhere.map(|mount| &mount.point));
+    for point in points {
+        if let Ok(open) = MountPoint::open_on(point, device) {
+            return Ok(open.thaw_leftover()?.then(|| point.clone()));
+        }
+    }
+    match all.iter().find(|mount| mount.device == device) {
+        Some(covered) => {
+            let what = "this filesystem may be frozen, and another mount covers its mount point";
+            Err(Error::new(Kind::Failed, what)
+                .on(&covered.point)
+                .hint("unmount what covers it, and try again"))
+        }
+        // Unmounted everywhere within sight: then nobody waits for it here.
+        None => Ok(None),
+    }
 }
 
 fn release_metadata_snapshot(pool: &str, report: &mut Report) -> Result<()> {

@@ -168,6 +168,7 @@ pub fn run(
         &sources,
         Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
+    run.warn_of_shared_group(progress);
     let target = candidate.open(options.discard)?;
     let context = Context {
         run: &run,

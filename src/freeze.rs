@@ -7,6 +7,7 @@ pub mod btrfs;
 pub mod dm;
 mod final_read;
 pub mod hold;
+mod instant;
 mod live_map;
 pub mod lvm;
 mod mounted;

@@ -43,6 +43,12 @@ pub trait Progress: Sync {
     /// its copy at that very instant.
     fn while_frozen(&self) {}
 
+    /// While something is frozen (from a call with `true` to one with `false`; there can be several at a
+    /// time), nothing may be written to what might lie on it: a terminal, a log. What is to be shown
+    /// then has to wait. Called right before a freeze and right after the thaw; where a run fails in between,
+    /// it thaws on its way out without this call.
+    fn hush(&self, _is_frozen: bool) {}
+
     /// Shorthand for a warning.
     fn warn(&self, text: &str) {
         self.event(&Event::Warning(text));

@@ -6,13 +6,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use holdstill_platform::command::{Ending, Output, Tool};
 use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind, Owed, Undo};
-use holdstill_platform::records::{Record, Records};
+use holdstill_platform::node::DeviceNumber;
+use holdstill_platform::records::{self, Record, Records};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
@@ -39,8 +40,8 @@ pub struct RunRecord {
     pub pid: u32,
     /// When it began (RFC 3339).
     pub begun: String,
-    /// Mount points it may have frozen.
-    pub mount_points: Vec<PathBuf>,
+    /// Freezes that are under way: written down before a freeze begins, and gone once it has ended.
+    pub freezes: Vec<FreezeRecord>,
     /// Write-tracking instance, if any.
     pub trace_instance: Option<String>,
     /// Files that are not whole yet.
@@ -63,6 +64,45 @@ pub struct RunRecord {
     /// What it may have made to copy volumes of APFS; not what it has taken away again.
     #[serde(default)]
     pub apfs: Vec<Leavings>,
+}
+
+/// A freeze that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeRecord {
+    /// The mount point it goes by.
+    pub point: PathBuf,
+    /// The device of the filesystem (`st_dev` of the mount point), as `7:0`. A path alone may lead
+    /// elsewhere by the time somebody reads this.
+    pub device: String,
+    /// Since which start of the machine, where the system says: after the next one nothing is frozen.
+    pub boot: Option<String>,
+}
+
+impl FreezeRecord {
+    /// Of the filesystem `device` at `point`, from now on.
+    pub fn of(point: &Path, device: DeviceNumber) -> Self {
+        Self {
+            point: point.to_owned(),
+            device: device.to_string(),
+            boot: records::this_boot(),
+        }
+    }
+}
+
+/// The live run, other than `own`, that has a freeze of this device under way, in words.
+///
+/// # Errors
+/// If the records cannot be read.
+pub fn freezing(device: &str, own: &str) -> Result<Option<String>> {
+    for found in Records::default().list()? {
+        let record = serde_json::from_slice::<RunRecord>(&found.content);
+        if let (true, Ok(record)) = (found.is_alive && found.id != own, record)
+            && record.freezes.iter().any(|freeze| freeze.device == device)
+        {
+            return Ok(Some(format!("process {}, run {}", record.pid, found.id)));
+        }
+    }
+    Ok(None)
 }
 
 /// What of a run has to be watched over.
@@ -157,6 +197,17 @@ impl Run {
     pub fn guard(&self) -> Result<&Guard> {
         let missing = || Error::new(Kind::Failed, "this run has no guard process");
         self.maybe_guard().ok_or_else(missing)
+    }
+
+    /// Tells if what pauses or kills this process from outside would reach the guard as well.
+    pub fn warn_of_shared_group(&self, progress: &dyn Progress) {
+        if let Some(group) = self.maybe_guard().and_then(Guard::shared_group) {
+            progress.warn(&format!(
+                "the guard process could not leave the control group {group}: whatever freezes or kills \
+                 that group (docker pause, systemctl freeze, a unit's SIGKILL) while the source is frozen \
+                 leaves it so until `holdstill cleanup`; run it outside of the group, as root"
+            ));
+        }
     }
 
     fn maybe_guard(&self) -> Option<&Guard> {

@@ -25,8 +25,9 @@ pub struct Source {
     pub path: PathBuf,
     /// What that is.
     pub medium: Medium,
-    /// Where its filesystem is mounted in this process's view, as seen from its root: all of it, or of
-    /// a btrfs, if there is no such place, one of its subvolumes.
+    /// By which mount point this process reaches its filesystem: where all of it is mounted or, if
+    /// there is no such place, one of its folders (of a btrfs, one of its subvolumes). A mount that
+    /// another mount covers leads somewhere else, and is none of these.
     pub mount: Option<Mount>,
     /// The only subvolume of its btrfs whose data is wanted.
     pub subvolume: Option<Subvolume>,
@@ -163,7 +164,17 @@ impl Named {
             return Err(
                 Error::new(Kind::Usage, "only a folder of a filesystem is mounted here")
                     .on(text)
-                    .hint("name the device, or the mount point of the whole filesystem"),
+                    .hint(match place.mount.block_device().map(BlockDevice::of) {
+                        Some(Ok(device)) => format!(
+                            "name its device, {}, to image the complete filesystem",
+                            device
+                                .mapper_path()
+                                .unwrap_or_else(|| device.path())
+                                .display()
+                        ),
+                        _ => "name the device, or the mount point of the complete filesystem"
+                            .to_owned(),
+                    }),
             );
         }
         if place.mount.fs_type == "zfs" {
@@ -271,9 +282,7 @@ impl Source {
         let mount = match Mounted::on(device.number)? {
             // It shows one of its devices only, and often nowhere all of it.
             Some(btrfs) => btrfs.mount()?,
-            None => mounts::of_this_process()?
-                .into_iter()
-                .find(|mount| mount.is_whole() && mount.block_device() == Some(device.number)),
+            None => way_in(&mounts::of_this_process()?, &device),
         };
         Ok(Self {
             given: text.to_owned(),
@@ -322,6 +331,18 @@ impl Source {
             subvolume: None,
         })
     }
+}
+
+/// The mount by which to reach the filesystem on a device; `None` if it is not mounted, or every mount
+/// of it is covered.
+fn way_in(all: &[Mount], device: &BlockDevice) -> Option<Mount> {
+    let is_of_device = |mount: &Mount| mount.block_device() == Some(device.number);
+    let mut ways: Vec<&Mount> = mounts::uncovered(all, is_of_device)
+        // A single file can be mounted, too.
+        .filter(|mount| mount.is_whole() || mount.point.is_dir())
+        .collect();
+    ways.sort_by_key(|mount| !mount.is_whole());
+    ways.first().copied().cloned()
 }
 
 /// The logical volume `VG/LV`, if there is one.

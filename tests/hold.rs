@@ -292,7 +292,7 @@ fn privileged_a_second_run_and_cleanup_leave_a_live_run_alone() {
         other.to_str().unwrap(),
     ])
     .expect(3)
-    .says("frozen it already");
+    .says("another run of holdstill keeps it frozen");
     holdstill::run(["cleanup"]).expect(0);
     assert!(is_frozen(volume.mount.dir()));
     let ended = child.wait_with_output().unwrap();

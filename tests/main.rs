@@ -33,6 +33,7 @@ mod probe;
 mod refusals;
 mod restore;
 mod salvage;
+mod stillness;
 mod streams;
 mod subvolume;
 mod track;

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::buffer::Buffer;
 use crate::error::{Context, Error, Result};
@@ -56,6 +57,8 @@ pub struct Disk {
     direct: Option<File>,
     align: u32,
     geometry: Geometry,
+    /// Sectors that were read past the page cache, a lower bound.
+    read: AtomicU64,
 }
 
 impl Disk {
@@ -95,6 +98,7 @@ impl Disk {
             direct,
             align,
             geometry,
+            read: AtomicU64::new(0),
         }
     }
 
@@ -110,6 +114,7 @@ impl Disk {
             direct: self.direct.as_ref().map(again).transpose()?,
             align: self.align,
             geometry: self.geometry,
+            read: AtomicU64::new(0),
         })
     }
 
@@ -121,6 +126,12 @@ impl Disk {
     /// Where it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// How many sectors of 512 bytes were read from here past the page cache, at least: what the
+    /// device's own counters must have grown by.
+    pub fn sectors_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// Whether reads and writes go past the page cache.
@@ -141,7 +152,10 @@ impl Disk {
             return Ok(());
         };
         if self.is_aligned(buf, offset) {
-            return direct.read_exact_at(buf, offset).map_err(fail);
+            direct.read_exact_at(buf, offset).map_err(fail)?;
+            let sectors = buf.len() as u64 / 512;
+            self.read.fetch_add(sectors, Ordering::Relaxed);
+            return Ok(());
         }
         self.read_bounced(direct, buf, offset).map_err(fail)
     }

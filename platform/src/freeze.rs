@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use crate::error::{Context, Result};
+use crate::btrfs::Filesystem;
+use crate::error::{Context, Error, Result};
 use crate::node::DeviceNumber;
 use crate::os::linux_only;
 
@@ -40,6 +41,39 @@ impl MountPoint {
             .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
             .open(path)
             .context("cannot open", path)?;
+        let device = file.metadata().context("cannot look at", path)?.dev();
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            device: DeviceNumber::from_raw(device),
+        })
+    }
+
+    /// The same, of the filesystem on `device`. What is opened is asked, not the path: another
+    /// filesystem may have been mounted over it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); if the folder is one of another filesystem.
+    pub fn open_on(path: &Path, device: DeviceNumber) -> Result<Self> {
+        let point = Self::open(path)?;
+        if point.device != device {
+            let why = format!(
+                "another filesystem (device {}) is mounted over that of device {device}",
+                point.device
+            );
+            return Err(Error::other("cannot use the mount point", path, why));
+        }
+        Ok(point)
+    }
+
+    /// The same, of a btrfs that is open: its files have device numbers that tell nothing.
+    ///
+    /// # Errors
+    /// If there are too many descriptors.
+    pub fn of_btrfs(filesystem: &Filesystem) -> Result<Self> {
+        let path = filesystem.path();
+        let file = filesystem.as_fd().try_clone_to_owned().map(File::from);
+        let file = file.context("cannot open", path)?;
         let device = file.metadata().context("cannot look at", path)?.dev();
         Ok(Self {
             file,

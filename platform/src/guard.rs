@@ -8,6 +8,10 @@
 //! administrator's stays. Since only one of the two can thaw, the run knows from its own FITHAW
 //! whether the freeze held: "not frozen" means it did not.
 //!
+//! As root it leaves the control groups of the run for the outermost ones, so that what pauses or kills
+//! a container or a unit of systemd (the freezer, `cgroup.kill`, running out of a group's memory) does
+//! not reach both.
+//!
 //! What it cannot help against: both processes killed; a FIFREEZE that hangs in the kernel.
 
 mod child;
@@ -31,6 +35,7 @@ use crate::error::{Context, Error, Result};
 use crate::freeze::{FreezeError, MountPoint};
 use crate::memory::Arena;
 use crate::os;
+use crate::signals::NoStop;
 use wire::{Ask, Counts, Reply, Request};
 
 /// How long the guard may take to answer before it counts as lost.
@@ -172,11 +177,14 @@ impl Guard {
             os::guard::socket_pair().context("cannot start", "the guard process")?;
         let mut kept: Vec<_> = config.keep.iter().map(AsRawFd::as_raw_fd).collect();
         kept.push(theirs.as_raw_fd());
+        let groups = os::guard::outermost_groups();
         kept.sort_unstable();
         // SAFETY: the child runs `child::run`, which allocates nothing, takes no lock and never
         // returns, so the state of other threads (in tests) does not matter to it.
         match unsafe { fork() }.context("cannot start", "the guard process")? {
-            ForkResult::Child => child::run(theirs.as_raw_fd(), &kept, hook.as_ref(), &mut undo),
+            ForkResult::Child => {
+                child::run(theirs.as_raw_fd(), &kept, &groups, hook.as_ref(), &mut undo)
+            }
             ForkResult::Parent { child } => {
                 drop(theirs);
                 let guard = Self(Arc::new(Inner {
@@ -196,6 +204,12 @@ impl Guard {
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.0.pid.as_raw()
+    }
+
+    /// The control group that the guard shares with this process because it could not leave it, if there
+    /// is one: whatever freezes or kills that group does so to both, and nobody thaws.
+    pub fn shared_group(&self) -> Option<String> {
+        os::guard::group_that_could_not_be_left(self.pid())
     }
 
     /// Whether the guard lives and answers. To be called between the steps of a run.
@@ -348,6 +362,7 @@ impl Guard {
             Ok(reply) => reply.id,
             Err(error) => return Err(FreezeError::GuardLost(error)),
         };
+        let no_stop = NoStop::begin();
         let begin = Instant::now();
         let frozen = mount.freeze();
         let since = Instant::now();
@@ -363,6 +378,7 @@ impl Guard {
             begin,
             since,
             is_frozen: true,
+            _no_stop: no_stop,
         })
     }
 }
@@ -434,6 +450,7 @@ pub struct Frozen {
     begin: Instant,
     since: Instant,
     is_frozen: bool,
+    _no_stop: NoStop,
 }
 
 /// How long a freeze took.

@@ -38,6 +38,7 @@ pub mod stack;
 pub mod stream;
 pub mod swap_file;
 pub mod trace;
+pub mod witness;
 pub mod zfs;
 
 #[cfg(target_os = "linux")]

@@ -1,5 +1,6 @@
 //! What differs by system, on Linux.
 
+pub(crate) mod close_watch;
 pub(crate) mod counters;
 pub(crate) mod device;
 pub(crate) mod exclusive;

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+pub(crate) mod close_watch;
 pub(crate) mod counters;
 pub(crate) mod device;
 pub(crate) mod exclusive;

@@ -15,6 +15,12 @@ use crate::lock::{self, Lock};
 /// Where the records of this machine are.
 pub const FOLDER: &str = crate::os::RECORDS;
 
+/// What tells this start of the machine from others, where the system says.
+pub fn this_boot() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
+}
+
 /// A larger record is not one of ours, in bytes.
 const MAX_LEN: u64 = 1 << 20;
 

@@ -2,7 +2,7 @@
 //! steps, so that everything is thawed and removed on the way out.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, kill, signal};
@@ -36,7 +36,8 @@ impl Stop {
     /// Takes over SIGINT, SIGTERM and SIGHUP; those that were ignored when we were started
     /// (`nohup`, a background job of a plain shell) stay ignored. SIGPIPE is ignored: a reader that
     /// goes away is seen as `BrokenPipe` by the next write. SIGXFSZ no longer kills: a file that may
-    /// not grow (`ulimit -f`) is seen as `FileTooLarge` by the write. Children start with the default for all
+    /// not grow (`ulimit -f`) is seen as `FileTooLarge` by the write. SIGTSTP waits while something is
+    /// frozen. Children start with the default for all
     /// of them but those the user had ignored.
     ///
     /// # Errors
@@ -49,6 +50,11 @@ impl Stop {
             }
             signal_hook::flag::register_usize(number as i32, stop.0.clone(), name as usize + 1)
                 .context("cannot take over the signal", number.as_str())?;
+        }
+        if !is_ignored(Signal::SIGTSTP).context("cannot look at the signal", "SIGTSTP")? {
+            // SAFETY: the handler calls what may be called in one: atomics, and kill(2).
+            unsafe { signal_hook::low_level::register(Signal::SIGTSTP as i32, stop_unless_frozen) }
+                .context("cannot take over the signal", "SIGTSTP")?;
         }
         // SAFETY: ignoring a signal runs no code of ours.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }
@@ -72,6 +78,45 @@ impl Stop {
     pub fn ask(&self, by: StopSignal) {
         self.0.store(by as usize + 1, Ordering::Relaxed);
     }
+}
+
+/// How many filesystems are frozen just now.
+static FROZEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether a stop waits for their thaw.
+static STOP_WAITS: AtomicBool = AtomicBool::new(false);
+
+/// While this exists, a stop by the terminal (SIGTSTP: Ctrl-Z) waits: a process that is stopped thaws
+/// nothing.
+#[derive(Debug)]
+pub(crate) struct NoStop(());
+
+impl NoStop {
+    pub(crate) fn begin() -> Self {
+        FROZEN.fetch_add(1, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for NoStop {
+    fn drop(&mut self) {
+        if FROZEN.fetch_sub(1, Ordering::SeqCst) == 1 && STOP_WAITS.swap(false, Ordering::SeqCst) {
+            stop();
+        }
+    }
+}
+
+/// The handler of SIGTSTP.
+fn stop_unless_frozen() {
+    match FROZEN.load(Ordering::SeqCst) {
+        0 => stop(),
+        _ => STOP_WAITS.store(true, Ordering::SeqCst),
+    }
+}
+
+/// Does what the signal does by default.
+fn stop() {
+    let _ = signal_hook::low_level::emulate_default_handler(Signal::SIGTSTP as i32);
 }
 
 /// Whether there is a process of this number, dead perhaps and not waited for.

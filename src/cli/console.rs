@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use holdstill_platform::signals::{self, StopSignal};
@@ -41,6 +41,23 @@ pub(super) struct Console {
     /// line of all.
     last_line: Mutex<Instant>,
     has_ended: AtomicBool,
+    hushed: Mutex<Hushed>,
+}
+
+/// What must wait to be shown: what is written may end on a filesystem that is frozen (a log on the
+/// source), and whoever writes there waits for the thaw.
+#[derive(Default)]
+struct Hushed {
+    /// How many freezes are under way.
+    freezes: usize,
+    lines: Vec<Waiting>,
+}
+
+enum Waiting {
+    /// For whoever reads results.
+    Line(String),
+    /// For people, on standard error.
+    Note(String),
 }
 
 enum Style {
@@ -75,6 +92,7 @@ impl Console {
             total: AtomicU64::new(0),
             last_line: Mutex::new(Instant::now()),
             has_ended: AtomicBool::new(false),
+            hushed: Mutex::default(),
         }
     }
 
@@ -100,6 +118,10 @@ impl Console {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         self.has_ended.store(true, Ordering::Release);
+        // A run that failed while something was frozen has thawed it on its way out.
+        let mut hushed = self.hushed();
+        hushed.freezes = 0;
+        self.show_waiting(&mut hushed);
         if let Style::Bar(bar) = &self.style {
             bar.finish_and_clear();
         }
@@ -128,25 +150,53 @@ impl Console {
     }
 
     fn json(&self, event: &str, fields: Value) {
-        write_line(
-            self.is_stdout_taken,
-            &json_line(event, &self.run_id, fields),
-        );
+        self.write(Waiting::Line(json_line(event, &self.run_id, fields)));
     }
 
     fn line(&self, text: &str) {
-        write_line(self.is_stdout_taken, text);
+        self.write(Waiting::Line(text.to_owned()));
     }
 
     /// A line on standard error, above the bar if there is one.
     fn note(&self, text: &str) {
-        match &self.style {
-            Style::Bar(bar) => bar.suspend(|| eprint_line(text)),
-            _ => eprint_line(text),
+        self.write(Waiting::Note(text.to_owned()));
+    }
+
+    /// Shows a line, now or after the thaw. The lock is held while it is shown: what begins to freeze
+    /// waits for it.
+    fn write(&self, line: Waiting) {
+        let mut hushed = self.hushed();
+        match hushed.freezes {
+            0 => self.show(&line),
+            _ => hushed.lines.push(line),
+        }
+    }
+
+    fn show(&self, line: &Waiting) {
+        match (line, &self.style) {
+            (Waiting::Line(text), _) => write_line(self.is_stdout_taken, text),
+            (Waiting::Note(text), Style::Bar(bar)) => bar.suspend(|| eprint_line(text)),
+            (Waiting::Note(text), _) => eprint_line(text),
+        }
+    }
+
+    fn hushed(&self) -> MutexGuard<'_, Hushed> {
+        self.hushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows what had to wait.
+    fn show_waiting(&self, hushed: &mut Hushed) {
+        for line in hushed.lines.drain(..) {
+            self.show(&line);
         }
     }
 
     fn show_progress(&self) {
+        // The bar, too, is drawn only under the lock, and nothing is said of progress later.
+        let hushed = self.hushed();
+        if hushed.freezes > 0 {
+            return;
+        }
         let done = self.done.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed).max(done);
         let seconds = self.begun.elapsed().as_secs_f64().max(0.001);
@@ -156,6 +206,7 @@ impl Console {
             bar.set_length(total);
             bar.set_position(done);
         }
+        drop(hushed);
         let interval = match &self.style {
             Style::Json => JSON_INTERVAL,
             Style::Plain => PLAIN_INTERVAL,
@@ -203,6 +254,18 @@ impl Progress for Console {
     fn advance(&self, bytes: ByteLen) {
         self.done.fetch_add(bytes.0, Ordering::Relaxed);
         self.show_progress();
+    }
+
+    fn hush(&self, is_frozen: bool) {
+        let mut hushed = self.hushed();
+        if is_frozen {
+            hushed.freezes += 1;
+            return;
+        }
+        hushed.freezes = hushed.freezes.saturating_sub(1);
+        if hushed.freezes == 0 {
+            self.show_waiting(&mut hushed);
+        }
     }
 
     fn stop(&self) -> Option<Stop> {

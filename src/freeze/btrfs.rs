@@ -40,10 +40,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use holdstill_platform::btrfs::{Filesystem, Key};
-use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::memory;
 use zerocopy::FromBytes;
 
+use super::instant::Freezer;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
@@ -80,7 +80,7 @@ const MOST_MEMORY: u64 = 256 << 20;
 pub struct Live {
     source: Source,
     filesystem: Arc<Filesystem>,
-    point: Arc<MountPoint>,
+    freezer: Arc<Freezer>,
     devices: Arc<Devices>,
     run: Run,
     surveys: Vec<Survey>,
@@ -180,8 +180,7 @@ impl Live {
         }
         let filesystem = Arc::new(Filesystem::open(&mount.point)?);
         let devices = Arc::new(Devices::open(&filesystem, sources)?);
-        let point = Arc::new(MountPoint::open(&mount.point)?);
-        run.note(|record| record.mount_points.push(mount.point.clone()))?;
+        let freezer = Arc::new(Freezer::of_btrfs(&filesystem, sources, run)?);
         proof::nothing_moves(&filesystem).map_err(|error| no(&error.to_string()))?;
         let round = Round::begin(&devices, 0)?;
         let mut surveys = Vec::new();
@@ -192,7 +191,7 @@ impl Live {
         let mut live = Self {
             source: source.clone(),
             filesystem,
-            point,
+            freezer,
             devices,
             run: run.clone(),
             surveys,
@@ -380,6 +379,7 @@ impl Still for Live {
         let moment = self.moment.as_ref().ok_or_else(|| self.no_moment())?;
         proof::nothing_moved(&self.filesystem, &moment.seen, &moment.chunks)?;
         self.devices.are_the_same(&self.filesystem)?;
+        self.freezer.no_other_writer()?;
         let commit = self.commit_proof(moment);
         if commit.mended_sectors > 0 {
             progress.warn(&format!(

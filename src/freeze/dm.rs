@@ -21,12 +21,12 @@ use holdstill_platform::beneath;
 use holdstill_platform::cow_store::CowStore;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dm::{self, Fill, Prepared, Refusal, Table, Takeover};
-use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::{Owed, Undo, Way};
 use holdstill_platform::in_use::User;
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::{lock, lvm, records};
 
+use super::instant::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use super::watch::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};
@@ -34,6 +34,7 @@ use crate::error::{Error, Kind, Result};
 use crate::freeze::{Context, OnePass, Still};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Event;
+use crate::progress::Progress;
 use crate::run::Run;
 use crate::source::{Medium, Source};
 
@@ -188,13 +189,13 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
     if let Some(why) = mounted::would_wait_for_itself(device, output)? {
         return Err(no(why.to_owned()).hint("write the image elsewhere, or to a pipe that does"));
     }
-    let point = match (&source.mount, mounted::device(source)) {
-        (Some(mount), Ok(_)) => Some(Arc::new(MountPoint::open(&mount.point)?)),
+    let freezer = match (&source.mount, mounted::device(source)) {
+        (Some(_), Ok(_)) => Some(Arc::new(Freezer::open(source, run)?)),
         _ => None,
     };
     // All its mounts are frozen at once, in whatever namespace, by way of the one that we see.
     let users = Users::of(device, |user| {
-        point.is_some() && matches!(user, User::Mount { .. })
+        freezer.is_some() && matches!(user, User::Mount { .. })
     })?;
     let store = store::of(source, device, context.cow)?;
     let (made, prepared) = Made::prepare(source, device, store, context)?;
@@ -205,7 +206,7 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
             .on(&source.path)
             .hint("try again when nobody changes it"));
     }
-    let swapped = swap(source, &prepared, point.as_ref(), run);
+    let swapped = swap(source, &prepared, freezer.as_ref(), progress);
     run.after_thaw(progress);
     let (instant, times) = match swapped {
         Ok(swapped) => swapped,
@@ -243,15 +244,15 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
 fn swap(
     source: &Source,
     prepared: &Prepared,
-    point: Option<&Arc<MountPoint>>,
-    run: &Run,
+    freezer: Option<&Arc<Freezer>>,
+    progress: &dyn Progress,
 ) -> Result<(jiff::Timestamp, FreezeTimes)> {
     let explain = |error| {
         Error::io("the device mapper could not swap its table", error)
             .on(&source.path)
             .hint("nothing has changed; the kernel's log may say why")
     };
-    let Some(point) = point else {
+    let Some(freezer) = freezer else {
         let instant = jiff::Timestamp::now();
         let begin = std::time::Instant::now();
         prepared.swap().map_err(explain)?;
@@ -264,18 +265,12 @@ fn swap(
         };
         return Ok((instant, times));
     };
-    point.sync()?;
-    run.check_guard()?;
-    let frozen = run
-        .guard()?
-        .freeze(point, DEADLINE)
-        .map_err(|error| mounted::explain(error, source))?;
+    let mut frozen = freezer.freeze(DEADLINE, progress)?;
     let instant = jiff::Timestamp::now();
+    frozen.settle();
     let swapped = prepared.swap();
     let read_ms = milliseconds(frozen.held());
-    let thawed = frozen
-        .thaw()
-        .map_err(|error| mounted::explain(error, source))?;
+    let thawed = frozen.thaw(Expect::Discards, progress)?;
     swapped.map_err(explain)?;
     Ok((instant, mounted::times("snapshot", &thawed, 0.0, read_ms)))
 }
@@ -290,12 +285,7 @@ impl Made {
     ) -> Result<(Self, Prepared)> {
         let run = context.run;
         let takeover = Takeover::of(device, run.id())?;
-        run.note(|record| {
-            record.dm_devices.push(takeover.name().to_owned());
-            record
-                .mount_points
-                .extend(source.mount.as_ref().map(|mount| mount.point.clone()));
-        })?;
+        run.note(|record| record.dm_devices.push(takeover.name().to_owned()))?;
         let mut made = Self {
             owed: Some(run.owe_undo(takeover.name())?),
             takeover,

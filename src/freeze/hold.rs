@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
-use holdstill_platform::freeze::MountPoint;
-use holdstill_platform::guard::Frozen;
+use holdstill_platform::trace;
 
+use super::instant::{Expect, Freezer, Ice};
 use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::{Context, OnePass, Pass, Proof, Still};
@@ -26,7 +26,8 @@ pub struct Hold {
     disk: Disk,
     survey: Survey,
     // Dropped first of what matters: fields are dropped in order, and the thaw must not wait.
-    frozen: Option<Frozen>,
+    frozen: Option<Ice>,
+    freezer: Arc<Freezer>,
     instant: jiff::Timestamp,
     passes: OnePass,
     run: Run,
@@ -43,6 +44,13 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
     };
     if mounted::has_swap(device)? {
         return Ok(Some("swap space lies on it".to_owned()));
+    }
+    if !trace::may_be_counted(device)? {
+        return Ok(Some(
+            "the kernel does not count what is written to it (queue/iostats is off), so nothing would \
+             prove that the freeze held"
+                .to_owned(),
+        ));
     }
     mounted::other_writer(device)
 }
@@ -68,25 +76,20 @@ impl Hold {
             .on(&source.path)
         };
         let device = mounted::device(source).map_err(no)?;
-        let mount = source
-            .mount
-            .as_ref()
-            .ok_or_else(|| no("it is not mounted here".to_owned()))?;
         if let Some(why) = mounted::would_wait_for_itself(device, output)? {
             return Err(
                 no(why.to_owned()).hint("write the image elsewhere, or to a pipe that does")
             );
         }
         let disk = Disk::open(&source.path, Access::Read)?;
-        let point = Arc::new(MountPoint::open(&mount.point)?);
-        run.note(|record| record.mount_points.push(mount.point.clone()))?;
+        let freezer = Arc::new(Freezer::open(source, run)?);
+        if let Some(why) = freezer.blind_spot() {
+            return Err(no(why.to_owned()));
+        }
         run.before_freeze()?;
-        point.sync()?;
-        let frozen = run
-            .guard()?
-            .freeze(&point, LIMIT)
-            .map_err(|error| mounted::explain(error, source))?;
+        let mut frozen = freezer.freeze(LIMIT, progress)?;
         let instant = jiff::Timestamp::now();
+        frozen.settle();
         let survey = Survey::of_frozen(&disk, all_blocks)?;
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
@@ -96,6 +99,7 @@ impl Hold {
             disk,
             survey,
             frozen: Some(frozen),
+            freezer,
             instant,
             passes: OnePass::new(context.compare),
             run: run.clone(),
@@ -149,9 +153,10 @@ impl Still for Hold {
         let missing = || Error::new(Kind::Failed, "thawed twice");
         let frozen = self.frozen.take().ok_or_else(missing)?;
         let read_ms = mounted::milliseconds(frozen.held());
-        let thawed = frozen.thaw();
+        let thawed = frozen.thaw(Expect::Nothing, progress);
         self.run.after_thaw(progress);
-        let thawed = thawed.map_err(|error| mounted::explain(error, &self.source))?;
+        let thawed = thawed?;
+        self.freezer.nobody_wrote_below()?;
         let times = mounted::times("final", &thawed, 0.0, read_ms);
         progress.event(&Event::Thawed(&times));
         Ok(Proof {

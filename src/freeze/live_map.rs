@@ -68,6 +68,11 @@ impl LiveMap {
         self.all_blocks = true;
     }
 
+    /// Whether there are swap files in use, to which the kernel writes whatever is frozen.
+    pub(super) fn has_swap(&self) -> bool {
+        !self.swap_files.is_empty()
+    }
+
     /// What was in use and worth copying at the last look: ascending.
     pub(super) fn used(&self) -> &[UsedRange] {
         &self.used

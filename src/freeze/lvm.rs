@@ -12,6 +12,7 @@
 mod provisioned;
 mod watch;
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use holdstill_platform::device::{Access, Disk};
@@ -22,6 +23,7 @@ use holdstill_platform::in_use::{self, User};
 use holdstill_platform::lvm::{self, LogicalVolume, MetadataSnapshot, PoolFill, Room};
 use holdstill_platform::node::BlockDevice;
 
+use super::mounted;
 use super::mounted::milliseconds;
 use super::snapshot::Users;
 use super::watch::{Undo as _, Watch, Watched, WatchedSnapshot, percent};
@@ -218,9 +220,13 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
     run.before_freeze()?;
     if let Some(mount) = &source.mount {
         // So that LVM has little to write out while writers wait.
-        MountPoint::open(&mount.point)?.sync()?;
+        let point = MountPoint::open_on(&mount.point, device.number)?;
+        mounted::sync(&Arc::new(point), progress)?;
     }
-    let (made, instant, times, uncertainty) = Made::make(&volume, device, room.as_ref(), run)?;
+    progress.hush(true);
+    let made = Made::make(&volume, device, room.as_ref(), run);
+    progress.hush(false);
+    let (made, instant, times, uncertainty) = made?;
     run.after_thaw(progress);
     progress.event(&Event::Frozen {
         instant: &instant.to_string(),

@@ -1,18 +1,22 @@
 //! What `hold`, `track` and `btrfs` share: a mounted filesystem that can be frozen, and what must not lie on
 //! it while it is.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use holdstill_platform::beneath;
 use holdstill_platform::freeze::{FreezeError, MountPoint};
 use holdstill_platform::guard::Thawed;
 use holdstill_platform::in_use::{self, Swap, User};
+use holdstill_platform::mounts;
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::swap_file::SwapFile;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::manifest::FreezeTimes;
+use crate::progress::Progress;
 use crate::source::{Medium, Source};
 
 /// The device of a source and where it is mounted; or why it cannot be frozen at all.
@@ -21,7 +25,7 @@ pub(super) fn device(source: &Source) -> std::result::Result<&BlockDevice, Strin
         return Err("it is a file, not a mounted device".to_owned());
     };
     let Some(mount) = &source.mount else {
-        return Err("it is not mounted here".to_owned());
+        return Err(covered(device).unwrap_or_else(|| "it is not mounted here".to_owned()));
     };
     match mount.fs_type.as_str() {
         "ext2" | "ext3" | "ext4" | "xfs" => Ok(device),
@@ -29,32 +33,29 @@ pub(super) fn device(source: &Source) -> std::result::Result<&BlockDevice, Strin
     }
 }
 
-/// Why something of ours that is written while the source is frozen would wait for its thaw, and the
-/// thaw for it. `output` is what the copy is written to.
+/// That a device is mounted only where other mounts cover it, in words.
+fn covered(device: &BlockDevice) -> Option<String> {
+    let all = mounts::of_this_process().ok()?;
+    let mount = all
+        .iter()
+        .find(|mount| mount.block_device() == Some(device.number))?;
+    let point = mount.point.display();
+    Some(format!(
+        "its mount point {point} is covered by another mount; unmount that, or mount it at another place, too"
+    ))
+}
+
+/// Why the copy, written while the source is frozen, would wait for its thaw, and the thaw for it.
+/// `output` is what the copy is written to. What is said of the run goes nowhere meanwhile.
 pub(super) fn would_wait_for_itself(
     device: &BlockDevice,
     output: Option<BorrowedFd<'_>>,
 ) -> Result<Option<&'static str>> {
-    let stdout = std::io::stdout();
-    let stderr = std::io::stderr();
-    let written = [
-        (output, "the output lies on the source itself"),
-        (
-            Some(stdout.as_fd()),
-            "standard output goes to a file on the source",
-        ),
-        (
-            Some(stderr.as_fd()),
-            "standard error goes to a file on the source",
-        ),
-    ];
-    for (fd, what) in written {
-        let Some(fd) = fd else { continue };
-        if beneath::file_rests_on(fd, device)? {
-            return Ok(Some(what));
-        }
-    }
-    Ok(None)
+    let Some(output) = output else {
+        return Ok(None);
+    };
+    let rests = beneath::file_rests_on(output, device)?;
+    Ok(rests.then_some("the output lies on the source itself"))
 }
 
 /// Whether swap space lies on the source: what it holds changes though the filesystem is frozen.
@@ -118,12 +119,16 @@ pub(super) fn other_writer(device: &BlockDevice) -> Result<Option<String>> {
 const SYNC_BUDGET: Duration = Duration::from_secs(5);
 
 /// Writes out everything, so that a freeze that follows has little to write.
-pub(super) fn sync_within_budget(point: &MountPoint, source: &Source) -> Result<()> {
+pub(super) fn sync_within_budget(
+    point: &Arc<MountPoint>,
+    source: &Source,
+    progress: &dyn Progress,
+) -> Result<()> {
     let mut took = Duration::MAX;
     // Twice: a backlog from before the run is written out only once.
     for _ in 0..2 {
         let begin = Instant::now();
-        point.sync()?;
+        sync(point, progress)?;
         took = begin.elapsed();
         if took <= SYNC_BUDGET {
             return Ok(());
@@ -138,12 +143,47 @@ pub(super) fn sync_within_budget(point: &MountPoint, source: &Source) -> Result<
         .hint("try again when less is written"))
 }
 
+/// How often to look whether a run is asked to stop, and after what time it is told that it waits.
+const NAP: Duration = Duration::from_millis(100);
+const SLOW: Duration = Duration::from_secs(20);
+
+/// Writes out everything that is dirty on a filesystem. On a disk or kernel that is stuck this never ends,
+/// so it has a thread of its own, and whoever waits for it can be asked to stop.
+pub(super) fn sync(point: &Arc<MountPoint>, progress: &dyn Progress) -> Result<()> {
+    let (done, wait) = std::sync::mpsc::channel();
+    let synced = Arc::clone(point);
+    let thread = std::thread::Builder::new().name("holdstill-sync".to_owned());
+    thread
+        .spawn(move || done.send(synced.sync()))
+        .map_err(|error| Error::io("cannot start a thread to sync", error).on(point.path()))?;
+    let begin = Instant::now();
+    let mut is_told = false;
+    loop {
+        match wait.recv_timeout(NAP) {
+            Ok(synced) => return Ok(synced?),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(
+                    Error::new(Kind::Failed, "the thread that syncs has ended").on(point.path())
+                );
+            }
+            Err(RecvTimeoutError::Timeout) => progress.check()?,
+        }
+        if begin.elapsed() > SLOW && !std::mem::replace(&mut is_told, true) {
+            let what = point.path().display();
+            progress.warn(&format!(
+                "still waiting for the kernel to write out what is dirty on {what} (syncfs); its log may say why"
+            ));
+        }
+    }
+}
+
 /// A freeze that failed or did not hold, as the user should see it.
 pub(super) fn explain(error: FreezeError, source: &Source) -> Error {
     let (kind, hint) = match &error {
         FreezeError::AlreadyFrozen => (
             Kind::InUse,
-            "thaw it (fsfreeze --unfreeze), or wait for whoever froze it",
+            "wait for whoever froze it (a snapshot being made, an agent of a virtual machine); only if \
+             nobody did, thaw it: fsfreeze --unfreeze",
         ),
         FreezeError::Unsupported => (Kind::NotApplicable, "unmount it and image it offline"),
         FreezeError::NotPermitted => (Kind::Permission, "try again as root"),

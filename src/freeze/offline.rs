@@ -1,18 +1,23 @@
 //! `offline`: nobody has the source mounted, held or open for writing, for as long as the copy takes.
 //!
 //! An exclusive open does not prove that: it succeeds beside a plain writer. So all users are searched
-//! and named, and then the medium itself must tell that nothing was written between the first read
-//! and the last: a device by its counters of writes and discards, a file by a read lease. Where
-//! neither exists the copy may still be right, but is graded `crash`.
+//! and named, before the first read and after the last, and the medium itself must tell that nothing was
+//! written between the two: a device by its counters of writes and discards, and by what lies below it
+//! ([`Witness`]); a file by a read lease. A device whose writes the kernel does not count is claimed,
+//! and nobody may have had it open for writing meanwhile. A filesystem that is mounted read-only wherever it
+//! is mounted holds still as well: that is proven in the same way. Where none of that can be told, the copy may
+//! still be right, but all blocks are copied, and it is graded `crash`.
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use holdstill_platform::counters::{self, Counters};
 use holdstill_platform::device::{Access, Disk, Geometry};
 use holdstill_platform::exclusive::{Claim, Lease, LeaseAnswer, Stamp};
 use holdstill_platform::in_use::{self, User, Users};
 use holdstill_platform::node::BlockDevice;
+use holdstill_platform::witness::Witness;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::apfs::raw;
@@ -44,6 +49,7 @@ pub struct Offline {
 /// One device or file, and how writing to it would show.
 #[derive(Debug)]
 struct Held {
+    source: Source,
     disk: Arc<Disk>,
     watch: Watch,
 }
@@ -54,14 +60,17 @@ enum Watch {
     Counters {
         device: BlockDevice,
         before: Counters,
-        _claim: Claim,
+        below: Witness,
+        /// `None` where it is mounted read-only.
+        _claim: Option<Claim>,
     },
     Lease(Lease),
     /// The file's size and times: a weak witness.
     Stamp(Stamp),
-    /// The kernel does not count for this device.
-    Nothing {
-        _claim: Claim,
+    /// The kernel does not count for this device: nobody had it open for writing.
+    Nodes {
+        below: Witness,
+        claim: Option<Claim>,
     },
 }
 
@@ -109,10 +118,12 @@ impl Offline {
         let instant = jiff::Timestamp::now();
         let weakness = held.iter().find_map(|held| held.watch.weakness());
         let survey = |own: usize| {
-            let mut survey = Self::examine(&held, own, context)?;
-            if let Some(weakness) = weakness {
+            // A map that somebody may write to meanwhile is not to be trusted.
+            let all_blocks = context.all_blocks || weakness.is_some();
+            let mut survey = Self::examine(&held, own, all_blocks, context.on_read_error)?;
+            if let Some(weakness) = &weakness {
                 survey.grade = survey.grade.max(Grade::Crash);
-                survey.warnings.push(weakness.to_owned());
+                survey.warnings.push(weakness.clone());
             }
             Ok(survey)
         };
@@ -132,14 +143,25 @@ impl Offline {
     /// # Errors
     /// [`Kind::Inconsistent`] if somebody did; else if that cannot be told.
     pub(super) fn prove(&self) -> Result<Proof> {
-        for Held { disk, watch } in &self.held {
-            if !watch.is_quiet(disk)? {
+        for Held {
+            source,
+            disk,
+            watch,
+        } in &self.held
+        {
+            // Whoever has it open for writing now is found here, whoever had it by the watch.
+            let why = match objection(source)? {
+                Some(user) => Some(user),
+                None => watch.trace_of_writing(disk)?,
+            };
+            if let Some(why) = why {
                 return Err(Error::new(
                     Kind::Inconsistent,
-                    "somebody wrote to the source while it was copied",
+                    "somebody may have written to the source while it was copied",
                 )
                 .on(disk.path())
-                .hint("find out who, and try again"));
+                .because(why)
+                .hint("the copy was discarded; end whatever writes to it, and try again"));
             }
         }
         Ok(Proof {
@@ -161,20 +183,61 @@ impl Offline {
     }
 
     /// What is on device `own` of `held`.
-    fn examine(held: &[Held], own: usize, context: &Context<'_>) -> Result<Survey> {
+    fn examine(
+        held: &[Held],
+        own: usize,
+        all_blocks: bool,
+        on_read_error: OnReadError,
+    ) -> Result<Survey> {
         let disk = &held[own].disk;
         let others = held.iter().enumerate().filter(|(n, _)| *n != own);
         let siblings: Vec<Arc<dyn ReadAt>> = others
             .map(|(_, held)| Arc::clone(&held.disk) as Arc<dyn ReadAt>)
             .collect();
-        match Survey::of_offline(disk, &siblings, context.all_blocks) {
-            Err(error) if error.kind() == Kind::Io => match context.on_read_error {
+        match Survey::of_offline(disk, &siblings, all_blocks) {
+            Err(error) if error.kind() == Kind::Io => match on_read_error {
                 OnReadError::Fail => Err(error.hint(READ_ERROR_HINT)),
                 OnReadError::Zero => Survey::of_unreadable(disk, &error),
             },
             other => other,
         }
     }
+}
+
+/// Claims a device and opens it; without a claim where it is mounted read-only: whoever has it mounted
+/// keeps us from claiming it, and writes nothing.
+fn claim(source: &Source, device: &BlockDevice) -> Result<(Option<Claim>, Disk)> {
+    let mut tries = CLAIMS;
+    loop {
+        match Claim::open(&source.path, Access::Read) {
+            Ok((claim, disk)) => return Ok((Some(claim), disk)),
+            Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy => {}
+            Err(error) => return Err(error.into()),
+        }
+        if let Some(user) = objection(source)? {
+            return Err(in_use(&source.path, &user));
+        }
+        if is_mounted_read_only(device)? {
+            return Ok((None, Disk::open(&source.path, Access::Read)?));
+        }
+        // Somebody who cannot be seen: tools that look at a device claim it for a moment.
+        tries -= 1;
+        if tries == 0 {
+            return Err(in_use(&source.path, "the kernel says it is held"));
+        }
+        std::thread::sleep(NAP);
+    }
+}
+
+/// How often a device is tried to be claimed that nobody seems to hold, and how long to wait between.
+const CLAIMS: u32 = 20;
+const NAP: Duration = Duration::from_millis(50);
+
+/// Whether all that uses a device is mounts that nothing can be written through.
+fn is_mounted_read_only(device: &BlockDevice) -> Result<bool> {
+    let users = in_use::of_device(device, &[])?.users;
+    let is_mount = |user: &User| matches!(user, User::Mount { .. } | User::Btrfs { .. });
+    Ok(users.iter().any(is_mount) && !users.iter().any(User::may_write))
 }
 
 fn in_use(path: &Path, user: &str) -> Error {
@@ -185,29 +248,24 @@ fn in_use(path: &Path, user: &str) -> Error {
 
 impl Held {
     fn device(source: &Source, device: &BlockDevice) -> Result<Self> {
-        let (claim, disk) = match Claim::open(&source.path, Access::Read) {
-            Ok(both) => both,
-            Err(error) if error.source.kind() == std::io::ErrorKind::ResourceBusy => {
-                let user = objection(source)?;
-                return Err(in_use(
-                    &source.path,
-                    user.as_deref().unwrap_or("the kernel says it is held"),
-                ));
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let (claim, disk) = claim(source, device)?;
         // What others wrote and the kernel has not passed on yet must count before, not meanwhile.
         disk.sync()?;
+        let below = Witness::of_device(device)?;
         let watch = match counters::of_open(device, &disk.geometry())? {
-            None => Watch::Nothing { _claim: claim },
+            None => Watch::Nodes { below, claim },
             Some(before) => Watch::Counters {
                 device: device.clone(),
                 before,
+                below,
                 _claim: claim,
             },
         };
-        let disk = Arc::new(disk);
-        Ok(Self { disk, watch })
+        Ok(Self {
+            source: source.clone(),
+            disk: Arc::new(disk),
+            watch,
+        })
     }
 
     fn file(source: &Source) -> Result<Self> {
@@ -228,41 +286,82 @@ impl Held {
                 Watch::Stamp(Stamp::of(&metadata))
             }
         };
-        let disk = Arc::new(disk);
-        Ok(Self { disk, watch })
+        Ok(Self {
+            source: source.clone(),
+            disk: Arc::new(disk),
+            watch,
+        })
     }
 }
 
 impl Watch {
     /// Why the watch could miss a writer.
-    fn weakness(&self) -> Option<&'static str> {
+    fn weakness(&self) -> Option<String> {
         match self {
-            Self::Counters { .. } | Self::Lease(_) => None,
+            Self::Lease(_) => None,
+            Self::Counters { below, .. } => below.blind_spot().map(str::to_owned),
             Self::Stamp(_) => Some(
                 "this file cannot be protected from writers (no leases here): only its size and \
-                 times are compared",
+                 times are compared"
+                    .to_owned(),
             ),
-            Self::Nothing { .. } => Some(counters::NOT_KEPT),
+            Self::Nodes { below, claim } => match below.watches_its_nodes() && claim.is_some() {
+                true => below.blind_spot().map(str::to_owned),
+                false => Some(counters::NOT_KEPT.to_owned()),
+            },
         }
     }
 
-    /// Whether nobody wrote since the watch began.
-    fn is_quiet(&self, disk: &Disk) -> Result<bool> {
+    /// How it shows that somebody may have written since the watch began, in words; `None` if nobody has.
+    fn trace_of_writing(&self, disk: &Disk) -> Result<Option<String>> {
+        let io = |error| Error::io("cannot tell whether it was written to", error).on(disk.path());
         Ok(match self {
-            Self::Counters { device, before, .. } => {
+            Self::Counters {
+                device,
+                before,
+                below,
+                ..
+            } => {
                 disk.sync()?;
                 let now = counters::of_open(device, &disk.geometry())?;
-                now.is_some_and(|now| now.nothing_written_since(before))
+                match now {
+                    None => Some("the kernel no longer counts what is written to it".to_owned()),
+                    Some(now) if !now.nothing_written_since(before) => {
+                        Some("its counters of writes have grown".to_owned())
+                    }
+                    Some(now) => {
+                        let read = disk.is_direct().then(|| disk.sectors_read());
+                        let read = read.map(|sectors| (sectors, before, &now));
+                        below.trace_of_writing(read).map_err(io)?
+                    }
+                }
+                .or(changed_below(below).map_err(io)?)
             }
-            Self::Lease(lease) => lease.is_whole()?,
+            Self::Nodes { below, .. } => {
+                disk.sync()?;
+                let had_writer = below.watches_its_nodes() && below.was_opened_for_writing();
+                had_writer
+                    .then(|| "somebody had it open for writing".to_owned())
+                    .or(below.trace_of_writing(None).map_err(io)?)
+                    .or(changed_below(below).map_err(io)?)
+            }
+            Self::Lease(lease) => {
+                let was_asked = "somebody asked to write to it, or did";
+                (!lease.is_whole()?).then(|| was_asked.to_owned())
+            }
             Self::Stamp(before) => {
                 let metadata =
                     std::fs::metadata(disk.path()).context("cannot examine", disk.path())?;
-                Stamp::of(&metadata) == *before
+                let is_same = Stamp::of(&metadata) == *before;
+                (!is_same).then(|| "its size or times have changed".to_owned())
             }
-            Self::Nothing { .. } => true,
         })
     }
+}
+
+fn changed_below(below: &Witness) -> std::io::Result<Option<String>> {
+    let changed = "size or times of the file below it have changed";
+    Ok((!below.files_are_unchanged()?).then(|| changed.to_owned()))
 }
 
 impl Still for Offline {

@@ -31,14 +31,13 @@ use std::time::{Duration, Instant};
 use holdstill_platform::counters;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
-use holdstill_platform::freeze::MountPoint;
-use holdstill_platform::guard::Frozen;
 use holdstill_platform::memory::{self, LockedProcess};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::stack::Stack;
 use holdstill_platform::trace::{self, Tracefs};
 
 use super::final_read::FinalRead;
+use super::instant::{Expect, Freezer};
 use super::live_map::LiveMap;
 use super::mounted::{self, milliseconds};
 use super::stale::{self, BLOCK_SHIFT};
@@ -86,7 +85,7 @@ const NAP: Duration = Duration::from_millis(10);
 pub struct Track {
     source: Source,
     disk: Arc<Disk>,
-    point: Arc<MountPoint>,
+    freezer: Arc<Freezer>,
     run: Run,
     survey: Survey,
     trace: WriteTrace,
@@ -197,10 +196,6 @@ impl Track {
             .on(&source.path)
         };
         let device = mounted::device(source).map_err(|why| no(&why))?.clone();
-        let mount = source
-            .mount
-            .as_ref()
-            .ok_or_else(|| no("it is not mounted here"))?;
         if let Some(why) = mounted::would_wait_for_itself(&device, output)? {
             return Err(no(why).hint("write the image elsewhere, or to a pipe that does"));
         }
@@ -208,7 +203,7 @@ impl Track {
         if !disk.is_direct() {
             return Err(no("it cannot be read past the page cache"));
         }
-        let point = Arc::new(MountPoint::open(&mount.point)?);
+        let freezer = Arc::new(Freezer::open(source, run)?);
         let sectors = device.sectors;
         let marks = || {
             DirtyMap::new(sectors, BLOCK_SHIFT)
@@ -218,9 +213,6 @@ impl Track {
         let copied = marks()?;
         // The copy has nothing yet: everything is stale until it is read.
         stale.mark(0, sectors);
-        run.note(|record| {
-            record.mount_points.push(mount.point.clone());
-        })?;
         let trace = WriteTrace::begin(source, &device, run, &stale)?;
         // What the survey of a live filesystem says is not believed: this is to know what it is, and
         // to be told of an external log before anything is frozen.
@@ -228,7 +220,7 @@ impl Track {
         let size = ReadAt::len(&*disk);
         let swap_files = mounted::swap_files(&device)?.map_err(|why| no(&why))?;
         let map = LiveMap::new(
-            Arc::clone(&point),
+            Arc::clone(freezer.point()),
             device.number,
             size,
             all_blocks,
@@ -237,7 +229,7 @@ impl Track {
         let mut track = Self {
             source: source.clone(),
             disk,
-            point,
+            freezer,
             run: run.clone(),
             survey,
             tries: 0,
@@ -253,23 +245,31 @@ impl Track {
         };
         track.map.look(&track.source.path)?;
         track.first_freeze(progress)?;
+        if let Some(why) = track.freezer.blind_spot() {
+            track
+                .survey
+                .warnings
+                .push(format!("all blocks are copied: {why}"));
+            track.survey.grade = Grade::Crash;
+            track.map.distrust();
+            track.map.look(&track.source.path)?;
+            track.survey.bytes = stale::bytes(track.map.mapped());
+        }
         Ok(track)
     }
 
     /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
         self.map.make_room();
-        self.point.sync()?;
-        let frozen = self.freeze()?;
+        let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
         let drained = self.trace.catch_up();
         let drain_ms = milliseconds(frozen.held());
         let balance = self.trace.balance_frozen();
+        frozen.settle();
         let map = self.map.look_in_place(&self.source.path);
         let confirmed = Survey::why_unsettled(&self.disk);
         let read_ms = milliseconds(frozen.held()) - drain_ms;
-        let thawed = frozen
-            .thaw()
-            .map_err(|error| mounted::explain(error, &self.source))?;
+        let thawed = frozen.thaw(self.expected(), progress)?;
         let times = mounted::times("map", &thawed, drain_ms, read_ms);
         progress.event(&Event::Thawed(&times));
         self.freezes.push(times);
@@ -289,12 +289,13 @@ impl Track {
         Ok(())
     }
 
-    fn freeze(&self) -> Result<Frozen> {
-        self.run.check_guard()?;
-        self.run
-            .guard()?
-            .freeze(&self.point, DEADLINE)
-            .map_err(|error| mounted::explain(error, &self.source))
+    /// What may be written while it is frozen: the kernel goes on swapping to its swap files, and
+    /// discards of what was freed before may end late.
+    fn expected(&self) -> Expect {
+        match self.map.has_swap() {
+            true => Expect::Anything,
+            false => Expect::Discards,
+        }
     }
 
     /// Waits until all that was written before is marked.
@@ -304,11 +305,17 @@ impl Track {
     }
 
     /// Decides what comes after a round: another one, or getting ready for the end.
-    fn after_round(&mut self, done: u32, slow: u32, left: u64) -> Result<Phase> {
+    fn after_round(
+        &mut self,
+        done: u32,
+        slow: u32,
+        left: u64,
+        progress: &dyn Progress,
+    ) -> Result<Phase> {
         self.run.check_guard()?;
         self.trace.check_layers()?;
         if done > 0 {
-            mounted::sync_within_budget(&self.point, &self.source)?;
+            mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
         }
         self.catch_up()?;
         self.map.look(&self.source.path)?;
@@ -377,23 +384,28 @@ impl Track {
         let done = read.with_readers(&disk, |readers| {
             // What of us was swapped out would be fetched while others wait.
             let _locked = LockedProcess::new()?;
-            mounted::sync_within_budget(&self.point, &self.source)?;
-            let frozen = self.freeze()?;
+            let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
             instant = jiff::Timestamp::now();
             let drained = self.trace.catch_up();
             let drain_ms = milliseconds(frozen.held());
             let balance = self.trace.balance_frozen();
+            frozen.settle();
             let map = self.map.look_in_place(&self.source.path);
             let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
             let was_read = readers.read();
             let confirmed = Survey::why_unsettled(&self.disk);
             let read_ms = milliseconds(frozen.held()) - drain_ms;
             progress.while_frozen();
-            let thawed = frozen
-                .thaw()
-                .map_err(|error| mounted::explain(error, &self.source))?;
+            // What was written since what was stale was collected has marked it again.
+            let still = self.trace.catch_up();
+            let rewritten = fits && stale::count(&self.stale, self.map.used()) > 0;
+            let thawed = frozen.thaw(self.expected(), progress)?;
             let times = mounted::times("final", &thawed, drain_ms, read_ms);
             drained.map_err(|error| self.trace.untrusted(&error))?;
+            still.map_err(|error| self.trace.untrusted(&error))?;
+            if rewritten {
+                return Err(self.written_while_frozen());
+            }
             map?;
             was_read?;
             Ok((fits, balance, confirmed?, times))
@@ -433,6 +445,13 @@ impl Track {
         Ok(true)
     }
 
+    fn written_while_frozen(&self) -> Error {
+        let what = "the freeze did not hold: blocks in use were written to meanwhile";
+        Error::new(Kind::Inconsistent, what)
+            .on(&self.source.path)
+            .hint("the copy was discarded; find out who writes to the device, and try again")
+    }
+
     fn too_much(&self, bytes: u64, room: ByteLen) -> Error {
         Error::new(
             Kind::Inconsistent,
@@ -461,10 +480,10 @@ impl Still for Track {
                     return Ok(Some(self.stale_pass()));
                 }
                 Phase::Rounds { done, slow, left } => {
-                    self.phase = self.after_round(done, slow, left)?;
+                    self.phase = self.after_round(done, slow, left, progress)?;
                     if matches!(self.phase, Phase::Ready) {
                         self.run.before_freeze()?;
-                        mounted::sync_within_budget(&self.point, &self.source)?;
+                        mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
                     }
                     return Ok(Some(match self.phase {
                         Phase::Compared => self.settled_pass(),
@@ -522,6 +541,7 @@ impl Still for Track {
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         let Self {
+            freezer,
             trace,
             run,
             survey,
@@ -529,6 +549,7 @@ impl Still for Track {
             freezes,
             ..
         } = *self;
+        freezer.no_other_writer()?;
         trace.end(&run, progress)?;
         let last = last_pass.ok_or_else(|| Error::new(Kind::Failed, "the instant never came"))?;
         Ok(Proof {

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
-use holdstill_platform::freeze::MountPoint;
 use holdstill_platform::guard::{Owed, Undo};
 use holdstill_platform::in_use::{self, User};
 use holdstill_platform::zfs::{self, Made, Reach, Volume};
 
+use super::instant::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use crate::error::{Error, Kind, Result};
@@ -127,15 +127,15 @@ impl Zvol {
         let Medium::Device(device) = &source.medium else {
             return Err(Error::new(Kind::NotApplicable, "it is no device").on(&source.path));
         };
-        let point = match (&source.mount, mounted::device(source)) {
-            (Some(mount), Ok(_)) => Some(Arc::new(MountPoint::open(&mount.point)?)),
+        let freezer = match (&source.mount, mounted::device(source)) {
+            (Some(_), Ok(_)) => Some(Arc::new(Freezer::open(source, run)?)),
             _ => None,
         };
         // All its mounts are frozen at once, in whatever namespace, by way of the one that we see.
         let users = Users::of(device, |user| {
-            point.is_some() && matches!(user, User::Mount { .. })
+            freezer.is_some() && matches!(user, User::Mount { .. })
         })?;
-        if point.is_some()
+        if freezer.is_some()
             && let Some(why) = mounted::would_wait_for_itself(device, output)?
         {
             return Err(Error::new(
@@ -151,9 +151,6 @@ impl Zvol {
         let snapshot = zfs::snapshot_name(&volume.name, run.id());
         run.note(|record| {
             record.zfs_snapshots.push(snapshot.clone());
-            if let Some(point) = &point {
-                record.mount_points.push(point.path().to_owned());
-            }
             for made in &plan {
                 if let Made::Snapdev(volume, snapdev) = made {
                     let before = (volume.name.clone(), snapdev.own.clone());
@@ -168,7 +165,7 @@ impl Zvol {
                 Made::Snapdev(volume, _) => Ok(zfs::show_snapshots(volume)?),
                 Made::Hold(name, run_id, reach) => Ok(zfs::hold(name, run_id, *reach)?),
                 Made::Snapshot(..) => {
-                    let frozen = freeze_and_snapshot(source, &volume, point.as_ref(), run);
+                    let frozen = freeze_and_snapshot(&volume, freezer.as_ref(), run, progress);
                     run.after_thaw(progress);
                     let (at, times) = frozen?;
                     instant = at;
@@ -201,27 +198,21 @@ impl Zvol {
 /// Makes the snapshot, within a freeze if a filesystem is mounted on the volume. The instant, and how
 /// long writers were blocked.
 fn freeze_and_snapshot(
-    source: &Source,
     volume: &Volume,
-    point: Option<&Arc<MountPoint>>,
+    freezer: Option<&Arc<Freezer>>,
     run: &Run,
+    progress: &dyn Progress,
 ) -> Result<(jiff::Timestamp, Option<FreezeTimes>)> {
-    let Some(point) = point else {
+    let Some(freezer) = freezer else {
         zfs::snapshot(&volume.name, run.id(), Reach::Alone)?;
         return Ok((jiff::Timestamp::now(), None));
     };
-    point.sync()?;
-    run.check_guard()?;
-    let frozen = run
-        .guard()?
-        .freeze(point, DEADLINE)
-        .map_err(|error| mounted::explain(error, source))?;
+    let mut frozen = freezer.freeze(DEADLINE, progress)?;
     let instant = jiff::Timestamp::now();
+    frozen.settle();
     let made = zfs::snapshot(&volume.name, run.id(), Reach::Alone);
     let read_ms = milliseconds(frozen.held());
-    let thawed = frozen
-        .thaw()
-        .map_err(|error| mounted::explain(error, source));
+    let thawed = frozen.thaw(Expect::Discards, progress);
     if let (Err(_), Ok(())) = (&thawed, &made) {
         // It was thawed too early: what the snapshot holds may be torn.
         let name = zfs::snapshot_name(&volume.name, run.id());

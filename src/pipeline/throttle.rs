@@ -66,6 +66,10 @@ impl Progress for Throttled<'_> {
     fn while_frozen(&self) {
         self.inner.while_frozen();
     }
+
+    fn hush(&self, is_frozen: bool) {
+        self.inner.hush(is_frozen);
+    }
 }
 
 #[cfg(test)]

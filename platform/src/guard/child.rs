@@ -129,14 +129,16 @@ struct Child<'a> {
 }
 
 /// Runs the guard in the forked child until the run ends, then ends the process. `kept` are sorted
-/// descriptors that stay open, `socket` among them.
+/// descriptors that stay open, `socket` among them; `groups` the files by which to join other control
+/// groups.
 pub(super) fn run(
     socket: RawFd,
     kept: &[RawFd],
+    groups: &[CString],
     hook: Option<&Prepared>,
     undo: &mut [PreparedUndo],
 ) -> ! {
-    settle(kept);
+    settle(kept, groups);
     let mut child = Child {
         socket,
         slots: [Slot {
@@ -462,7 +464,11 @@ fn close(fd: RawFd) {
 
 /// Makes a bare guard of a fresh fork. What a kernel or container does not grant is done without:
 /// each step only makes a bad day less likely.
-fn settle(kept: &[RawFd]) {
+fn settle(kept: &[RawFd], groups: &[CString]) {
+    for group in groups {
+        // 0: whoever writes it.
+        write_to(group, b"0");
+    }
     // SAFETY: system calls with constants and addresses of locals or statics, in a process with one
     // thread. None of them touches memory that Rust owns elsewhere.
     unsafe {

@@ -16,6 +16,9 @@ pub enum User {
         fs_type: String,
         /// Whether this mount refuses to be written.
         read_only: bool,
+        /// Whether the filesystem itself is mounted read-only, or was stopped by an error: it writes
+        /// nothing, through whatever mount.
+        is_stopped: bool,
         /// A process of the other mount namespace in which it is mounted; `None`: in ours.
         elsewhere: Option<i32>,
     },
@@ -37,6 +40,8 @@ pub enum User {
         device: String,
         /// The filesystem's UUID.
         uuid: String,
+        /// Whether it is mounted read-only.
+        is_stopped: bool,
     },
     /// A loop device lies on it.
     Loop {
@@ -61,16 +66,15 @@ pub enum User {
 }
 
 impl User {
-    /// Whether this user could change what is stored: all but read-only loop devices do, for even
-    /// a read-only mount may replay a log.
+    /// Whether this user could change what is stored: all except read-only loop devices, and
+    /// filesystems that are mounted read-only (whatever log there was, they replayed it when they were
+    /// mounted).
     pub fn may_write(&self) -> bool {
-        !matches!(
-            self,
-            Self::Loop {
-                read_only: true,
-                ..
-            }
-        )
+        match self {
+            Self::Loop { read_only, .. } => !read_only,
+            Self::Mount { is_stopped, .. } | Self::Btrfs { is_stopped, .. } => !is_stopped,
+            Self::Swap { .. } | Self::Holder { .. } | Self::Writer { .. } => true,
+        }
     }
 }
 
@@ -91,7 +95,7 @@ impl fmt::Display for User {
                 }
             }
             Self::Swap { path } => write!(f, "swap space ({})", path.display()),
-            Self::Btrfs { device, uuid } => {
+            Self::Btrfs { device, uuid, .. } => {
                 write!(f, "{device} is held by the mounted btrfs filesystem {uuid}")
             }
             Self::Holder { device, by } => write!(f, "{device} is held by {by}"),

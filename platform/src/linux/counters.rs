@@ -9,6 +9,9 @@ use crate::node::{BlockDevice, read_number};
 pub(crate) const NOT_KEPT: &str = "the kernel does not count writes to this device (queue/iostats is off): a \
      writer would go unnoticed";
 
+/// Whether reads are counted as well.
+pub(crate) const COUNTS_READS: bool = true;
+
 /// See [`crate::counters::are_kept`].
 pub(crate) fn are_kept(device: &BlockDevice) -> Result<bool> {
     let value: u32 = read_number(&device.disk_sysfs().join("queue/iostats"))?;

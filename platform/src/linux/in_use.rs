@@ -131,6 +131,7 @@ impl Target {
                     point: mount.point.clone(),
                     fs_type: mount.fs_type.clone(),
                     read_only: mount.is_read_only(),
+                    is_stopped: mount.is_stopped(),
                     elsewhere,
                 });
             }
@@ -153,6 +154,7 @@ impl Target {
             if let Some(uuid) = btrfs_of(&device.name) {
                 users.push(User::Btrfs {
                     device: device.name.clone(),
+                    is_stopped: is_stopped_btrfs(&uuid)?,
                     uuid,
                 });
             }
@@ -369,6 +371,21 @@ fn btrfs_of(device: &str) -> Option<String> {
         let uuid = || entry.file_name().to_string_lossy().into_owned();
         member.exists().then(uuid)
     })
+}
+
+/// Whether a mounted btrfs is mounted read-only. All its mounts are of one kind; one that is mounted in
+/// another mount namespace only counts as writable.
+fn is_stopped_btrfs(uuid: &str) -> Result<bool> {
+    let devices = Path::new("/sys/fs/btrfs").join(uuid).join("devices");
+    let shows = |mount: &Mount| {
+        let number = mount.block_device().map(BlockDevice::of);
+        number.is_some_and(|device| device.is_ok_and(|it| devices.join(it.name).exists()))
+    };
+    let mounts = mounts::of_this_process()?;
+    let mut mounts = mounts
+        .iter()
+        .filter(|mount| mount.fs_type == "btrfs" && shows(mount));
+    Ok(mounts.next().is_some_and(Mount::is_stopped))
 }
 
 /// Whether a disk refuses to be written, as sysfs says.

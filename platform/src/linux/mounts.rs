@@ -94,7 +94,7 @@ fn parse(bytes: &[u8]) -> io::Result<Vec<Mount>> {
 fn mount_of(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|&byte| byte == b' ');
     let id = text(fields.next()?).parse().ok()?;
-    let _parent = fields.next()?;
+    let parent = text(fields.next()?).parse().ok()?;
     let device = text(fields.next()?).parse().ok()?;
     let root = unescape(fields.next()?);
     let point = unescape(fields.next()?);
@@ -103,6 +103,7 @@ fn mount_of(line: &[u8]) -> Option<Mount> {
     fields.find(|field| *field == b"-")?;
     Some(Mount {
         id,
+        parent,
         device,
         root: root.into(),
         point: point.into(),
@@ -155,7 +156,7 @@ mod tests {
     fn reads_escapes_optional_fields_and_bytes_that_are_no_text() {
         let line = b"36 35 98:0 /mnt1 /mnt\\0402\xff rw,noatime master:1 propagate_from:2 - ext4 /dev/ro\\134ot ro,errors=continue";
         let mount = mount_of(line).unwrap();
-        assert_eq!(mount.id, 36);
+        assert_eq!((mount.id, mount.parent), (36, 35));
         assert_eq!(mount.device.to_string(), "98:0");
         assert_eq!(mount.root, Path::new("/mnt1"));
         assert_eq!(mount.point.as_os_str().as_bytes(), b"/mnt 2\xff");

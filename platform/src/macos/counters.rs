@@ -11,6 +11,9 @@ use crate::node::BlockDevice;
 pub(crate) const NOT_KEPT: &str = "nothing counts the writes to this disk: a writer would go unnoticed (of an APFS \
      container, name the partition it lies on)";
 
+/// Whether reads are counted as well.
+pub(crate) const COUNTS_READS: bool = false;
+
 /// See [`crate::counters::are_kept`]: not in the way that a trace could be compared with.
 pub(crate) fn are_kept(_: &BlockDevice) -> Result<bool> {
     Ok(false)

@@ -1,6 +1,6 @@
 //! What the guard process is made with. Nothing here allocates but [`socket_pair`].
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -45,6 +45,16 @@ pub(crate) fn last_signal() -> libc::c_int {
 
 /// Processes are called like their program.
 pub(crate) fn set_name(_: &CStr) {}
+
+/// There are no control groups here.
+pub(crate) fn outermost_groups() -> Vec<CString> {
+    Vec::new()
+}
+
+/// See [`outermost_groups`].
+pub(crate) fn group_that_could_not_be_left(_: i32) -> Option<String> {
+    None
+}
 
 /// Closes the descriptors from `first` to `last`, one by one. The caller must own them, and use none of
 /// them any more.

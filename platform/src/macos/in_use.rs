@@ -27,6 +27,7 @@ pub(crate) fn of_device(device: &BlockDevice, ignore: &[i32]) -> Result<Users> {
         if name.is_some_and(|name| share_bytes(name, &device.name)) {
             users.push(User::Mount {
                 read_only: mount.is_read_only(),
+                is_stopped: mount.is_stopped(),
                 point: mount.point,
                 fs_type: mount.fs_type,
                 elsewhere: None,

@@ -73,6 +73,7 @@ fn mount(found: &libc::statfs) -> Mount {
     let is_read_only = found.f_flags & libc::MNT_RDONLY.cast_unsigned() != 0;
     Mount {
         id: device.cast_unsigned(),
+        parent: 0,
         device: DeviceNumber::from_raw(i64::from(device).cast_unsigned()),
         root: PathBuf::from("/"),
         point: text(&found.f_mntonname).into(),

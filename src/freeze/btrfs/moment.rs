@@ -15,6 +15,7 @@ use super::rounds::too_many_commits;
 use super::stream::Extents;
 use super::window::{Seen, Sight, Window};
 use crate::error::{Error, Kind, Result};
+use crate::freeze::instant::Expect;
 use crate::freeze::mounted::{self, milliseconds};
 use crate::image::manifest::{CommitProof, FreezeTimes};
 use crate::progress::{Event, Progress};
@@ -80,7 +81,7 @@ impl Live {
             proof::nothing_moves(&self.filesystem)?;
             self.windows += 1;
             match self.freezes_it {
-                true => mounted::sync_within_budget(&self.point, &self.source)?,
+                true => mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?,
                 false => self.filesystem.sync()?,
             }
             // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
@@ -146,12 +147,9 @@ impl Live {
                 _ => self.room,
             };
             let locked = LockedProcess::new()?;
-            let frozen = self
-                .run
-                .guard()?
-                .freeze(&self.point, DEADLINE)
-                .map_err(|error| mounted::explain(error, &self.source))?;
+            let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
             instant = jiff::Timestamp::now();
+            frozen.settle();
             let mut looked = window.look(most);
             // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
             is_whole = match &mut looked {
@@ -160,9 +158,7 @@ impl Live {
             };
             let read_ms = milliseconds(frozen.held());
             progress.while_frozen();
-            let thawed = frozen
-                .thaw()
-                .map_err(|error| mounted::explain(error, &self.source))?;
+            let thawed = frozen.thaw(Expect::Discards, progress)?;
             drop(locked);
             opened.freeze = Some(mounted::times("final", &thawed, 0.0, read_ms));
             sight = looked?;

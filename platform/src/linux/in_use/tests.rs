@@ -80,6 +80,7 @@ fn maps_and_names() {
         point: "/mnt/x".into(),
         fs_type: "ext4".to_owned(),
         read_only: false,
+        is_stopped: false,
         elsewhere: Some(7),
     };
     assert_eq!(
