@@ -25,8 +25,9 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ::holdstill::error::{Error, IoContext, Result};
 use ::holdstill::pipeline::Bounds;
@@ -35,6 +36,33 @@ use ::holdstill::units::{ByteLen, Offset};
 
 /// Where Debian keeps the tools, also those of the administrator.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Waits until the filesystem at `dir` is frozen, without freezing it: a writer in there gets stuck.
+pub(crate) fn wait_until_frozen(dir: &Path) {
+    let file = dir.join(".holdstill-test-canary");
+    let beats = Arc::new(AtomicU64::new(0));
+    let writer = Arc::clone(&beats);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&is_over);
+    std::thread::spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            let _ = std::fs::write(&file, "x");
+            writer.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = std::fs::remove_file(&file);
+    });
+    let end = Instant::now() + Duration::from_secs(120);
+    loop {
+        let before = beats.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(700));
+        if beats.load(Ordering::Relaxed) == before {
+            break;
+        }
+        assert!(Instant::now() < end, "it is never frozen");
+    }
+    is_over.store(true, Ordering::Relaxed);
+}
 
 /// So many threads, and no other bound.
 pub(crate) fn threads(threads: usize) -> Bounds {

@@ -39,4 +39,5 @@ mod subvolume;
 mod track;
 mod track_ends;
 mod verify;
+mod which_mount;
 mod xfs;

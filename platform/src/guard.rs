@@ -4,7 +4,7 @@
 //! It is forked before the run does anything else, ignores every signal it can, is locked in memory
 //! and runs at real-time priority. Before each freeze the run arms it; it thaws when the run's end
 //! of their socket closes (which happens only after a FIFREEZE that the dying run was in has
-//! returned) or when the deadline passes. It thaws only what was armed, so a freeze of the
+//! returned), when the deadline passes, or when it has heard nothing of the run for a while. It thaws only what was armed, so a freeze of the
 //! administrator's stays. Since only one of the two can thaw, the run knows from its own FITHAW
 //! whether the freeze held: "not frozen" means it did not.
 //!
@@ -23,6 +23,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -355,12 +356,21 @@ impl Guard {
         mount: &Arc<MountPoint>,
         deadline: Duration,
     ) -> std::result::Result<Frozen, FreezeError> {
-        let mut request = Request::new(Ask::Arm);
         let deadline = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
-        request.value = wire::monotonic().saturating_add(deadline);
+        let deadline = wire::monotonic().saturating_add(deadline);
+        let mut request = Request::new(Ask::Arm);
+        request.value = next_beat(deadline);
         let slot = match self.0.ask(&request, Some(mount.as_fd()), PATIENCE) {
             Ok(reply) => reply.id,
             Err(error) => return Err(FreezeError::GuardLost(error)),
+        };
+        // Before the freeze, for a thread needs memory.
+        let heart = match Heart::start(&self.0, slot, deadline) {
+            Ok(heart) => heart,
+            Err(error) => {
+                let _ = self.0.disarm(slot);
+                return Err(FreezeError::Failed(error));
+            }
         };
         let no_stop = NoStop::begin();
         let begin = Instant::now();
@@ -378,6 +388,7 @@ impl Guard {
             begin,
             since,
             is_frozen: true,
+            heart,
             _no_stop: no_stop,
         })
     }
@@ -450,6 +461,7 @@ pub struct Frozen {
     begin: Instant,
     since: Instant,
     is_frozen: bool,
+    heart: Heart,
     _no_stop: NoStop,
 }
 
@@ -493,6 +505,7 @@ impl Frozen {
         let held = self.since.elapsed();
         let begin = Instant::now();
         self.is_frozen = false;
+        self.heart.rest();
         let thawed = self.mount.thaw();
         let thaw_call = begin.elapsed();
         match thawed {
@@ -510,6 +523,65 @@ impl Frozen {
             thaw_call,
             guard_alive: self.guard.disarm(self.slot).is_ok(),
         })
+    }
+}
+
+/// While something is frozen, a thread tells the guard every now and then that this process runs. A
+/// process that was stopped, or whose control group was frozen, does not, and the guard thaws soon.
+#[derive(Debug)]
+struct Heart {
+    is_over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How often the guard is told, and how long it waits for that.
+const BEAT: Duration = Duration::from_secs(1);
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// Until when the guard waits for the next beat; never longer than until the deadline.
+fn next_beat(deadline: u64) -> u64 {
+    let silence = u64::try_from(SILENCE.as_nanos()).unwrap_or(u64::MAX);
+    wire::monotonic().saturating_add(silence).min(deadline)
+}
+
+impl Heart {
+    fn start(guard: &Arc<Inner>, slot: u32, deadline: u64) -> io::Result<Self> {
+        let guard = Arc::clone(guard);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&is_over);
+        let beat = move || {
+            while !stop.load(Ordering::Acquire) {
+                std::thread::park_timeout(BEAT);
+                let mut request = Request::new(Ask::Beat);
+                request.id = slot;
+                request.value = next_beat(deadline);
+                if stop.load(Ordering::Acquire) || guard.ask(&request, None, PATIENCE).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("holdstill-beat".to_owned());
+        Ok(Self {
+            thread: Some(thread.spawn(beat)?),
+            is_over,
+        })
+    }
+
+    /// No more beats. Does not wait for the thread.
+    fn rest(&self) {
+        self.is_over.store(true, Ordering::Release);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.rest();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 

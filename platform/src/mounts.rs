@@ -1,8 +1,7 @@
 //! Which filesystems are mounted where.
 
 use std::ffi::OsString;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::error::Result;
 use crate::node::DeviceNumber;
@@ -58,21 +57,14 @@ impl Mount {
 
     /// The block device the filesystem lies on. Filesystems with device numbers of their own
     /// (btrfs) are asked for their source; of several devices that is one. A source outside of `/dev`
-    /// is not looked up: on a network or FUSE filesystem whose server is gone that would wait for
-    /// ever.
+    /// is not looked up, nor what is mounted in there: on a network or FUSE filesystem whose server is
+    /// gone that would wait for ever.
     pub fn block_device(&self) -> Option<DeviceNumber> {
         if os::mounts::is_of_device(self.device) {
             return Some(self.device);
         }
-        let source = Path::new(&self.source);
-        if !source.starts_with("/dev")
-            || source.components().any(|part| part == Component::ParentDir)
-        {
-            return None;
-        }
-        let metadata = std::fs::metadata(&self.source).ok()?;
-        let is_block = metadata.file_type().is_block_device();
-        is_block.then(|| DeviceNumber::from_raw(metadata.rdev()))
+        let below = Path::new(&self.source).strip_prefix("/dev").ok()?;
+        os::mounts::device_in_dev(below)
     }
 }
 

@@ -224,6 +224,10 @@ impl Child<'_> {
                 };
                 Ok(id)
             }
+            Ask::Beat => {
+                at(&mut self.slots, request.id)?.deadline = request.value;
+                Ok(0)
+            }
             Ask::Disarm => {
                 let slot = at(&mut self.slots, request.id)?;
                 close(slot.fd);

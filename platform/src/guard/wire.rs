@@ -20,6 +20,8 @@ pub(super) enum Ask {
     Ping,
     /// Thaw the descriptor that comes along if we die, or at the time `value`.
     Arm,
+    /// Thaw slot `id` at the time `value` instead: we are alive.
+    Beat,
     /// Forget slot `id`: it is thawed.
     Disarm,
     /// Remove the file `name` of the folder that comes along, if we die.
@@ -43,9 +45,10 @@ pub(super) enum Ask {
 }
 
 /// All of them, in the order of their numbers.
-const ASKS: [Ask; 12] = [
+const ASKS: [Ask; 13] = [
     Ask::Ping,
     Ask::Arm,
+    Ask::Beat,
     Ask::Disarm,
     Ask::File,
     Ask::Folder,

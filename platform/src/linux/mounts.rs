@@ -3,12 +3,12 @@
 //! The lines are taken as bytes: any user with FUSE can mount at a path that is no UTF-8, and that
 //! must not keep us from seeing the others.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
@@ -19,6 +19,34 @@ use crate::node::DeviceNumber;
 /// tmpfs, network).
 pub(crate) fn is_of_device(device: DeviceNumber) -> bool {
     device.major != 0
+}
+
+/// The block device at a path below `/dev`, without leaving the filesystem that is mounted there
+/// (openat2(2), Linux 5.6; an older kernel finds none).
+pub(crate) fn device_in_dev(below: &Path) -> Option<DeviceNumber> {
+    let dev = File::open("/dev").ok()?;
+    let name = CString::new(below.as_os_str().as_bytes()).ok()?;
+    // SAFETY: all-zero is a valid `open_how`, which is plain numbers.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
+    how.resolve = libc::RESOLVE_NO_XDEV;
+    // SAFETY: an open folder, a terminated string, and one struct of the size given; all outlive the
+    // call.
+    let opened = unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            dev.as_raw_fd(),
+            name.as_ptr(),
+            &raw const how,
+            size_of::<libc::open_how>(),
+        )
+    };
+    let opened = RawFd::try_from(opened).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: a descriptor that the kernel has just made for us alone.
+    let node = File::from(unsafe { OwnedFd::from_raw_fd(opened) });
+    let metadata = node.metadata().ok()?;
+    let is_block = metadata.file_type().is_block_device();
+    is_block.then(|| DeviceNumber::from_raw(metadata.rdev()))
 }
 
 /// See [`Place::of`].

@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -21,6 +22,13 @@ const TRIES: u32 = 10;
 /// `st_dev` of a mount is not said to be the number of its device; its source names that.
 pub(crate) fn is_of_device(_: DeviceNumber) -> bool {
     false
+}
+
+/// The block device at a path below `/dev`.
+pub(crate) fn device_in_dev(below: &Path) -> Option<DeviceNumber> {
+    let metadata = std::fs::metadata(Path::new("/dev").join(below)).ok()?;
+    let is_block = metadata.file_type().is_block_device();
+    is_block.then(|| DeviceNumber::from_raw(metadata.rdev()))
 }
 
 /// See [`crate::mounts::of_this_process`]. Nobody is asked who might not answer, such as a server.
