@@ -27,6 +27,7 @@ mod hostile_image;
 mod image;
 mod inspect;
 mod interrupt;
+mod kept_frozen;
 mod memory;
 mod new_ids;
 mod probe;
