@@ -323,4 +323,9 @@ impl Receive for Whole<'_> {
         self.1
             .map_or(Ok(()), |comparison| comparison.zeros(volume, extent))
     }
+
+    /// An earlier pass wrote there what was in use before the instant.
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.zeros(volume, extent)
+    }
 }

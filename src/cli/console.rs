@@ -251,7 +251,8 @@ fn damage_text(damage: &Damage) -> String {
     if let (Some(volume), Some((first, _))) = (damage.volume, damage.ranges.first()) {
         let what = match damage.state {
             State::Outdated => "some older than the instant",
-            _ => "lost",
+            State::Unknown => "perhaps lost",
+            State::Lost => "lost",
         };
         let bytes = damage.bytes();
         let _ = write!(

@@ -8,7 +8,7 @@ use holdstill_platform::buffer::{Buffer, Pool};
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::image::reader::{DataHead, End, ImageReader, Item, Lost};
+use crate::image::reader::{DataHead, End, ImageReader, Item, Lost, State};
 use crate::image::tables::{Content, Tables};
 use crate::pipeline::Bounds;
 use crate::progress::Progress;
@@ -29,8 +29,12 @@ pub trait Receive: Sync {
     /// Any; it ends the reading.
     fn zeros(&self, volume: u32, extent: Extent) -> Result<()>;
 
-    /// A run that is no longer part of the volume. Nothing needs to be done.
-    fn trim(&self, _volume: u32, _extent: Extent) {}
+    /// A run that is no longer part of the volume: it counts as zeros. Whoever keeps what earlier
+    /// passes said of it has to forget that.
+    ///
+    /// # Errors
+    /// Any; it ends the reading.
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()>;
 
     /// Something is damaged. Whoever takes it in gets everything else.
     ///
@@ -54,6 +58,10 @@ impl Receive for Discard {
     }
 
     fn zeros(&self, _: u32, _: Extent) -> Result<()> {
+        Ok(())
+    }
+
+    fn trim(&self, _: u32, _: Extent) -> Result<()> {
         Ok(())
     }
 }
@@ -95,7 +103,16 @@ pub fn load<R: Read>(
             match image.next_item().map_err(stopped)? {
                 Item::Data(head) => {
                     let mut buffer = stored.take();
-                    let len = image.read_payload(&head, &mut buffer).map_err(stopped)?;
+                    let len = match image.read_payload(&head, &mut buffer).map_err(stopped) {
+                        // The image ends within this record: it is lost, and the next item says what
+                        // else is.
+                        Err(error) if error.kind() == Kind::Truncated => {
+                            in_flight.wait_until_none();
+                            lose(&head, error, receiver)?;
+                            continue;
+                        }
+                        other => other?,
+                    };
                     heads(&head);
                     // A later pass may overwrite what an earlier one is still writing.
                     if place != (head.volume, head.pass) {
@@ -117,6 +134,10 @@ pub fn load<R: Read>(
         };
         let end = read();
         let end = end.map_err(|error| {
+            // What was read before the end of an image that was cut off is intact: it is handed out.
+            if error.kind() == Kind::Truncated {
+                in_flight.wait_until_none();
+            }
             failure.set(error);
             Error::new(Kind::Failed, "the pipeline has ended")
         });
@@ -191,15 +212,15 @@ fn hand_out(head: &DataHead, plain: Option<&[u8]>, receiver: &dyn Receive) -> Re
                 receiver.zeros(head.volume, run.extent)?;
                 len += run.extent.len;
             }
-            Content::Trim => receiver.trim(head.volume, run.extent),
+            Content::Trim => receiver.trim(head.volume, run.extent)?,
         }
     }
     Ok(len)
 }
 
-/// The payload of a record is damaged: what it says of zeros still holds.
+/// The payload of a record is damaged or cut off: what the record says of zeros still holds.
 fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen> {
-    if error.kind() != Kind::Damaged {
+    if !matches!(error.kind(), Kind::Damaged | Kind::Truncated) {
         return Err(error);
     }
     let mut extents = ExtentSet::new();
@@ -207,7 +228,7 @@ fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen
     receiver.damaged(Lost {
         error,
         place: Some((head.volume, extents.runs().to_vec())),
-        is_outdated: false,
+        state: State::Lost,
     })?;
     hand_out(head, None, receiver)
 }
