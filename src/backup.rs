@@ -89,6 +89,8 @@ pub struct Report {
     pub elapsed_s: f64,
     /// What the user was warned of.
     pub warnings: Vec<String>,
+    /// The image is complete, but the post-freeze command failed: what it had to release may be locked.
+    pub hook_failed: bool,
     /// Each volume.
     pub volumes: Vec<VolumeReport>,
     /// Each stream.
@@ -337,6 +339,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         stored_bytes: written.len.0,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings: trailer.warnings,
+        hook_failed: run.has_failed_hook(),
         volumes: volume_reports(manifest.volumes, trailer.volumes),
         streams: stream_reports(manifest.streams, trailer.streams),
         commits: trailer.commits,
@@ -563,8 +566,11 @@ fn volume_reports(
 
 /// Refuses an output that exists, or that is one of the sources.
 fn check_output(path: &Path, force: bool, plans: &[Plan]) -> Result<()> {
-    let Ok(metadata) = std::fs::metadata(path) else {
-        return Ok(());
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        // Such as a name that is too long: it would be seen only when everything is copied.
+        Err(error) => return Err(error).context("cannot write the image", path),
     };
     if plans.iter().any(|plan| plan.is_same_as(path)) {
         return Err(Error::new(Kind::InUse, "the output is the source itself").on(path));

@@ -88,6 +88,8 @@ pub struct Report {
     pub new_uuid: Option<String>,
     /// Whether the target was read back and compared.
     pub verified: bool,
+    /// The copy is complete, but the post-freeze command failed: what it had to release may be locked.
+    pub hook_failed: bool,
     /// Seconds from the start to the end.
     pub elapsed_s: f64,
     /// What the user was warned of.
@@ -237,6 +239,7 @@ pub fn run(
             .collect(),
         new_uuid: new_uuid.map(|new| new.to_string()),
         verified: options.verify,
+        hook_failed: run.has_failed_hook(),
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })

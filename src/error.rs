@@ -261,16 +261,28 @@ impl<T> IoContext<T> for io::Result<T> {
     }
 }
 
-/// Text from a disk, an image or a path, safe to show on a terminal: control characters,
-/// bidirectional overrides and line breaks appear as escapes.
+/// Whether a terminal would not show a character as it is: control characters, line and paragraph
+/// separators, and those of Unicode's category Cf, which are invisible or change how others are shown
+/// (zero-width and bidirectional ones, tags).
+pub fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}'
+            | '\u{890}'..='\u{891}' | '\u{8e2}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}' | '\u{13430}'..='\u{1343f}'
+            | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// Text from a disk, an image or a path, safe to show on a terminal: what is [hidden](is_hidden) there
+/// appears as escapes.
 #[derive(Debug)]
 pub struct Escaped<'a>(pub &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.0.chars() {
-            let is_bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-            if c.is_control() || is_bidi {
+            if is_hidden(c) {
                 write!(f, "{}", c.escape_default())?;
             } else {
                 write!(f, "{c}")?;

@@ -80,7 +80,7 @@ impl Hold {
         let disk = Disk::open(&source.path, Access::Read)?;
         let point = Arc::new(MountPoint::open(&mount.point)?);
         run.note(|record| record.mount_points.push(mount.point.clone()))?;
-        run.before_freeze()?;
+        run.before_freeze(progress)?;
         point.sync()?;
         let frozen = run
             .guard()?

@@ -215,7 +215,7 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
         _ => None,
     };
     let users = Users::of(device, |user| matches!(user, User::Mount { .. }))?;
-    run.before_freeze()?;
+    run.before_freeze(progress)?;
     if let Some(mount) = &source.mount {
         // So that LVM has little to write out while writers wait.
         MountPoint::open(&mount.point)?.sync()?;

@@ -463,7 +463,7 @@ impl Still for Track {
                 Phase::Rounds { done, slow, left } => {
                     self.phase = self.after_round(done, slow, left)?;
                     if matches!(self.phase, Phase::Ready) {
-                        self.run.before_freeze()?;
+                        self.run.before_freeze(progress)?;
                         mounted::sync_within_budget(&self.point, &self.source)?;
                     }
                     return Ok(Some(match self.phase {

@@ -145,7 +145,7 @@ impl Zvol {
             .on(&source.path)
             .hint("write the image elsewhere, or to a pipe that does"));
         }
-        run.before_freeze()?;
+        run.before_freeze(progress)?;
         let mut makings = Makings::new(run);
         let plan = plan(&volume, run.id())?;
         let snapshot = zfs::snapshot_name(&volume.name, run.id());
