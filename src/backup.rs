@@ -267,7 +267,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;
     let mut image = ImageWriter::begin(
-        OutputSink::new(output, progress),
+        OutputSink::new(output, progress)?,
         image_id,
         max_plain,
         &manifest,

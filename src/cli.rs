@@ -4,6 +4,7 @@
 mod args;
 mod ask;
 mod console;
+mod last_resort;
 mod manual;
 mod text;
 
@@ -22,10 +23,18 @@ use crate::freeze::Step;
 use crate::image::format;
 use crate::pipeline::throttle::Throttled;
 use crate::progress::Progress;
-use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, verify};
+use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, thread, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let code = last_resort::caught(|| Ok(parse_and_run(arguments)));
+    code.unwrap_or_else(|error| {
+        console::error_text(&error);
+        ExitCode::from(error.kind().exit_code())
+    })
+}
+
+fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     if asks_for_version(&arguments) {
         return version(&run_id);
@@ -49,14 +58,16 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
         .parse_default_env()
         .init();
     let console = Console::new(&cli, run_id.clone());
-    let done = Stop::install().map_err(Error::from).and_then(|stop| {
-        console.listen_to(stop);
+    let work = || {
+        console.listen_to(Stop::install()?);
         std::thread::scope(|scope| {
-            let ticker = scope.spawn(|| console.tick());
+            let ticker = thread::spawn(scope, || console.tick())?;
             let _ends = EndTicking(&console, ticker.thread());
             carry_out(cli.verb, &run_id, &console)
         })
-    });
+    };
+    // Here once more: the error is then shown as this command line wants it.
+    let done = last_resort::caught(work);
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

@@ -79,7 +79,7 @@ impl Comparison {
         let Some(compared) = extent.intersect(self.within) else {
             return Ok(());
         };
-        let mut found = Buffer::new(compared.len.0.min(COMPARED_AT_ONCE) as usize);
+        let mut found = Buffer::try_new(compared.len.0.min(COMPARED_AT_ONCE) as usize)?;
         let mut at = compared.start;
         while at < compared.end() {
             let piece = compared.end().since(at).0.min(found.len() as u64) as usize;

@@ -167,6 +167,8 @@ impl Error {
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded
             | io::ErrorKind::FileTooLarge => Kind::NoSpace,
+            // No fault of a disk: a block that was not read for it must not count as unreadable.
+            io::ErrorKind::OutOfMemory => Kind::Failed,
             _ => Kind::Io,
         };
         Self::new(kind, message).because(source)

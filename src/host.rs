@@ -9,6 +9,7 @@ use holdstill_platform::output::Output;
 use crate::error::{Error, Result};
 use crate::fs::btrfs::format::Key;
 use crate::read_at::ReadAt;
+use crate::thread::FEWER;
 use crate::units::{ByteLen, Offset};
 
 impl ReadAt for Disk {
@@ -51,6 +52,7 @@ impl From<platform::error::Error> for Error {
     fn from(error: platform::error::Error) -> Self {
         let hint = match error.source.kind() {
             io::ErrorKind::PermissionDenied => Some("try again as root"),
+            io::ErrorKind::OutOfMemory => Some(FEWER),
             _ => None,
         };
         let ours = Self::io(error.op, error.source).on(error.what);

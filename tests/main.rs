@@ -29,6 +29,7 @@ mod hostile_image;
 mod image;
 mod inspect;
 mod interrupt;
+mod limits;
 mod memory;
 mod new_ids;
 mod probe;

@@ -12,6 +12,7 @@ use crate::image::reader::{DataHead, End, ImageReader, Item, Lost, State};
 use crate::image::tables::{Content, Tables};
 use crate::pipeline::Bounds;
 use crate::progress::Progress;
+use crate::thread;
 use crate::units::{ByteLen, Offset};
 
 /// Takes what an image holds. Called from several threads; pieces of one pass never overlap, and a
@@ -81,7 +82,7 @@ pub fn load<R: Read>(
     let max_plain = image.max_plain();
     // Each worker decodes one record into a buffer of its own, while the next one waits for it.
     let workers = bounds.workers(3 * max_plain, max_plain);
-    let stored = Pool::new(2 * workers + 1, max_plain);
+    let stored = Pool::new(2 * workers + 1, max_plain)?;
     let in_flight = InFlight::default();
     let (to_workers, records) = bounded::<Loaded>(workers);
     let failure = Failure::of(receiver);
@@ -89,7 +90,8 @@ pub fn load<R: Read>(
         for _ in 0..workers {
             let records = records.clone();
             let (in_flight, failure) = (&in_flight, &failure);
-            scope.spawn(move || work(max_plain, receiver, progress, &records, in_flight, failure));
+            let work = move || work(max_plain, receiver, progress, &records, in_flight, failure);
+            thread::spawn(scope, work)?;
         }
         drop(records);
         let mut place = (0, 0);
@@ -170,13 +172,22 @@ fn work(
     in_flight: &InFlight,
     failure: &Failure<'_>,
 ) {
-    let mut plain = Buffer::new(max_plain);
+    let _takes_off = TakesOff {
+        records,
+        in_flight,
+        failure,
+    };
+    let mut plain = match Buffer::try_new(max_plain) {
+        Ok(plain) => plain,
+        Err(error) => return failure.set(error.into()),
+    };
     let decompressor = zstd::bulk::Decompressor::new();
     let mut decompressor = match decompressor {
         Ok(decompressor) => decompressor,
         Err(error) => return failure.set(Error::io("cannot set up decompression", error)),
     };
     for loaded in records {
+        let _leaves = Leaves(in_flight);
         // After a failure the rest is only taken off the channel, so that nobody waits for us.
         if !failure.is_set() {
             let done = loaded
@@ -190,7 +201,35 @@ fn work(
             }
         }
         drop(loaded);
-        in_flight.leave();
+    }
+}
+
+/// What a worker that ends before its time owes to the others: that all know, and that records which are on
+/// their way already are not waited for.
+struct TakesOff<'a> {
+    records: &'a Receiver<Loaded>,
+    in_flight: &'a InFlight,
+    failure: &'a Failure<'a>,
+}
+
+impl Drop for TakesOff<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let died = Error::new(Kind::Failed, "a thread of the pipeline died");
+            self.failure.set(died);
+        }
+        if self.failure.is_set() {
+            self.records.iter().for_each(|_| self.in_flight.leave());
+        }
+    }
+}
+
+/// A record is finished, or never will be.
+struct Leaves<'a>(&'a InFlight);
+
+impl Drop for Leaves<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
