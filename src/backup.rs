@@ -215,9 +215,8 @@ pub fn plan(options: &Options) -> Result<Planned> {
 /// Whatever went wrong; nothing that looks like a whole image is left then.
 pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let planned = plan(options)?;
-    let plans = &planned.volumes;
-    for plan in plans {
+    let mut planned = plan(options)?;
+    for plan in &planned.volumes {
         progress.event(&Event::Plan(&plan.to_string()));
     }
     for wanted in &planned.datasets {
@@ -241,15 +240,17 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         progress,
     };
     // Before anything is held: macOS lets nobody open what is, not even us.
-    let geometries = plans.iter().map(Plan::geometries);
+    let geometries = planned.volumes.iter().map(Plan::geometries);
     let geometries = geometries.collect::<Result<Vec<_>>>()?.concat();
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
-    for plan in plans {
-        let still = plan.hold_still(&context)?;
-        for warning in still.surveys().iter().flat_map(|survey| &survey.warnings) {
-            progress.warn(warning);
-            warnings.push(warning.clone());
+    for plan in &mut planned.volumes {
+        let (still, mut of_it) = plan.hold_still_somehow(&context)?;
+        let surveys = still.surveys().iter();
+        of_it.extend(surveys.flat_map(|survey| survey.warnings.clone()));
+        for warning in of_it {
+            progress.warn(&warning);
+            warnings.push(warning);
         }
         stills.push(still);
     }
@@ -262,7 +263,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         }
         datasets.push(group);
     }
-    let manifest = manifest(options, plans, &geometries, &stills, &datasets);
+    let manifest = manifest(options, &planned.volumes, &geometries, &stills, &datasets);
     progress.total(manifest.used_bytes());
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;

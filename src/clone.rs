@@ -153,7 +153,7 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let (plan, candidate) = plan(options)?;
+    let (mut plan, candidate) = plan(options)?;
     if candidate.exists() {
         confirm(&options.target, &options.source)?;
     }
@@ -183,11 +183,11 @@ pub fn run(
         memory: options.bounds.memory,
         progress,
     };
-    let mut still = plan.hold_still(&context)?;
+    let (mut still, mut warnings) = plan.hold_still_somehow(&context)?;
     let [survey] = still.surveys() else {
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
-    let mut warnings = survey.warnings.clone();
+    warnings.extend(survey.warnings.clone());
     if !options.new_ids
         && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
     {

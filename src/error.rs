@@ -143,6 +143,7 @@ struct Inner {
     offset: Option<Offset>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
     hint: Option<String>,
+    is_undone: bool,
 }
 
 impl Error {
@@ -155,6 +156,7 @@ impl Error {
             offset: None,
             source: None,
             hint: None,
+            is_undone: false,
         }))
     }
 
@@ -202,6 +204,18 @@ impl Error {
         self
     }
 
+    /// A snapshot could not be made, and nothing is left of it: another step may do.
+    #[must_use]
+    pub fn undone(mut self) -> Self {
+        self.0.is_undone = true;
+        self
+    }
+
+    /// Whether another step may do: see [`undone`](Self::undone).
+    pub fn is_undone(&self) -> bool {
+        self.0.is_undone
+    }
+
     /// What sort of failure it is.
     pub fn kind(&self) -> Kind {
         self.0.kind
@@ -223,21 +237,36 @@ impl Error {
     }
 }
 
+impl Error {
+    /// What failed, where, and the first line of the cause; the further lines of the cause, such as a tool
+    /// has printed. What is hidden is escaped.
+    pub fn lines(&self) -> (String, Vec<String>) {
+        let inner = &*self.0;
+        let mut text = Escaped(&inner.message).to_string();
+        if let Some(path) = &inner.path {
+            text = format!("{text}: {}", Escaped(&path.to_string_lossy()));
+        }
+        if let Some(offset) = inner.offset {
+            text = format!("{text}, at byte {offset}");
+        }
+        let cause = inner.source.as_ref().map(ToString::to_string);
+        let mut lines = cause.iter().flat_map(|cause| cause.lines());
+        if let Some(first) = lines.next() {
+            text = format!("{text}: {}", Escaped(first));
+        }
+        (text, lines.map(|line| Escaped(line).to_string()).collect())
+    }
+}
+
 /// One line, `what: where: cause`, without the hint; control characters are escaped.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &*self.0;
-        write!(f, "{}", Escaped(&inner.message))?;
-        if let Some(path) = &inner.path {
-            write!(f, ": {}", Escaped(&path.to_string_lossy()))?;
+        let (first, more) = self.lines();
+        f.write_str(&first)?;
+        match more.is_empty() {
+            true => Ok(()),
+            false => write!(f, ": {}", more.join("; ")),
         }
-        if let Some(offset) = inner.offset {
-            write!(f, ", at byte {offset}")?;
-        }
-        if let Some(source) = &inner.source {
-            write!(f, ": {}", Escaped(&source.to_string()))?;
-        }
-        Ok(())
     }
 }
 
@@ -308,6 +337,12 @@ mod tests {
             error.to_string(),
             "cannot read: /dev/a\\nb, at byte 512: Input/output error (os error 5)"
         );
+        let tool =
+            Error::new(Kind::Tool, "no snapshot").because("exit code 5\nno room\n\u{1b}see --help");
+        let (first, more) = tool.lines();
+        assert_eq!(first, "no snapshot: exit code 5");
+        assert_eq!(more, ["no room", "\\u{1b}see --help"]);
+        assert_eq!(tool.to_string(), format!("{first}: {}", more.join("; ")));
         assert_eq!(error.get_hint(), Some("check the cable"));
         assert_eq!(error.kind().exit_code(), 1);
     }

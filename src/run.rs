@@ -255,6 +255,11 @@ impl Run {
         }
     }
 
+    /// Whether there are hooks. They run around one freeze: what was quiesced for it is not for another.
+    pub fn has_hooks(&self) -> bool {
+        self.0.hooks.pre.is_some() || self.0.hooks.post.is_some()
+    }
+
     /// Whether the post-freeze hook ran and failed: what it had to release may be locked still.
     pub fn has_failed_hook(&self) -> bool {
         let state = &self.0.hook_state;

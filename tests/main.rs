@@ -32,6 +32,7 @@ mod interrupt;
 mod limits;
 mod memory;
 mod new_ids;
+mod plan;
 mod probe;
 mod refusals;
 mod restore;

@@ -43,6 +43,13 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// How much is kept of each of its two outputs if nothing else was said, in bytes.
 const LIMIT: usize = 16 << 20;
 
+/// What is said of a child that failed.
+pub(crate) const FAILED: &str = "failed";
+
+/// How much of what a failed tool says is shown: lines, and characters of each.
+const MOST_LINES: usize = 20;
+const MOST_CHARS: usize = 300;
+
 /// How long a child that is asked to end may take to.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -106,7 +113,7 @@ impl Output {
     /// The output of a child that must have succeeded.
     ///
     /// # Errors
-    /// How it ended, with the last line of its standard error; or that its output was cut.
+    /// How it ended and, a line each, what it said on standard error; or that its output was cut.
     pub fn checked(self) -> Result<Self> {
         match self.success() && !self.truncated {
             true => Ok(self),
@@ -114,17 +121,24 @@ impl Output {
         }
     }
 
-    /// The error that says how it ended.
+    /// The error that says how it ended and, a line each, what it said on standard error.
     pub fn failed(self) -> Error {
-        let said = String::from_utf8_lossy(&self.stderr);
-        let last = said.lines().rev().find(|line| !line.trim().is_empty());
         let mut why = self.ending.to_string();
         if self.success() {
             why = "it printed more than can be taken".to_owned();
-        } else if let Some(last) = last {
-            why = format!("{why}: {}", last.trim());
+        } else {
+            // All of it: the reason is seldom on the same line.
+            let said = String::from_utf8_lossy(&self.stderr);
+            let mut lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+            for line in lines.by_ref().take(MOST_LINES) {
+                why.push('\n');
+                why.extend(line.chars().take(MOST_CHARS));
+            }
+            if lines.next().is_some() {
+                why.push_str("\n...");
+            }
         }
-        Error::other("failed", self.program, why)
+        Error::other(FAILED, self.program, why)
     }
 }
 
@@ -482,7 +496,13 @@ mod tests {
         assert_eq!(shell("kill -9 $$").ending, Ending::Signal(9));
         let failed = shell("echo one >&2; echo two >&2; echo >&2; exit 3");
         let error = failed.checked().unwrap_err();
-        assert!(error.to_string().ends_with("exit code 3: two"), "{error}");
+        assert!(
+            error.to_string().ends_with("exit code 3\none\ntwo"),
+            "{error}"
+        );
+        let failed = shell("seq 100 >&2; exit 1").checked().unwrap_err();
+        let failed = failed.to_string();
+        assert!(failed.ends_with("\n19\n20\n..."), "{failed}");
     }
 
     #[test]

@@ -336,7 +336,11 @@ pub(super) fn usage_error(error: &Error, arguments: &[OsString], run_id: &str) {
 }
 
 pub(super) fn error_text(error: &Error) {
-    eprint_line(&format!("holdstill: {error}"));
+    let (first, more) = error.lines();
+    eprint_line(&format!("holdstill: {first}"));
+    for line in more {
+        eprint_line(&format!("    {line}"));
+    }
     if let Some(hint) = error.get_hint() {
         eprint_line(&format!("  {}", Escaped(hint)));
     }

@@ -268,13 +268,15 @@ impl Made {
         let snapshot = match made {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                // Should it be there all the same, the guard removes it.
+                let error = Error::from(error)
+                    .on(volume.path())
+                    .hint("LVM could not make a snapshot; --freeze names another way");
+                // Should it be there anyway, the guard removes it.
                 if let Ok(false) = lvm::exists(&name) {
                     run.undone(owed);
+                    return Err(error.undone());
                 }
-                return Err(Error::from(error)
-                    .on(volume.path())
-                    .hint("LVM could not make a snapshot; --freeze names another way"));
+                return Err(error);
             }
         };
         let made = Self {

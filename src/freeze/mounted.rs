@@ -12,6 +12,7 @@ use holdstill_platform::node::BlockDevice;
 use holdstill_platform::swap_file::SwapFile;
 
 use crate::error::{Error, Kind, Result};
+use crate::host::who_may;
 use crate::image::manifest::FreezeTimes;
 use crate::source::{Medium, Source};
 
@@ -140,13 +141,14 @@ pub(super) fn sync_within_budget(point: &MountPoint, source: &Source) -> Result<
 
 /// A freeze that failed or did not hold, as the user should see it.
 pub(super) fn explain(error: FreezeError, source: &Source) -> Error {
+    let may = who_may();
     let (kind, hint) = match &error {
         FreezeError::AlreadyFrozen => (
             Kind::InUse,
             "thaw it (fsfreeze --unfreeze), or wait for whoever froze it",
         ),
         FreezeError::Unsupported => (Kind::NotApplicable, "unmount it and image it offline"),
-        FreezeError::NotPermitted => (Kind::Permission, "try again as root"),
+        FreezeError::NotPermitted => (Kind::Permission, may.as_str()),
         FreezeError::GuardLost(_) => (
             Kind::Failed,
             "without its guard process holdstill freezes nothing",

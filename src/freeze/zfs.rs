@@ -198,6 +198,14 @@ impl Zvol {
     }
 }
 
+/// A snapshot that could not be made. Another step may do, unless the hooks ran around this one.
+fn failed(error: holdstill_platform::error::Error, run: &Run) -> Error {
+    match run.has_hooks() {
+        true => error.into(),
+        false => Error::from(error).undone(),
+    }
+}
+
 /// Makes the snapshot, within a freeze if a filesystem is mounted on the volume. The instant, and how
 /// long writers were blocked.
 fn freeze_and_snapshot(
@@ -207,7 +215,8 @@ fn freeze_and_snapshot(
     run: &Run,
 ) -> Result<(jiff::Timestamp, Option<FreezeTimes>)> {
     let Some(point) = point else {
-        zfs::snapshot(&volume.name, run.id(), Reach::Alone)?;
+        let made = zfs::snapshot(&volume.name, run.id(), Reach::Alone);
+        made.map_err(|error| failed(error, run))?;
         return Ok((jiff::Timestamp::now(), None));
     };
     point.sync()?;
@@ -228,7 +237,7 @@ fn freeze_and_snapshot(
         Made::Snapshot(name, Reach::Alone).undo()?;
     }
     let thawed = thawed?;
-    made?;
+    made.map_err(|error| failed(error, run))?;
     let times = mounted::times("snapshot", &thawed, 0.0, read_ms);
     Ok((instant, Some(times)))
 }

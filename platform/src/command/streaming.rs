@@ -89,7 +89,7 @@ impl Streaming {
     /// Waits for its end: our end of its pipe must be closed, or read to the end.
     ///
     /// # Errors
-    /// If it failed: how it ended, with the last line that it said.
+    /// If it failed: how it ended, and what it said.
     pub fn finish(mut self) -> Result<()> {
         let status = self
             .running
@@ -144,7 +144,7 @@ mod tests {
         drop(stdin);
         let error = tool.finish().unwrap_err().to_string();
         assert!(
-            error.contains("exit code 3: not what it should be"),
+            error.contains("exit code 3\nnot what it should be"),
             "{error}"
         );
         // Killed, not waited for.
