@@ -191,10 +191,10 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
             let report = inspect::run(&args.what)?;
             console.result(&report, &text::inspect(&report)).map(|()| 0)
         }
-        Verb::Cleanup { run } => {
+        Verb::Cleanup { run, dry_run } => {
             let report = match run {
                 Some(run_id) => cleanup::of_run(&run_id)?,
-                None => cleanup::run(progress)?,
+                None => cleanup::run(dry_run, progress)?,
             };
             console.result(&report, &text::cleanup(&report)).map(|()| 0)
         }

@@ -74,8 +74,11 @@ pub(super) enum Verb {
     /// Remove what killed runs left, and thaw what they left frozen
     Cleanup {
         /// Only what this run made to copy volumes of APFS: for its guard process
-        #[arg(long, value_name = "ID", hide = true)]
+        #[arg(long, value_name = "ID", hide = true, conflicts_with = "dry_run")]
         run: Option<String>,
+        /// Print what would be done, and change nothing
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Show on a scratch volume what this is for (needs root)
     Demo,
