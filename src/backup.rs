@@ -89,6 +89,8 @@ pub struct Report {
     pub elapsed_s: f64,
     /// What the user was warned of.
     pub warnings: Vec<String>,
+    /// The image is complete, but the post-freeze command failed: what it had to release may be locked.
+    pub hook_failed: bool,
     /// Each volume.
     pub volumes: Vec<VolumeReport>,
     /// Each stream.
@@ -213,9 +215,8 @@ pub fn plan(options: &Options) -> Result<Planned> {
 /// Whatever went wrong; nothing that looks like a whole image is left then.
 pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let planned = plan(options)?;
-    let plans = &planned.volumes;
-    for plan in plans {
+    let mut planned = plan(options)?;
+    for plan in &planned.volumes {
         progress.event(&Event::Plan(&plan.to_string()));
     }
     for wanted in &planned.datasets {
@@ -240,15 +241,17 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         progress,
     };
     // Before anything is held: macOS lets nobody open what is, not even us.
-    let geometries = plans.iter().map(Plan::geometries);
+    let geometries = planned.volumes.iter().map(Plan::geometries);
     let geometries = geometries.collect::<Result<Vec<_>>>()?.concat();
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
-    for plan in plans {
-        let still = plan.hold_still(&context)?;
-        for warning in still.surveys().iter().flat_map(|survey| &survey.warnings) {
-            progress.warn(warning);
-            warnings.push(warning.clone());
+    for plan in &mut planned.volumes {
+        let (still, mut of_it) = plan.hold_still_somehow(&context)?;
+        let surveys = still.surveys().iter();
+        of_it.extend(surveys.flat_map(|survey| survey.warnings.clone()));
+        for warning in of_it {
+            progress.warn(&warning);
+            warnings.push(warning);
         }
         stills.push(still);
     }
@@ -261,12 +264,12 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         }
         datasets.push(group);
     }
-    let manifest = manifest(options, plans, &geometries, &stills, &datasets);
+    let manifest = manifest(options, &planned.volumes, &geometries, &stills, &datasets);
     progress.total(manifest.used_bytes());
     let image_id = *uuid::Uuid::new_v4().as_bytes();
     let max_plain = options.compression.chunk_len() as u32;
     let mut image = ImageWriter::begin(
-        OutputSink::new(output, progress),
+        OutputSink::new(output, progress)?,
         image_id,
         max_plain,
         &manifest,
@@ -338,6 +341,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         stored_bytes: written.len.0,
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings: trailer.warnings,
+        hook_failed: run.has_failed_hook(),
         volumes: volume_reports(manifest.volumes, trailer.volumes),
         streams: stream_reports(manifest.streams, trailer.streams),
         commits: trailer.commits,
@@ -564,8 +568,11 @@ fn volume_reports(
 
 /// Refuses an output that exists, or that is one of the sources.
 fn check_output(path: &Path, force: bool, plans: &[Plan]) -> Result<()> {
-    let Ok(metadata) = std::fs::metadata(path) else {
-        return Ok(());
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        // Such as a name that is too long: it would be seen only when everything is copied.
+        Err(error) => return Err(error).context("cannot write the image", path),
     };
     if plans.iter().any(|plan| plan.is_same_as(path)) {
         return Err(Error::new(Kind::InUse, "the output is the source itself").on(path));

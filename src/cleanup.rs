@@ -6,7 +6,7 @@
 //! never touches a live run or anything it did not make.
 
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use holdstill_platform::apple::System;
@@ -44,14 +44,81 @@ pub struct Report {
     pub removed: Vec<String>,
     /// What the user should know.
     pub warnings: Vec<String>,
+    /// Each thing that was done, and for which run; or would be, see `dry_run`.
+    pub actions: Vec<Action>,
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// The run that is being cleaned up after.
+    #[serde(skip)]
+    of: Option<(String, String)>,
 }
 
-/// Cleans up after dead runs. Nothing to do is success.
+/// One thing that was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Action {
+    /// `thawed` or `removed`.
+    pub action: &'static str,
+    /// What sort of thing it is.
+    pub kind: &'static str,
+    /// Its name or path.
+    pub name: String,
+    /// The run that left it.
+    pub run_id: Option<String>,
+    /// When that run began (RFC 3339), where there is a record of it.
+    pub begun: Option<String>,
+}
+
+impl Report {
+    fn note(&mut self, action: &'static str, kind: &'static str, name: &str) {
+        let (run_id, begun) = self.of.clone().unzip();
+        self.actions.push(Action {
+            action,
+            kind,
+            name: name.to_owned(),
+            run_id,
+            begun: begun.filter(|begun| !begun.is_empty()),
+        });
+    }
+
+    fn thawed(&mut self, point: &Path) {
+        let point = point.display().to_string();
+        self.note("thawed", "mount point", &point);
+        self.thawed.push(point);
+    }
+
+    fn removed(&mut self, kind: &'static str, name: &str) {
+        self.note("removed", kind, name);
+        self.removed.push(name.to_owned());
+    }
+
+    /// Without a dry run, removes by `remove`, which says whether there was anything; else `is_there` says so.
+    fn remove(
+        &mut self,
+        kind: &'static str,
+        name: &str,
+        is_there: impl FnOnce() -> Result<bool>,
+        remove: impl FnOnce() -> Result<bool>,
+    ) -> Result<()> {
+        let is_it = match self.dry_run {
+            true => is_there()?,
+            false => remove()?,
+        };
+        if is_it {
+            self.removed(kind, name);
+        }
+        Ok(())
+    }
+}
+
+/// Cleans up after dead runs, or only says what there is to do. Nothing to do is success.
 ///
 /// # Errors
 /// If something that a dead run left cannot be undone; everything else was.
-pub fn run(progress: &dyn Progress) -> Result<Report> {
-    let mut report = Report::default();
+pub fn run(dry_run: bool, progress: &dyn Progress) -> Result<Report> {
+    let mut report = Report {
+        dry_run,
+        ..Report::default()
+    };
     let records = Records::default();
     let mut trouble = None;
     for found in records.list()? {
@@ -59,9 +126,12 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
             report.live_runs.push(found.id);
             continue;
         }
+        report.of = Some((found.id.clone(), String::new()));
         match undo(&found.content, &mut report) {
             Ok(()) => {
-                records.remove_dead(&found.id)?;
+                if !dry_run {
+                    records.remove_dead(&found.id)?;
+                }
                 report.dead_runs.push(found.id);
             }
             Err(error) => {
@@ -70,6 +140,7 @@ pub fn run(progress: &dyn Progress) -> Result<Report> {
             }
         }
     }
+    report.of = None;
     for warning in &report.warnings {
         progress.warn(warning);
     }
@@ -117,8 +188,15 @@ fn parse(content: &[u8]) -> Result<RunRecord> {
 /// If something is left.
 pub fn undo_apfs(system: &System, leavings: &[Leavings], report: &mut Report) -> Result<()> {
     for leavings in leavings.iter().filter(|_| system.is_macos()) {
+        if report.dry_run {
+            let folder = leavings.folder.display().to_string();
+            report.removed("copy and snapshots of", &folder);
+            continue;
+        }
         let undone = leavings.undo(system)?;
-        report.removed.extend(undone.removed);
+        for name in undone.removed {
+            report.removed("of a copy", &name);
+        }
         report.warnings.extend(undone.left);
     }
     Ok(())
@@ -127,16 +205,18 @@ pub fn undo_apfs(system: &System, leavings: &[Leavings], report: &mut Report) ->
 /// Undoes what a record speaks of: thaw first, for whoever waits.
 fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     let record = parse(content)?;
+    if let Some((_, begun)) = &mut report.of {
+        begun.clone_from(&record.begun);
+    }
     for freeze in &record.freezes {
-        if let Some(point) = thaw(freeze)? {
-            report.thawed.push(point.display().to_string());
-        }
+        thaw(freeze, report)?;
     }
     if let Some(instance) = &record.trace_instance
         && let Ok(tracefs) = Tracefs::open()
-        && tracefs.remove(instance)?
     {
-        report.removed.push(instance.clone());
+        let is_there = || Ok(tracefs.leftovers()?.contains(instance));
+        let remove = || Ok(tracefs.remove(instance)?);
+        report.remove("trace instance", instance, is_there, remove)?;
     }
     for file in &record.part_files {
         remove_part_file(file, report)?;
@@ -178,10 +258,10 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
 /// Thaws what a run was freezing when it died, with its guard; where it is mounted, if it was still
 /// frozen. The path alone proves nothing: the filesystem may have been unmounted since, and then the
 /// path leads to another one, or the machine was started anew.
-fn thaw(freeze: &FreezeRecord) -> Result<Option<PathBuf>> {
+fn thaw(freeze: &FreezeRecord, report: &mut Report) -> Result<()> {
     let this_boot = records::this_boot();
     if freeze.boot.is_some() && this_boot.is_some() && freeze.boot != this_boot {
-        return Ok(None);
+        return Ok(());
     }
     let Ok(device) = freeze.device.parse::<DeviceNumber>() else {
         return Err(Error::new(Kind::Failed, "a run record cannot be read").on(&freeze.point));
@@ -191,7 +271,14 @@ fn thaw(freeze: &FreezeRecord) -> Result<Option<PathBuf>> {
     let points = std::iter::once(&freeze.point).chain(elsewhere.map(|mount| &mount.point));
     for point in points {
         if let Ok(open) = MountPoint::open_on(point, device) {
-            return Ok(open.thaw_leftover()?.then(|| point.clone()));
+            if report.dry_run {
+                // Whether it is frozen is known only by freezing it.
+                let name = point.to_string_lossy();
+                report.note("thawed", "mount point, if it is frozen,", &name);
+            } else if open.thaw_leftover()? {
+                report.thawed(point);
+            }
+            return Ok(());
         }
     }
     match all.iter().find(|mount| mount.device == device) {
@@ -202,7 +289,7 @@ fn thaw(freeze: &FreezeRecord) -> Result<Option<PathBuf>> {
                 .hint("unmount what covers it, and try again"))
         }
         // Unmounted everywhere within sight: then nobody waits for it here.
-        None => Ok(None),
+        None => Ok(()),
     }
 }
 
@@ -210,34 +297,50 @@ fn release_metadata_snapshot(pool: &str, report: &mut Report) -> Result<()> {
     let Ok(device) = BlockDevice::at(&Path::new("/dev/mapper").join(pool)) else {
         return Ok(());
     };
-    if MetadataSnapshot::release_leftover(device.number)? {
-        report
-            .removed
-            .push(format!("the metadata snapshot of {pool}"));
-    }
-    Ok(())
+    let is_there = || Ok(lvm::pool_fill(device.number)?.has_metadata_snapshot);
+    let remove = || Ok(MetadataSnapshot::release_leftover(device.number)?);
+    let name = format!("the metadata snapshot of {pool}");
+    report.remove("from a thin pool", &name, is_there, remove)
 }
 
 fn undo_takeover(takeover: &Takeover, report: &mut Report) -> Result<()> {
-    takeover.undo_patiently(PATIENCE)?;
-    report.removed.push(takeover.name().to_owned());
-    Ok(())
+    report.remove(
+        "mapping",
+        takeover.name(),
+        || Ok(true),
+        || {
+            takeover.undo_patiently(PATIENCE)?;
+            Ok(true)
+        },
+    )
 }
 
 fn remove_snapshot(snapshot: &str, report: &mut Report) -> Result<()> {
-    lvm::remove(snapshot)?;
-    report.removed.push(snapshot.to_owned());
-    Ok(())
+    report.remove(
+        "snapshot of LVM",
+        snapshot,
+        || Ok(true),
+        || {
+            lvm::remove(snapshot)?;
+            Ok(true)
+        },
+    )
 }
 
 fn destroy_snapshot(snapshot: &zfs::Found, report: &mut Report) -> Result<()> {
-    if snapshot.is_held {
-        let run_id = snapshot.run_id.clone();
-        Made::Hold(snapshot.name.clone(), run_id, Reach::Alone).undo()?;
-    }
-    Made::Snapshot(snapshot.name.clone(), Reach::Alone).undo()?;
-    report.removed.push(snapshot.name.clone());
-    Ok(())
+    report.remove(
+        "snapshot of ZFS",
+        &snapshot.name,
+        || Ok(true),
+        || {
+            if snapshot.is_held {
+                let run_id = snapshot.run_id.clone();
+                Made::Hold(snapshot.name.clone(), run_id, Reach::Alone).undo()?;
+            }
+            Made::Snapshot(snapshot.name.clone(), Reach::Alone).undo()?;
+            Ok(true)
+        },
+    )
 }
 
 /// Sets the property of a volume back, unless somebody has set it otherwise since.
@@ -253,9 +356,16 @@ fn restore_snapdev(name: &str, own: Option<&str>, report: &mut Report) -> Result
         own: own.map(str::to_owned),
         ..now
     };
-    Made::Snapdev(volume, before).undo()?;
-    report.removed.push(format!("snapdev=visible of {name}"));
-    Ok(())
+    let what = format!("snapdev=visible of {name}");
+    report.remove(
+        "property",
+        &what,
+        || Ok(true),
+        || {
+            Made::Snapdev(volume, before).undo()?;
+            Ok(true)
+        },
+    )
 }
 
 /// Whether this may be the id of a run, and nobody holds its lock.
@@ -286,17 +396,20 @@ fn remove_subvolumes_of(mounted: &btrfs::Mounted, report: &mut Report) -> Result
         if !is_dead(&left.run_id) {
             continue;
         }
-        match filesystem.delete_leftover(&left) {
-            Ok(()) => report.removed.push(format!(
-                "{} (subvolume {} of {})",
-                left.name,
-                left.id,
-                filesystem.path().display()
-            )),
+        let name = format!(
+            "{} (subvolume {} of {})",
+            left.name,
+            left.id,
+            filesystem.path().display()
+        );
+        report.of = Some((left.run_id.clone(), String::new()));
+        let remove = || match filesystem.delete_leftover(&left) {
+            Ok(()) => Ok(true),
             // Somebody else was faster.
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
-        }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        report.remove("snapshot of btrfs", &name, || Ok(true), remove)?;
     }
     Ok(())
 }
@@ -304,18 +417,23 @@ fn remove_subvolumes_of(mounted: &btrfs::Mounted, report: &mut Report) -> Result
 /// Snapshots without a record are found by their names and tags.
 fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
     let mut trouble = Ok(());
+    // In a dry run they are there still, although their record told of them.
+    let is_known = |report: &Report, name: &str| report.removed.iter().any(|known| known == name);
     for left in Takeover::leftovers()? {
-        if is_dead(&left.run_id) {
+        if is_dead(&left.run_id) && !is_known(report, left.takeover.name()) {
+            report.of = Some((left.run_id.clone(), String::new()));
             trouble = undo_takeover(&left.takeover, report).and(trouble);
         }
     }
     for snapshot in lvm::snapshots()? {
-        if is_dead(&snapshot.run_id) {
+        if is_dead(&snapshot.run_id) && !is_known(report, &snapshot.name) {
+            report.of = Some((snapshot.run_id.clone(), String::new()));
             trouble = remove_snapshot(&snapshot.name, report).and(trouble);
         }
     }
     for snapshot in zfs::snapshots()? {
-        if is_dead(&snapshot.run_id) {
+        if is_dead(&snapshot.run_id) && !is_known(report, &snapshot.name) {
+            report.of = Some((snapshot.run_id.clone(), String::new()));
             trouble = destroy_snapshot(&snapshot, report).and(trouble);
         }
     }
@@ -323,12 +441,14 @@ fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
 }
 
 fn remove_part_file(file: &Path, report: &mut Report) -> Result<()> {
-    match std::fs::remove_file(file) {
-        Ok(()) => report.removed.push(file.display().to_string()),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io("cannot remove", error).on(file)),
-    }
-    Ok(())
+    let name = file.display().to_string();
+    let is_there = || Ok(file.symlink_metadata().is_ok());
+    let remove = || match std::fs::remove_file(file) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("cannot remove", error).on(file)),
+    };
+    report.remove("part file", &name, is_there, remove)
 }
 
 /// Trace instances go on tracing after their run: those without a record are found by their name.
@@ -339,16 +459,17 @@ fn remove_stray_instances(report: &mut Report) -> Result<()> {
     for name in tracefs.leftovers()? {
         let run_id = name.strip_prefix(PREFIX).unwrap_or_default();
         // Whatever does not look like a run of ours is none.
-        if !is_dead(run_id) {
+        if !is_dead(run_id) || report.removed.contains(&name) {
             continue;
         }
-        match tracefs.remove(&name) {
-            Ok(true) => report.removed.push(name),
-            Ok(false) => {}
+        report.of = Some((run_id.to_owned(), String::new()));
+        let remove = || match tracefs.remove(&name) {
+            Ok(is_removed) => Ok(is_removed),
             // Somebody is reading it: then it is not a leftover.
-            Err(error) if error.source.kind() == ErrorKind::ResourceBusy => {}
-            Err(error) => return Err(error.into()),
-        }
+            Err(error) if error.source.kind() == ErrorKind::ResourceBusy => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        report.remove("trace instance", &name, || Ok(true), remove)?;
     }
     Ok(())
 }

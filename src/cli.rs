@@ -4,10 +4,12 @@
 mod args;
 mod ask;
 mod console;
+mod last_resort;
 mod manual;
 mod text;
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -16,15 +18,23 @@ use holdstill_platform::signals::Stop;
 
 use self::args::{Cli, Verb};
 use self::console::Console;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Escaped, Kind, Result};
 use crate::freeze::Step;
 use crate::image::format;
 use crate::pipeline::throttle::Throttled;
 use crate::progress::Progress;
-use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, verify};
+use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, thread, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let code = last_resort::caught(|| Ok(parse_and_run(arguments)));
+    code.unwrap_or_else(|error| {
+        console::error_text(&error);
+        ExitCode::from(error.kind().exit_code())
+    })
+}
+
+fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     if asks_for_version(&arguments) {
         return version(&run_id);
@@ -40,17 +50,24 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     };
     env_logger::Builder::new()
         .filter_level(log_level)
+        .format(|out, record| {
+            let (time, level, target) = (out.timestamp(), record.level(), record.target());
+            let text = record.args().to_string();
+            writeln!(out, "[{time} {level} {target}] {}", Escaped(&text))
+        })
         .parse_default_env()
         .init();
     let console = Console::new(&cli, run_id.clone());
-    let done = Stop::install().map_err(Error::from).and_then(|stop| {
-        console.listen_to(stop);
+    let work = || {
+        console.listen_to(Stop::install()?);
         std::thread::scope(|scope| {
-            let ticker = scope.spawn(|| console.tick());
+            let ticker = thread::spawn(scope, || console.tick())?;
             let _ends = EndTicking(&console, ticker.thread());
             carry_out(cli.verb, &run_id, &console)
         })
-    });
+    };
+    // Here once more: the error is then shown as this command line wants it.
+    let done = last_resort::caught(work);
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -78,7 +95,7 @@ fn asks_for_version(arguments: &[OsString]) -> bool {
 
 fn version(run_id: &str) -> ExitCode {
     let names = |steps: &[Step]| steps.iter().map(|step| step.name()).collect::<Vec<_>>();
-    console::version_line(
+    let printed = console::version_line(
         run_id,
         &serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -88,14 +105,24 @@ fn version(run_id: &str) -> ExitCode {
             "format_versions": [format::VERSION],
         }),
     );
-    ExitCode::SUCCESS
+    shown(printed)
+}
+
+/// The exit code of what only had to be printed.
+fn shown(printed: Result<()>) -> ExitCode {
+    match printed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            console::error_text(&error);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
 }
 
 /// What clap has to say: help and version on standard output, mistakes as our own errors.
 fn usage(error: &clap::Error, arguments: &[OsString], run_id: &str) -> ExitCode {
     if !error.use_stderr() {
-        let _ = error.print();
-        return ExitCode::SUCCESS;
+        return shown(console::printed(error.print()));
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
@@ -130,13 +157,14 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
     };
     match verb {
         Verb::Backup(args) => {
-            let options = args.options(run_id)?;
+            let mut options = args.options(run_id)?;
+            options.hooks.is_stderr_taken = console.is_stderr_taken();
             if args.dry_run {
                 return dry(&dry_run::backup(&options)?, console);
             }
             let report = backup::run(&options, progress)?;
-            console.result(&report, &text::backup(&report));
-            Ok(if report.has_unreadable() { 5 } else { 0 })
+            console.result(&report, &text::backup(&report))?;
+            Ok(done(report.has_unreadable(), report.hook_failed))
         }
         Verb::Restore(args) => {
             let options = args.options()?;
@@ -144,8 +172,7 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
                 return dry(&dry_run::restore(&options)?, console);
             }
             let report = restore::run(&options, &mut ask::confirmation(args.yes), progress)?;
-            console.result(&report, &text::restore(&report));
-            Ok(0)
+            console.result(&report, &text::restore(&report)).map(|()| 0)
         }
         Verb::Clone(args) => {
             let options = args.options(run_id)?;
@@ -153,41 +180,42 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
                 return dry(&dry_run::clone(&options)?, console);
             }
             let report = clone::run(&options, &mut ask::confirmation(args.yes), progress)?;
-            console.result(&report, &text::clone(&report));
-            Ok(if report.unreadable.is_empty() { 0 } else { 5 })
+            console.result(&report, &text::clone(&report))?;
+            Ok(done(!report.unreadable.is_empty(), report.hook_failed))
         }
         Verb::Verify(args) => {
             let report = verify::run(&args.options()?, progress)?;
-            console.result(&report, &text::verify(&report));
-            Ok(0)
+            console.result(&report, &text::verify(&report)).map(|()| 0)
         }
         Verb::Inspect(args) => {
             let report = inspect::run(&args.what)?;
-            console.result(&report, &text::inspect(&report));
-            Ok(0)
+            console.result(&report, &text::inspect(&report)).map(|()| 0)
         }
-        Verb::Cleanup { run } => {
+        Verb::Cleanup { run, dry_run } => {
             let report = match run {
                 Some(run_id) => cleanup::of_run(&run_id)?,
-                None => cleanup::run(progress)?,
+                None => cleanup::run(dry_run, progress)?,
             };
-            console.result(&report, &text::cleanup(&report));
-            Ok(0)
+            console.result(&report, &text::cleanup(&report)).map(|()| 0)
         }
         Verb::Demo => {
             let report = demo::run(run_id, progress)?;
-            console.result(&report, &text::demo(&report));
-            Ok(0)
+            console.result(&report, &text::demo(&report)).map(|()| 0)
         }
-        Verb::Completions { shell } => {
-            manual::completions(shell);
-            Ok(0)
-        }
+        Verb::Completions { shell } => manual::completions(shell).map(|()| 0),
         Verb::Man { folder } => manual::man(folder.as_deref()).map(|()| 0),
     }
 }
 
 fn dry(report: &dry_run::Report, console: &Console) -> Result<u8> {
-    console.result(report, &text::dry_run(report));
-    Ok(0)
+    console.result(report, &text::dry_run(report)).map(|()| 0)
+}
+
+/// The exit code of what is done, but not without trouble.
+fn done(has_unreadable: bool, hook_failed: bool) -> u8 {
+    match (has_unreadable, hook_failed) {
+        (true, _) => 5,
+        (false, true) => 6,
+        (false, false) => 0,
+    }
 }

@@ -88,6 +88,8 @@ pub struct Report {
     pub new_uuid: Option<String>,
     /// Whether the target was read back and compared.
     pub verified: bool,
+    /// The copy is complete, but the post-freeze command failed: what it had to release may be locked.
+    pub hook_failed: bool,
     /// Seconds from the start to the end.
     pub elapsed_s: f64,
     /// What the user was warned of.
@@ -151,7 +153,7 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let (plan, candidate) = plan(options)?;
+    let (mut plan, candidate) = plan(options)?;
     if candidate.exists() {
         confirm(&options.target, &options.source)?;
     }
@@ -182,11 +184,11 @@ pub fn run(
         memory: options.bounds.memory,
         progress,
     };
-    let mut still = plan.hold_still(&context)?;
+    let (mut still, mut warnings) = plan.hold_still_somehow(&context)?;
     let [survey] = still.surveys() else {
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
-    let mut warnings = survey.warnings.clone();
+    warnings.extend(survey.warnings.clone());
     if !options.new_ids
         && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
     {
@@ -238,6 +240,7 @@ pub fn run(
             .collect(),
         new_uuid: new_uuid.map(|new| new.to_string()),
         verified: options.verify,
+        hook_failed: run.has_failed_hook(),
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
@@ -323,5 +326,10 @@ impl Receive for Whole<'_> {
         self.0.zero(extent)?;
         self.1
             .map_or(Ok(()), |comparison| comparison.zeros(volume, extent))
+    }
+
+    /// An earlier pass wrote there what was in use before the instant.
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.zeros(volume, extent)
     }
 }

@@ -21,6 +21,8 @@ pub struct Comparison {
     volume: u32,
     /// Nothing outside is compared.
     within: Extent,
+    /// What was trimmed must be zeros.
+    is_copy: bool,
     differing: Mutex<ExtentSet>,
 }
 
@@ -42,6 +44,7 @@ impl Comparison {
             disk,
             volume,
             within: Extent::new(0, size.0),
+            is_copy: false,
             differing: Mutex::default(),
         })
     }
@@ -49,6 +52,15 @@ impl Comparison {
     /// The same, of nothing but `within`.
     pub fn within(self, within: Extent) -> Self {
         Self { within, ..self }
+    }
+
+    /// The same with a copy that we made ourselves: what was trimmed is zeros there. On any other device
+    /// nobody knows what it is.
+    pub fn of_copy(self) -> Self {
+        Self {
+            is_copy: true,
+            ..self
+        }
     }
 
     /// Takes what was found to differ so far.
@@ -67,7 +79,7 @@ impl Comparison {
         let Some(compared) = extent.intersect(self.within) else {
             return Ok(());
         };
-        let mut found = Buffer::new(compared.len.0.min(COMPARED_AT_ONCE) as usize);
+        let mut found = Buffer::try_new(compared.len.0.min(COMPARED_AT_ONCE) as usize)?;
         let mut at = compared.start;
         while at < compared.end() {
             let piece = compared.end().since(at).0.min(found.len() as u64) as usize;
@@ -142,9 +154,9 @@ impl Receive for &[Comparison] {
             .try_for_each(|comparison| comparison.zeros(volume, extent))
     }
 
-    fn trim(&self, volume: u32, extent: Extent) {
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
         self.iter()
-            .for_each(|comparison| comparison.trim(volume, extent));
+            .try_for_each(|comparison| comparison.trim(volume, extent))
     }
 }
 
@@ -167,9 +179,13 @@ impl Receive for Comparison {
         self.compare(extent, |_, block| is_zero(block))
     }
 
-    fn trim(&self, volume: u32, extent: Extent) {
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+        if self.is_copy {
+            return self.zeros(volume, extent);
+        }
         if volume == self.volume {
             self.differing().remove(extent);
         }
+        Ok(())
     }
 }

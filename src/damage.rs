@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::reader::Lost;
+pub use crate::image::reader::State;
 use crate::pipeline::load::Receive;
 use crate::progress::{Event, Progress};
 use crate::units::{ByteLen, Offset};
@@ -26,28 +27,11 @@ pub struct Damage {
     pub message: String,
 }
 
-/// What became of the blocks of a damaged place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Their content is lost.
-    Lost,
-    /// Some of them are older than the instant of the image; nobody can tell which.
-    Outdated,
-    /// No block is known to be lost.
-    Unknown,
-}
-
 impl Damage {
     fn of(lost: &Lost) -> Self {
         let (volume, extents) = match &lost.place {
             Some((volume, extents)) => (Some(*volume), extents.as_slice()),
             None => (None, [].as_slice()),
-        };
-        let state = match (volume, lost.is_outdated) {
-            (None, _) => State::Unknown,
-            (_, true) => State::Outdated,
-            (_, false) => State::Lost,
         };
         Self {
             position: lost.error.offset().map(|offset| offset.0),
@@ -56,7 +40,7 @@ impl Damage {
                 .iter()
                 .map(|extent| (extent.start.0, extent.len.0))
                 .collect(),
-            state,
+            state: lost.state,
             message: lost.error.message().to_owned(),
         }
     }
@@ -183,8 +167,8 @@ impl Receive for Tolerant<'_> {
         self.inner.zeros(volume, extent)
     }
 
-    fn trim(&self, volume: u32, extent: Extent) {
-        self.inner.trim(volume, extent);
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.inner.trim(volume, extent)
     }
 
     fn abandon(&self) {

@@ -143,6 +143,7 @@ struct Inner {
     offset: Option<Offset>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
     hint: Option<String>,
+    is_undone: bool,
 }
 
 impl Error {
@@ -155,6 +156,7 @@ impl Error {
             offset: None,
             source: None,
             hint: None,
+            is_undone: false,
         }))
     }
 
@@ -167,6 +169,8 @@ impl Error {
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded
             | io::ErrorKind::FileTooLarge => Kind::NoSpace,
+            // No fault of a disk: a block that was not read for it must not count as unreadable.
+            io::ErrorKind::OutOfMemory => Kind::Failed,
             _ => Kind::Io,
         };
         Self::new(kind, message).because(source)
@@ -200,6 +204,18 @@ impl Error {
         self
     }
 
+    /// A snapshot could not be made, and nothing is left of it: another step may do.
+    #[must_use]
+    pub fn undone(mut self) -> Self {
+        self.0.is_undone = true;
+        self
+    }
+
+    /// Whether another step may do: see [`undone`](Self::undone).
+    pub fn is_undone(&self) -> bool {
+        self.0.is_undone
+    }
+
     /// What sort of failure it is.
     pub fn kind(&self) -> Kind {
         self.0.kind
@@ -221,21 +237,36 @@ impl Error {
     }
 }
 
+impl Error {
+    /// What failed, where, and the first line of the cause; the further lines of the cause, such as a tool
+    /// has printed. What is hidden is escaped.
+    pub fn lines(&self) -> (String, Vec<String>) {
+        let inner = &*self.0;
+        let mut text = Escaped(&inner.message).to_string();
+        if let Some(path) = &inner.path {
+            text = format!("{text}: {}", Escaped(&path.to_string_lossy()));
+        }
+        if let Some(offset) = inner.offset {
+            text = format!("{text}, at byte {offset}");
+        }
+        let cause = inner.source.as_ref().map(ToString::to_string);
+        let mut lines = cause.iter().flat_map(|cause| cause.lines());
+        if let Some(first) = lines.next() {
+            text = format!("{text}: {}", Escaped(first));
+        }
+        (text, lines.map(|line| Escaped(line).to_string()).collect())
+    }
+}
+
 /// One line, `what: where: cause`, without the hint; control characters are escaped.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &*self.0;
-        write!(f, "{}", Escaped(&inner.message))?;
-        if let Some(path) = &inner.path {
-            write!(f, ": {}", Escaped(&path.to_string_lossy()))?;
+        let (first, more) = self.lines();
+        f.write_str(&first)?;
+        match more.is_empty() {
+            true => Ok(()),
+            false => write!(f, ": {}", more.join("; ")),
         }
-        if let Some(offset) = inner.offset {
-            write!(f, ", at byte {offset}")?;
-        }
-        if let Some(source) = &inner.source {
-            write!(f, ": {}", Escaped(&source.to_string()))?;
-        }
-        Ok(())
     }
 }
 
@@ -261,16 +292,28 @@ impl<T> IoContext<T> for io::Result<T> {
     }
 }
 
-/// Text from a disk, an image or a path, safe to show on a terminal: control characters,
-/// bidirectional overrides and line breaks appear as escapes.
+/// Whether a terminal would not show a character as it is: control characters, line and paragraph
+/// separators, and those of Unicode's category Cf, which are invisible or change how others are shown
+/// (zero-width and bidirectional ones, tags).
+pub fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}'
+            | '\u{890}'..='\u{891}' | '\u{8e2}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}' | '\u{13430}'..='\u{1343f}'
+            | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// Text from a disk, an image or a path, safe to show on a terminal: what is [hidden](is_hidden) there
+/// appears as escapes.
 #[derive(Debug)]
 pub struct Escaped<'a>(pub &'a str);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.0.chars() {
-            let is_bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-            if c.is_control() || is_bidi {
+            if is_hidden(c) {
                 write!(f, "{}", c.escape_default())?;
             } else {
                 write!(f, "{c}")?;
@@ -294,6 +337,12 @@ mod tests {
             error.to_string(),
             "cannot read: /dev/a\\nb, at byte 512: Input/output error (os error 5)"
         );
+        let tool =
+            Error::new(Kind::Tool, "no snapshot").because("exit code 5\nno room\n\u{1b}see --help");
+        let (first, more) = tool.lines();
+        assert_eq!(first, "no snapshot: exit code 5");
+        assert_eq!(more, ["no room", "\\u{1b}see --help"]);
+        assert_eq!(tool.to_string(), format!("{first}: {}", more.join("; ")));
         assert_eq!(error.get_hint(), Some("check the cable"));
         assert_eq!(error.kind().exit_code(), 1);
     }

@@ -5,10 +5,12 @@ use std::io;
 use holdstill_platform as platform;
 use holdstill_platform::device::Disk;
 use holdstill_platform::output::Output;
+use holdstill_platform::privilege;
 
 use crate::error::{Error, Result};
 use crate::fs::btrfs::format::Key;
 use crate::read_at::ReadAt;
+use crate::thread::FEWER;
 use crate::units::{ByteLen, Offset};
 
 impl ReadAt for Disk {
@@ -47,10 +49,27 @@ impl From<Key> for platform::btrfs::Key {
     }
 }
 
+/// Who may do what was not permitted.
+pub(crate) fn who_may() -> String {
+    if !privilege::is_root() {
+        return "it needs root: try again as root".to_owned();
+    }
+    match privilege::missing().as_slice() {
+        [] => "even root may not: a security policy or the filesystem forbids it".to_owned(),
+        missing => format!(
+            "this root lacks {}, as in a container: give it that, or run outside",
+            missing.join(", ")
+        ),
+    }
+}
+
 impl From<platform::error::Error> for Error {
     fn from(error: platform::error::Error) -> Self {
         let hint = match error.source.kind() {
-            io::ErrorKind::PermissionDenied => Some("try again as root"),
+            io::ErrorKind::PermissionDenied => Some(who_may()),
+            io::ErrorKind::OutOfMemory => Some(FEWER.to_owned()),
+            // Seldom do they say so themselves.
+            _ if error.is_of_tool() && !privilege::is_root() => Some(who_may()),
             _ => None,
         };
         let ours = Self::io(error.op, error.source).on(error.what);

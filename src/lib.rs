@@ -35,6 +35,7 @@ pub mod source;
 mod subvolume;
 pub mod survey;
 pub mod target;
+mod thread;
 mod twin;
 pub mod units;
 pub mod verify;

@@ -32,6 +32,8 @@ pub struct Plan {
     pub step: Step,
     /// Steps that come earlier in the ladder, and why they do not apply.
     pub passed_over: Vec<(Step, String)>,
+    /// The step was named: no other is taken.
+    is_named: bool,
 }
 
 impl Plan {
@@ -54,20 +56,82 @@ impl Plan {
             None => Step::ladder().to_vec(),
         };
         let mut passed_over = Vec::new();
-        for step in candidates {
-            match siblings_or_objection(step, &source)? {
-                Ok(siblings) => {
-                    return Ok(Self {
-                        source,
-                        siblings,
-                        step,
-                        passed_over,
-                    });
-                }
-                Err(why) => passed_over.push((step, why)),
-            }
+        let found = first_of(candidates, &source, &mut passed_over)?;
+        let Some((step, siblings)) = found else {
+            return Err(nothing_applies(&source, named, &passed_over));
+        };
+        Ok(Self {
+            source,
+            siblings,
+            step,
+            passed_over,
+            is_named: named.is_some(),
+        })
+    }
+
+    /// Makes the source hold still. Where `auto` chose a step that could not make its snapshot and has left
+    /// nothing behind, the next that applies is tried, and this is its plan then. Returns what the user
+    /// should know of that.
+    ///
+    /// # Errors
+    /// What the last step says.
+    pub fn hold_still_somehow(
+        &mut self,
+        context: &Context<'_>,
+    ) -> Result<(Box<dyn Still>, Vec<String>)> {
+        self.try_steps(
+            |plan| plan.hold_still(context),
+            |next| next.allow_freeze(context.no_freeze).is_ok(),
+        )
+    }
+
+    /// Begins with `begin`; where that could not make its snapshot and nothing is left of it, with the next
+    /// step that applies and that `may` allows.
+    ///
+    /// # Errors
+    /// What the last step says.
+    pub fn try_steps<T>(
+        &mut self,
+        mut begin: impl FnMut(&Self) -> Result<T>,
+        may: impl Fn(&Self) -> bool,
+    ) -> Result<(T, Vec<String>)> {
+        let mut warnings = Vec::new();
+        loop {
+            let error = match begin(self) {
+                Ok(begun) => return Ok((begun, warnings)),
+                Err(error) => error,
+            };
+            let next = match !self.is_named && error.is_undone() {
+                true => self.next(&error)?,
+                false => None,
+            };
+            let Some(next) = next.filter(&may) else {
+                return Err(error);
+            };
+            warnings.push(format!(
+                "`{}` could not make a snapshot, so `{}` is taken: {error}",
+                self.step, next.step
+            ));
+            *self = next;
         }
-        Err(nothing_applies(&source, named, &passed_over))
+    }
+
+    /// The plan by the first step that applies and comes later in the ladder, if there is one for the same
+    /// devices.
+    fn next(&self, error: &Error) -> Result<Option<Self>> {
+        let ladder = Step::ladder().iter().copied();
+        let later = ladder.skip_while(|step| *step != self.step).skip(1);
+        let mut passed_over = self.passed_over.clone();
+        passed_over.push((self.step, error.to_string()));
+        let found = first_of(later.collect(), &self.source, &mut passed_over)?;
+        let found = found.filter(|(_, siblings)| siblings.len() == self.siblings.len());
+        Ok(found.map(|(step, siblings)| Self {
+            source: self.source.clone(),
+            siblings,
+            step,
+            passed_over,
+            is_named: false,
+        }))
     }
 
     /// Refuses a step that makes writers wait, where none may.
@@ -156,6 +220,21 @@ impl Plan {
         };
         self.sources().any(|source| source.is_same_as(&node))
     }
+}
+
+/// The first step that applies, and what is imaged with the source by it.
+fn first_of(
+    candidates: Vec<Step>,
+    source: &Source,
+    passed_over: &mut Vec<(Step, String)>,
+) -> Result<Option<(Step, Vec<Source>)>> {
+    for step in candidates {
+        match siblings_or_objection(step, source)? {
+            Ok(siblings) => return Ok(Some((step, siblings))),
+            Err(why) => passed_over.push((step, why)),
+        }
+    }
+    Ok(None)
 }
 
 /// One step of the ladder, and whether it applies.

@@ -20,6 +20,13 @@ pub enum Event<'a> {
     Thawed(&'a FreezeTimes),
     /// Something the user should know.
     Warning(&'a str),
+    /// What a command of the user printed.
+    Hook {
+        /// `pre` or `post`.
+        phase: &'a str,
+        /// Lines, as they were printed.
+        output: &'a str,
+    },
     /// Part of an image is damaged, and reading goes on behind it.
     Damaged(&'a Damage),
 }

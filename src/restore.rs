@@ -336,8 +336,15 @@ pub fn run(
     finish(volumes.zip(filesystems).collect(), options.verify, progress)?;
     let received = targets.streams.into_iter().map(Receiving::finish);
     stream::place(received.collect::<Result<_>>()?)?;
+    let left = match &end {
+        Some(_) => "all that is intact was written; lost blocks are zeros",
+        None => {
+            "all that is intact was written, lost blocks are zeros; without the end of the image nobody \
+             can tell whether that is of one instant"
+        }
+    };
     damages
-        .as_failure("all that is whole was written; lost blocks are zeros")
+        .as_failure(left)
         .map_err(|error| error.on(input::name(&options.image)))?;
     // Without damage there is an end.
     let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
@@ -560,5 +567,10 @@ impl Receive for Targets<'_> {
 
     fn zeros(&self, volume: u32, extent: Extent) -> Result<()> {
         self.of(volume).map_or(Ok(()), |target| target.zero(extent))
+    }
+
+    /// An earlier pass wrote there what was in use before the instant.
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+        self.zeros(volume, extent)
     }
 }

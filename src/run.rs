@@ -5,12 +5,14 @@
 //! pre-freeze hook starts, and the guard runs it even if this process is killed.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use holdstill_platform::command::{Ending, Output, Tool};
+use holdstill_platform::command::{self, Ending, Output, Tool};
 use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind, Owed, Undo};
 use holdstill_platform::node::DeviceNumber;
 use holdstill_platform::records::{self, Record, Records};
@@ -19,10 +21,17 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
 use crate::plan::Plan;
-use crate::progress::Progress;
+use crate::progress::{Event, Progress};
 
 /// How long the pre-freeze hook may take, and the post-freeze hook.
 pub const HOOK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How much of what a hook prints is shown, in bytes of each of its outputs.
+const MOST_SAID: usize = 64 << 10;
+
+/// The phases, as hooks see them in `HOLDSTILL_PHASE`.
+const PRE: &str = "pre";
+const POST: &str = "post";
 
 /// Commands of the user around the freeze, run by `/bin/sh -c`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +40,9 @@ pub struct Hooks {
     pub pre: Option<String>,
     /// Right after the thaw; always once the first was started.
     pub post: Option<String>,
+    /// Standard error belongs to a program that reads it: what the commands print is told as
+    /// [`Event::Hook`] alone.
+    pub is_stderr_taken: bool,
 }
 
 /// What a run writes down before it does it, for `cleanup` after a power cut.
@@ -150,6 +162,10 @@ struct Inner {
 struct Guarded {
     /// `None` only while being dropped.
     guard: Option<Guard>,
+    /// How the post-freeze hook ended was told already.
+    is_hook_told: AtomicBool,
+    /// What the post-freeze hook prints, unless that goes to standard error.
+    said: Option<Arc<File>>,
     record: Mutex<(RunRecord, Option<Record>)>,
 }
 
@@ -158,6 +174,8 @@ struct Guarded {
 struct HookState {
     freezes_left: usize,
     is_owed: bool,
+    /// The post-freeze hook ran, and failed.
+    has_failed: bool,
 }
 
 impl Run {
@@ -181,6 +199,7 @@ impl Run {
             hook_state: Mutex::new(HookState {
                 freezes_left: freezes,
                 is_owed: false,
+                has_failed: false,
             }),
         })))
     }
@@ -287,11 +306,25 @@ impl Run {
         }
     }
 
+    /// Whether there are hooks. They run around one freeze: what was quiesced for it is not for another.
+    pub fn has_hooks(&self) -> bool {
+        self.0.hooks.pre.is_some() || self.0.hooks.post.is_some()
+    }
+
+    /// Whether the post-freeze hook ran and failed: what it had to release may be locked still.
+    pub fn has_failed_hook(&self) -> bool {
+        let state = &self.0.hook_state;
+        state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .has_failed
+    }
+
     /// To be called right before a source's (final) freeze: runs the pre-freeze hook, once.
     ///
     /// # Errors
-    /// [`Kind::Tool`] if it fails: then nothing must be frozen.
-    pub fn before_freeze(&self) -> Result<()> {
+    /// [`Kind::Tool`] if it fails: then nothing must be frozen. The request to stop: the hook is ended then.
+    pub fn before_freeze(&self, progress: &dyn Progress) -> Result<()> {
         let mut state = self
             .0
             .hook_state
@@ -307,20 +340,33 @@ impl Run {
         let Some(script) = &self.0.hooks.pre else {
             return Ok(());
         };
-        let mut tool = Tool::shell(script).deadline(HOOK_DEADLINE);
-        for (name, value) in hook_env(&self.0.id, &self.0.sources, "pre") {
+        progress.check()?;
+        let failed = |error| {
+            let what = "the pre-freeze command failed, so nothing is frozen";
+            Error::new(Kind::Tool, what).because(error)
+        };
+        let done = self.run_here(script, PRE, &|| progress.stop().is_some());
+        let output = done.map_err(failed)?;
+        tell(PRE, &[output.stdout.as_slice(), &output.stderr], progress);
+        progress.check()?;
+        if !output.success() {
+            return Err(failed(output.failed()));
+        }
+        Ok(())
+    }
+
+    /// Runs a hook in this process.
+    fn run_here(
+        &self,
+        script: &str,
+        phase: &str,
+        stop: &dyn Fn() -> bool,
+    ) -> holdstill_platform::error::Result<Output> {
+        let mut tool = Tool::shell(script).deadline(HOOK_DEADLINE).limit(MOST_SAID);
+        for (name, value) in hook_env(&self.0.id, &self.0.sources, phase) {
             tool = tool.env(name, value);
         }
-        tool.run()
-            .and_then(Output::checked)
-            .map(drop)
-            .map_err(|error| {
-                Error::new(
-                    Kind::Tool,
-                    "the pre-freeze command failed, so nothing is frozen",
-                )
-                .because(error)
-            })
+        tool.run_unless(stop)
     }
 
     /// To be called right after a source's thaw (or last read, where nothing is frozen): after that
@@ -332,24 +378,55 @@ impl Run {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         state.freezes_left = state.freezes_left.saturating_sub(1);
-        if state.freezes_left > 0 || !state.is_owed || self.0.hooks.post.is_none() {
+        if state.freezes_left > 0 || !state.is_owed {
             return;
         }
-        drop(state);
-        let Some(guard) = self.maybe_guard() else {
+        let (Some(script), Some(guarded)) = (&self.0.hooks.post, &self.0.guarded) else {
             return;
         };
-        let trouble = match guard.run_hook() {
-            Ok(Some(HookEnd::Ran(Ending::Exit(0)))) => None,
-            Ok(Some(HookEnd::Ran(ending))) => Some(ending.to_string()),
-            Ok(Some(HookEnd::NotStarted(errno))) => {
-                Some(std::io::Error::from_raw_os_error(errno).to_string())
-            }
-            Ok(None) => None,
-            Err(error) => Some(error.to_string()),
+        let Some(guard) = &guarded.guard else {
+            return;
         };
+        guarded.is_hook_told.store(true, Ordering::Relaxed);
+        let trouble = match guard.run_hook() {
+            Ok(end) => end.and_then(trouble_of),
+            // Twice is better than never: what the first hook has locked must be released.
+            Err(_) => match self.run_here(script, POST, &|| false) {
+                Ok(output) => {
+                    tell(POST, &[output.stdout.as_slice(), &output.stderr], progress);
+                    (!output.success()).then(|| output.ending.to_string())
+                }
+                Err(error) => Some(error.to_string()),
+            },
+        };
+        if let Some(Ok(said)) = guarded.said.as_deref().map(command::said_in) {
+            tell(POST, &[&said], progress);
+        }
         if let Some(trouble) = trouble {
+            state.has_failed = true;
             progress.warn(&format!("the post-freeze command failed: {trouble}"));
+        }
+    }
+}
+
+/// What went wrong with a hook that the guard ran.
+fn trouble_of(end: HookEnd) -> Option<String> {
+    match end {
+        HookEnd::Ran(Ending::Exit(0)) => None,
+        HookEnd::Ran(ending) => Some(ending.to_string()),
+        HookEnd::NotStarted(errno) => Some(std::io::Error::from_raw_os_error(errno).to_string()),
+    }
+}
+
+/// Tells what a hook printed.
+fn tell(phase: &str, printed: &[&[u8]], progress: &dyn Progress) {
+    for output in printed {
+        let output = String::from_utf8_lossy(output);
+        if !output.trim().is_empty() {
+            progress.event(&Event::Hook {
+                phase,
+                output: output.trim_end(),
+            });
         }
     }
 }
@@ -359,8 +436,16 @@ impl Run {
 /// of, leaves it, for `cleanup`.
 impl Drop for Guarded {
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.guard.take().map(Guard::finish) {
-            log::warn!("{error}");
+        match self.guard.take().map(Guard::finish) {
+            Some(Err(error)) => log::warn!("{error}"),
+            Some(Ok(report)) => {
+                if let Some(trouble) = report.hook.and_then(trouble_of)
+                    && !self.is_hook_told.load(Ordering::Relaxed)
+                {
+                    log::warn!("the post-freeze command failed: {trouble}");
+                }
+            }
+            None => {}
         }
         let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         if !record.0.apfs.is_empty() {
@@ -380,17 +465,24 @@ impl Guarded {
             ..RunRecord::default()
         };
         let record = Records::default().create(id, &to_json(&content)?)?;
+        let is_captured = hooks.is_stderr_taken && hooks.post.is_some();
+        let said = is_captured
+            .then(|| command::unnamed_file().map(Arc::new))
+            .transpose()?;
         let hook = hooks.post.as_ref().map(|script| Hook {
             script: OsString::from(script),
-            env: hook_env(id, sources, "post")
+            env: hook_env(id, sources, POST)
                 .map(|(name, value)| (name.into(), value.into()))
                 .to_vec(),
             deadline: HOOK_DEADLINE,
+            output: said.clone(),
         });
         let keep = vec![record.lock().as_fd()];
         let guard = Guard::spawn(Config { hook, undo, keep })?;
         Ok(Self {
             guard: Some(guard),
+            is_hook_told: AtomicBool::new(false),
+            said,
             record: Mutex::new((content, Some(record))),
         })
     }

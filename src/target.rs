@@ -315,7 +315,9 @@ impl Target {
     pub fn comparison(&self, volume: u32) -> Result<Comparison> {
         self.disk.sync()?;
         let disk = self.disk.try_clone()?;
-        Ok(Comparison::new(volume, self.size, disk)?.within(self.middle()))
+        Ok(Comparison::new(volume, self.size, disk)?
+            .within(self.middle())
+            .of_copy())
     }
 
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was

@@ -3,7 +3,7 @@
 use holdstill::run::{Hooks, Run, Watched};
 
 use crate::common::btrfs::{Scene, making};
-use crate::common::{Mount, holdstill as program, needs_root, shell};
+use crate::common::{Mount, holdstill as program, needs_root, run, shell};
 
 #[test]
 fn privileged_snapshots_of_dead_runs_are_cleaned_up_those_of_live_ones_stay() {
@@ -70,4 +70,54 @@ fn privileged_snapshots_of_dead_runs_are_cleaned_up_those_of_live_ones_stay() {
     assert!(!top.dir().join(&stay[0]).exists());
     assert!(stay[1..].iter().all(|other| top.dir().join(other).exists()));
     drop(home);
+}
+
+/// What is done is told, of which run and when that began; a dry run tells it before, and changes nothing.
+#[test]
+fn privileged_cleanup_says_what_it_does_for_whom_and_before_it_does() {
+    needs_root!();
+    let dir = crate::common::temp_dir();
+    let records = dir.path().join("records");
+    std::fs::create_dir(&records).unwrap();
+    std::fs::create_dir_all("/var/lib/holdstill").unwrap();
+    let part = dir.path().join(".image.1.part");
+    std::fs::write(&part, "half").unwrap();
+    let (id, begun) = ("dryrun0123", "2026-01-02T03:04:05Z");
+    let record = records.join(format!("{id}.json"));
+    let content = serde_json::json!({
+        "pid": 1, "begun": begun, "mount_points": [dir.path().join("gone")],
+        "trace_instance": null, "part_files": [&part],
+    });
+    std::fs::write(&record, content.to_string()).unwrap();
+    // With records of its own: no other run's are seen.
+    let script = format!(
+        "mount --bind {} /var/lib/holdstill; exec {} cleanup $0",
+        records.display(),
+        env!("CARGO_BIN_EXE_holdstill")
+    );
+    let cleanup = |options: &str| {
+        run(
+            "unshare",
+            ["-m", "sh", "-ec", &script.replace("$0", options)],
+        )
+    };
+    let actions = |said: &str| {
+        let report: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        let actions = report["actions"].as_array().unwrap().clone();
+        let ours = actions.into_iter().filter(|action| action["run_id"] == id);
+        (report["dry_run"].clone(), ours.collect::<Vec<_>>())
+    };
+    let expected = serde_json::json!({
+        "action": "removed", "kind": "part file", "name": part, "run_id": id, "begun": begun,
+    });
+    let (is_dry, told) = actions(&cleanup("--dry-run --json"));
+    assert_eq!((is_dry, told), (true.into(), vec![expected.clone()]));
+    let said = cleanup("--dry-run");
+    let line = format!("part file {}, of run {id}, begun {begun}", part.display());
+    assert!(said.contains(&format!("would remove {line}")), "{said}");
+    assert!(said.contains("1 dead runs would be cleaned up"), "{said}");
+    assert!(part.exists() && record.exists());
+    let (is_dry, told) = actions(&cleanup("--json"));
+    assert_eq!((is_dry, told), (false.into(), vec![expected]));
+    assert!(!part.exists() && !record.exists());
 }

@@ -5,12 +5,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use holdstill::image::format::CELL;
+use holdstill::extent::Extent;
+use holdstill::image::format::{BLOCK, CELL};
+use holdstill::image::tables::{Content, Run as BlockRun};
+use holdstill::pipeline::store::Compression;
 use serde_json::Value;
 
 use crate::common::holdstill::{Run, command, finish, run, run_from, wait};
 use crate::common::reseal::{records, reseal};
-use crate::common::{Rng, seed, temp_dir};
+use crate::common::{Rng, count, seed, temp_dir};
+use crate::image::image_of_runs;
 
 const POISON: u8 = 0xa5;
 
@@ -182,6 +186,200 @@ fn salvage_gives_what_came_before_the_cut() {
     assert!(!target.exists());
     run_from(&image, args.into_iter().chain([Path::new("--salvage")])).expect(4);
     assert!(std::fs::read(&target).unwrap() == expected);
+}
+
+/// The runs of a record, and where its payload begins and ends in the image.
+fn contents(image: &[u8], at: usize) -> (Vec<(Range<usize>, u32)>, Range<usize>) {
+    let number = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().unwrap()) as usize;
+    let mut block = range_of(image, at).start / BLOCK as usize;
+    let extents = number(at + 48);
+    let run = |entry: usize| {
+        let len_kind = number(entry + 4);
+        let start = block + number(entry);
+        block = start + (len_kind & 0x3fff_ffff);
+        let range = start * BLOCK as usize..block * BLOCK as usize;
+        (range, (len_kind >> 30) as u32)
+    };
+    let runs = (0..extents).map(|n| at + 96 + 8 * n).map(run).collect();
+    let payload = at + 96 + 8 * extents + 32 * number(at + 52) + number(at + 64);
+    (runs, payload..payload + number(at + 60))
+}
+
+/// What the records that are intact in front of a cut say, on a target of zeros. The data of one whose
+/// payload is cut are zeros; the image is not compressed.
+fn intact_before(image: &[u8], cut: usize, len: usize) -> Vec<u8> {
+    let mut target = vec![0; len];
+    for at in records(image) {
+        if kind_of(image, at) != 2 {
+            continue;
+        }
+        let (runs, payload) = contents(image, at);
+        if payload.start > cut {
+            break;
+        }
+        let mut from = payload.start;
+        for (range, kind) in runs {
+            if kind == 0 && payload.end <= cut {
+                let data = &image[from..from + range.len()];
+                target[range.clone()].copy_from_slice(data);
+                from += range.len();
+            } else {
+                target[range].fill(0);
+            }
+        }
+    }
+    target
+}
+
+/// Three passes: data, then data, zeros and trims over it, twice.
+fn image_of_passes() -> (Vec<u8>, Vec<u8>) {
+    let size = 6 * CELL;
+    let mut rng = Rng(seed());
+    let mut passes = Vec::new();
+    for pass in 0..3 {
+        let mut source = vec![0; size as usize];
+        rng.fill(&mut source);
+        let step = [CELL, CELL / 2, CELL / 4][pass];
+        let kinds = [Content::Data, Content::Zero, Content::Trim];
+        let run = |(number, start): (usize, u64)| BlockRun {
+            extent: Extent::new(start, step / 2),
+            content: if pass == 0 {
+                Content::Data
+            } else {
+                kinds[number % 3]
+            },
+        };
+        let runs: Vec<_> = (0..size)
+            .step_by(step as usize)
+            .enumerate()
+            .map(run)
+            .collect();
+        passes.push((source, runs));
+    }
+    let image = image_of_runs(&passes, Compression::None);
+    let whole = intact_before(&image, image.len(), size as usize);
+    (image, whole)
+}
+
+/// Wherever an image ends: what is intact before that is written, the rest is named, and the number of
+/// threads makes no difference.
+#[test]
+fn salvage_of_a_cut_image_writes_or_lists_everything() {
+    let (image, whole) = image_of_passes();
+    let dir = temp_dir();
+    let [path, target] = ["image", "target"].map(|name| dir.path().join(name));
+    std::fs::write(&path, &image).unwrap();
+    run([Path::new("restore"), &path, &target]).expect(0);
+    assert!(std::fs::read(&target).unwrap() == whole);
+    let mut rng = Rng(seed());
+    let positions = records(&image);
+    // Whether a later pass was to follow the first, nobody can tell.
+    let is_later = |at: &&usize| kind_of(&image, **at) == 2 && image[**at + 36] > 0;
+    let second = *positions.iter().find(is_later).unwrap();
+    let first = intact_before(&image, second - 1, whole.len());
+    let mut cuts: Vec<usize> = positions[1..].to_vec();
+    for _ in 0..count(8, 400) {
+        let at = rng.some(&positions[1..], 1)[0];
+        let next = *positions
+            .iter()
+            .find(|next| **next > *at)
+            .unwrap_or(&image.len());
+        cuts.push(at + rng.below((next - at) as u64) as usize);
+    }
+    for cut in cuts {
+        std::fs::write(&path, &image[..cut]).unwrap();
+        let expected = intact_before(&image, cut, whole.len());
+        for threads in rng.some(&["1", "2", "3", "4", "8"], count(2, 5)) {
+            std::fs::write(&target, vec![POISON; whole.len()]).unwrap();
+            let args = [
+                "restore",
+                "--salvage",
+                "--yes",
+                "--json",
+                "--threads",
+                threads,
+            ];
+            let args = args
+                .map(Path::new)
+                .into_iter()
+                .chain([path.as_path(), &target]);
+            let done = run(args).expect(4);
+            let got = std::fs::read(&target).unwrap();
+            assert!(got == expected, "cut at {cut}, {threads} threads: {done}");
+            let mut named = vec![false; whole.len() / BLOCK as usize];
+            for event in damaged(&done) {
+                for range in event["ranges"].as_array().unwrap() {
+                    let [start, len] = [0, 1].map(|at| range[at].as_u64().unwrap() / BLOCK);
+                    named[start as usize..][..len as usize].fill(true);
+                }
+            }
+            let due = if cut < second + 5000 { &first } else { &whole };
+            let blocks = got.chunks(BLOCK as usize).zip(due.chunks(BLOCK as usize));
+            for (number, (got, due)) in blocks.enumerate() {
+                let is_told = got == due || named[number];
+                assert!(
+                    is_told,
+                    "cut at {cut}, {threads} threads, block {number}: {done}"
+                );
+            }
+        }
+    }
+}
+
+/// A header is lost, and the end of the image with the index that would say whose it was.
+#[test]
+fn a_lost_record_that_nothing_tells_the_place_of_is_named_where_it_may_have_been() {
+    let scene = scene("none", noise());
+    let positions = records(&scene.image);
+    let lost = range_of(&scene.image, positions[3]);
+    let cut = flip(&scene.image, positions[3] + 30)[..positions[6]].to_vec();
+    let image = scene.put(&cut);
+    let target = scene.target();
+    let args = ["restore", "--salvage", "--yes", "--json"].map(Path::new);
+    let done = run(args.into_iter().chain([image.as_path(), target.as_path()])).expect(4);
+    let unknown: Vec<Value> = damaged(&done)
+        .into_iter()
+        .filter(|event| event["state"] == "unknown" && event["volume"] == 1)
+        .collect();
+    let [event] = unknown.as_slice() else {
+        panic!("{done}")
+    };
+    assert_eq!(
+        event["ranges"],
+        serde_json::json!([[lost.start, lost.len()]])
+    );
+    let end = range_of(&scene.image, positions[5]).end;
+    let mut expected = scene.source.clone();
+    expected[lost].fill(0);
+    expected[end..].fill(0);
+    assert!(std::fs::read(&target).unwrap() == expected);
+}
+
+/// An image that says it is better than one of its volumes would be believed.
+#[test]
+fn an_image_graded_better_than_its_volume_is_damaged() {
+    let scene = scene("zstd:1", vec![9; 3 << 20]);
+    let crash = b"\"grade\":\"crash\"";
+    let is_there = |part: &[u8]| part == crash;
+    let places: Vec<usize> = (0..scene.image.len() - crash.len())
+        .filter(|at| is_there(&scene.image[*at..*at + crash.len()]))
+        .collect();
+    // That of the image and that of its volume.
+    let [of_image, of_volume] = places[..] else {
+        panic!("{places:?}")
+    };
+    for (at, grade) in [(of_volume, "clean"), (of_image, "clean")] {
+        let mut image = scene.image.clone();
+        image[at + 9..at + 14].copy_from_slice(grade.as_bytes());
+        reseal(&mut image);
+        let (image, target) = (scene.put(&image), scene.path("new"));
+        let says = |run: Run| run.expect(4).says("not the worst of its volumes");
+        says(run([Path::new("verify"), &image]));
+        says(run([Path::new("inspect"), &image]));
+        says(run([Path::new("restore"), &image, &target]));
+        says(run_from(&image, ["verify", "-"]));
+        assert!(!target.exists());
+    }
 }
 
 /// A volume that holds an image: where an outer header is lost, the inner records are not taken for

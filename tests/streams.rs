@@ -84,6 +84,10 @@ impl Receive for Readers {
     fn zeros(&self, _: u32, _: Extent) -> Result<()> {
         panic!("a stream has no holes")
     }
+
+    fn trim(&self, _: u32, _: Extent) -> Result<()> {
+        panic!("a stream has no holes")
+    }
 }
 
 fn read_back(image: &[u8], streams: usize) -> Result<Vec<Vec<u8>>> {
@@ -134,6 +138,9 @@ fn the_end_of_a_damaged_stream_is_held_back() {
             self.0.push(offset, bytes, &Silent)
         }
         fn zeros(&self, _: u32, _: Extent) -> Result<()> {
+            Ok(())
+        }
+        fn trim(&self, _: u32, _: Extent) -> Result<()> {
             Ok(())
         }
         fn abandon(&self) {

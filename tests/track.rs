@@ -21,6 +21,7 @@ use holdstill::units::{ByteLen, Offset};
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 
+use crate::common::holdstill::run as holdstill;
 use crate::common::live::{LiveWriter, judge, patiently};
 use crate::common::volume::{check_frozen_ext4, poisoned_file, populate};
 use crate::common::{
@@ -474,5 +475,71 @@ fn privileged_files_deleted_while_open_do_no_harm() {
     let seed = common::seed();
     for fs_type in ["ext4", "xfs"] {
         track_once(fs_type, seed, true);
+    }
+}
+
+/// A file that is deleted after it was copied and before the instant: nothing of it reaches the target,
+/// which reads exactly as the image says.
+#[test]
+fn privileged_what_is_deleted_before_the_instant_does_not_reach_a_target() {
+    needs_root!();
+    let dir = common::temp_dir();
+    let path = |name: &str| dir.path().join(name);
+    sparse_file(&path("volume"), 128 << 20);
+    let device = LoopDevice::attach(&path("volume"));
+    run(
+        "mke2fs",
+        ["-q", "-t", "ext4", device.path().to_str().unwrap()],
+    );
+    let mount = Mount::new(device.path(), &path("live"), "ext4", "");
+    let mark = b"was deleted before the instant..".repeat(128);
+    let secret = mount.dir().join("secret");
+    let doomed = || {
+        let file = std::fs::File::create(&secret).unwrap();
+        (0..1000).for_each(|n| file.write_all_at(&mark, n << 12).unwrap());
+        file.sync_all().unwrap();
+    };
+    let hook = format!("rm {}", secret.display());
+    let live = mount.dir().to_str().unwrap();
+    let options = ["--freeze", "track", "--json", "--pre-freeze", &hook];
+    let is_marked = |path: &Path| {
+        let content = std::fs::read(path).unwrap();
+        content.chunks(4096).any(|block| block == mark)
+    };
+    doomed();
+    let image = path("image");
+    let output = ["backup", "-o", image.to_str().unwrap(), live];
+    let report = holdstill(output.into_iter().chain(options))
+        .expect(0)
+        .last();
+    // The image itself holds it: passes are only ever added.
+    let [restored, cloned] = ["restored", "cloned"].map(path);
+    holdstill([
+        Path::new("restore"),
+        Path::new("--verify"),
+        &image,
+        &restored,
+    ])
+    .expect(0);
+    assert!(!is_marked(&restored));
+    let again = [
+        Path::new("backup"),
+        Path::new("--all-blocks"),
+        Path::new("--json"),
+    ];
+    let again = again.into_iter().chain([&*restored, Path::new("-o")]);
+    let again = holdstill(again.chain([&*path("again")])).expect(0).last();
+    assert_eq!(again["content_id"], report["content_id"]);
+    for verify in [&["--yes"][..], &["--yes", "--verify"]] {
+        doomed();
+        poisoned_file(&cloned, 128 << 20);
+        let args = ["clone", live, cloned.to_str().unwrap()];
+        holdstill(
+            args.into_iter()
+                .chain(options)
+                .chain(verify.iter().copied()),
+        )
+        .expect(0);
+        assert!(!is_marked(&cloned));
     }
 }

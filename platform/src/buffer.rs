@@ -5,9 +5,12 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
 
 /// Alignment of every buffer in bytes: a page, and at least the sector of any disk in use.
 pub const ALIGN: usize = 4096;
@@ -19,12 +22,24 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(len: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(ALIGN), ALIGN).expect("a sane buffer length");
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.max(ALIGN), ALIGN).expect("a sane buffer length")
+    }
+
+    /// `None` if there is not so much memory.
+    fn new(len: usize) -> Option<Self> {
+        let layout = Self::layout(len);
         // SAFETY: the layout has a size of at least ALIGN, so it is not zero.
         let ptr = unsafe { alloc_zeroed(layout) };
-        let ptr = NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout));
-        Self { ptr, layout }
+        let ptr = NonNull::new(ptr)?;
+        Some(Self { ptr, layout })
+    }
+
+    fn try_new(len: usize) -> Result<Self> {
+        Self::new(len).ok_or_else(|| {
+            let what = format!("a buffer of {len} bytes");
+            Error::new("cannot get memory for", what, io::ErrorKind::OutOfMemory)
+        })
     }
 }
 
@@ -49,10 +64,26 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// `len` zeroed bytes that belong to no pool.
+    /// `len` zeroed bytes that belong to no pool. Without memory for them the program ends.
     pub fn new(len: usize) -> Self {
+        let memory = Memory::new(len);
+        Self::of(
+            memory.unwrap_or_else(|| handle_alloc_error(Memory::layout(len))),
+            len,
+        )
+    }
+
+    /// The same for those whose length is worth an error.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn try_new(len: usize) -> Result<Self> {
+        Ok(Self::of(Memory::try_new(len)?, len))
+    }
+
+    fn of(memory: Memory, len: usize) -> Self {
         Self {
-            memory: Some(Memory::new(len)),
+            memory: Some(memory),
             len,
             home: None,
         }
@@ -114,15 +145,19 @@ pub struct Pool(Arc<Shared>);
 impl Pool {
     /// `count` buffers of `len` bytes each; all memory this pool will ever take.
     ///
+    /// # Errors
+    /// `OutOfMemory`.
+    ///
     /// # Panics
     /// If `count` is 0: taking from such a pool would wait for ever.
-    pub fn new(count: usize, len: usize) -> Self {
+    pub fn new(count: usize, len: usize) -> Result<Self> {
         assert!(count > 0, "a pool has at least one buffer");
-        Self(Arc::new(Shared {
-            free: Mutex::new((0..count).map(|_| Memory::new(len)).collect()),
+        let free = (0..count).map(|_| Memory::try_new(len));
+        Ok(Self(Arc::new(Shared {
+            free: Mutex::new(free.collect::<Result<_>>()?),
             returned: Condvar::new(),
             len,
-        }))
+        })))
     }
 
     /// Length of each buffer in bytes.
@@ -174,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_pool_never_makes_more_than_it_has() {
-        let pool = Pool::new(2, 4096);
+        let pool = Pool::new(2, 4096).unwrap();
         let (first, second) = (pool.take(), pool.take());
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {

@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Result};
 
 mod streaming;
 
-pub use streaming::Streaming;
+pub use streaming::{Streaming, said_in, unnamed_file};
 
 /// Where the system keeps its tools. Nothing else is ever searched.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -42,6 +42,16 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// How much is kept of each of its two outputs if nothing else was said, in bytes.
 const LIMIT: usize = 16 << 20;
+
+/// What is said of a child that failed.
+pub(crate) const FAILED: &str = "failed";
+
+/// How much of what a failed tool says is shown: lines, and characters of each.
+const MOST_LINES: usize = 20;
+const MOST_CHARS: usize = 300;
+
+/// How long a child that is asked to end may take to.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// How long to sleep at most before looking whether the child has ended.
 const TICK: Duration = Duration::from_millis(10);
@@ -65,6 +75,8 @@ pub enum Ending {
     Signal(i32),
     /// It was still running at its deadline and was killed.
     Deadline,
+    /// It was ended because the caller did not want to wait any longer.
+    Stopped,
 }
 
 impl fmt::Display for Ending {
@@ -73,6 +85,7 @@ impl fmt::Display for Ending {
             Self::Exit(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),
             Self::Deadline => write!(f, "killed at its deadline"),
+            Self::Stopped => write!(f, "ended before it was done"),
         }
     }
 }
@@ -100,20 +113,32 @@ impl Output {
     /// The output of a child that must have succeeded.
     ///
     /// # Errors
-    /// How it ended, with the last line of its standard error; or that its output was cut.
+    /// How it ended and, a line each, what it said on standard error; or that its output was cut.
     pub fn checked(self) -> Result<Self> {
-        if self.success() && !self.truncated {
-            return Ok(self);
+        match self.success() && !self.truncated {
+            true => Ok(self),
+            false => Err(self.failed()),
         }
-        let said = String::from_utf8_lossy(&self.stderr);
-        let last = said.lines().rev().find(|line| !line.trim().is_empty());
+    }
+
+    /// The error that says how it ended and, a line each, what it said on standard error.
+    pub fn failed(self) -> Error {
         let mut why = self.ending.to_string();
         if self.success() {
             why = "it printed more than can be taken".to_owned();
-        } else if let Some(last) = last {
-            why = format!("{why}: {}", last.trim());
+        } else {
+            // All of it: the reason is seldom on the same line.
+            let said = String::from_utf8_lossy(&self.stderr);
+            let mut lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+            for line in lines.by_ref().take(MOST_LINES) {
+                why.push('\n');
+                why.extend(line.chars().take(MOST_CHARS));
+            }
+            if lines.next().is_some() {
+                why.push_str("\n...");
+            }
         }
-        Err(Error::other("failed", self.program, why))
+        Error::other(FAILED, self.program, why)
     }
 }
 
@@ -218,7 +243,16 @@ impl Tool {
     /// # Errors
     /// If it cannot be started or watched. How it ended is in the output: see
     /// [`Output::checked`].
-    pub fn run(mut self) -> Result<Output> {
+    pub fn run(self) -> Result<Output> {
+        self.run_unless(&|| false)
+    }
+
+    /// Runs it to its end or its deadline, unless `stop` says that nobody wants to wait for it any more:
+    /// then it and all that it has started are asked to end (SIGTERM), and soon made to.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_unless(mut self, stop: &dyn Fn() -> bool) -> Result<Output> {
         let with_input = !self.input.is_empty();
         self.command
             .stdin(if with_input {
@@ -232,7 +266,7 @@ impl Tool {
         let child = self.command.spawn().context("cannot run", &self.program)?;
         let mut running = Running(child);
         let end = Instant::now() + self.deadline;
-        watch(&mut running.0, &self.input, self.limit, end)
+        watch(&mut running.0, &self.input, self.limit, end, stop)
             .map(|watched| watched.into_output(self.program.clone()))
             .context("cannot watch", &self.program)
     }
@@ -244,10 +278,13 @@ struct Running(Child);
 
 impl Running {
     fn kill(child: &mut Child) {
-        let group = Pid::from_raw(child.id().cast_signed());
-        // Its children too. The group exists as long as the child was not waited for.
-        let _ = killpg(group, Signal::SIGKILL);
+        Self::signal(child, Signal::SIGKILL);
         let _ = child.kill();
+    }
+
+    /// Its children too. The group exists as long as the child was not waited for.
+    fn signal(child: &Child, signal: Signal) {
+        let _ = killpg(Pid::from_raw(child.id().cast_signed()), signal);
     }
 }
 
@@ -321,7 +358,13 @@ impl Watched {
     }
 }
 
-fn watch(child: &mut Child, mut input: &[u8], limit: usize, end: Instant) -> io::Result<Watched> {
+fn watch(
+    child: &mut Child,
+    mut input: &[u8],
+    limit: usize,
+    end: Instant,
+    stop: &dyn Fn() -> bool,
+) -> io::Result<Watched> {
     let mut stdin = child.stdin.take();
     if let Some(stdin) = &stdin {
         set_nonblocking(stdin.as_fd())?;
@@ -329,7 +372,7 @@ fn watch(child: &mut Child, mut input: &[u8], limit: usize, end: Instant) -> io:
     let mut stdout = Pipe::new(child.stdout.take(), limit)?;
     let mut stderr = Pipe::new(child.stderr.take(), limit)?;
     let mut late = false;
-    let status = loop {
+    let mut how = loop {
         if let Some(pipe) = &mut stdin {
             match pipe.write(input) {
                 Ok(written) => input = input.get(written..).unwrap_or_default(),
@@ -343,8 +386,12 @@ fn watch(child: &mut Child, mut input: &[u8], limit: usize, end: Instant) -> io:
         }
         stdout.drain()?;
         stderr.drain()?;
+        if stop() {
+            end_all(child, &mut stdout, &mut stderr)?;
+            break Ending::Stopped;
+        }
         if let Some(status) = child.try_wait()? {
-            break status;
+            break ending(status);
         }
         if !late && Instant::now() >= end {
             late = true;
@@ -358,16 +405,36 @@ fn watch(child: &mut Child, mut input: &[u8], limit: usize, end: Instant) -> io:
     // Only what is there already: a daemon it left behind may keep the pipes open for ever.
     stdout.drain()?;
     stderr.drain()?;
+    if late {
+        how = Ending::Deadline;
+    }
     Ok(Watched {
-        ending: if late {
-            Ending::Deadline
-        } else {
-            ending(status)
-        },
+        ending: how,
         truncated: stdout.truncated || stderr.truncated,
         stdout: stdout.kept,
         stderr: stderr.kept,
     })
+}
+
+/// Ends a child and all that it has started. Whether some of them are left is seen by its pipes, which
+/// they inherit: the child itself must not be waited for before, or its group could be another's.
+fn end_all<R: Read + AsFd, S: Read + AsFd>(
+    child: &mut Child,
+    stdout: &mut Pipe<R>,
+    stderr: &mut Pipe<S>,
+) -> io::Result<ExitStatus> {
+    Running::signal(child, Signal::SIGTERM);
+    let end = Instant::now() + GRACE;
+    while Instant::now() < end && (stdout.stream.is_some() || stderr.stream.is_some()) {
+        wait_for_output(
+            stdout.stream.as_ref().map(AsFd::as_fd),
+            stderr.stream.as_ref().map(AsFd::as_fd),
+        )?;
+        stdout.drain()?;
+        stderr.drain()?;
+    }
+    Running::kill(child);
+    child.wait()
 }
 
 fn wait_for_output(
@@ -429,7 +496,13 @@ mod tests {
         assert_eq!(shell("kill -9 $$").ending, Ending::Signal(9));
         let failed = shell("echo one >&2; echo two >&2; echo >&2; exit 3");
         let error = failed.checked().unwrap_err();
-        assert!(error.to_string().ends_with("exit code 3: two"), "{error}");
+        assert!(
+            error.to_string().ends_with("exit code 3\none\ntwo"),
+            "{error}"
+        );
+        let failed = shell("seq 100 >&2; exit 1").checked().unwrap_err();
+        let failed = failed.to_string();
+        assert!(failed.ends_with("\n19\n20\n..."), "{failed}");
     }
 
     #[test]
@@ -450,6 +523,38 @@ mod tests {
         while !dead() {
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_child_nobody_wants_to_wait_for_ends_with_all_it_started() {
+        for script in [
+            "echo $$; sleep 1000",
+            "echo $$; sleep 1000 & wait",
+            "trap 'echo tidied up; exit 0' TERM; echo $$; sleep 1000 & wait",
+            "trap '' TERM; echo $$; sleep 1000 & wait; wait; wait",
+        ] {
+            let begun = Instant::now();
+            let stop = || begun.elapsed() > Duration::from_millis(200);
+            let output = Tool::shell(script).run_unless(&stop).unwrap();
+            assert_eq!(output.ending, Ending::Stopped, "{script}");
+            let said = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(said.contains("tidied up"), script.contains("tidied up"));
+            let group: i32 = said.lines().next().unwrap().parse().unwrap();
+            // They are dead, or on their way to be reaped by their new parent.
+            while is_alive(group) {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Whether a process of a group is more than a zombie.
+    fn is_alive(group: i32) -> bool {
+        let stats = std::fs::read_dir("/proc").unwrap().flatten();
+        let stats =
+            stats.filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok());
+        let fields = stats.filter_map(|stat| Some(stat.rsplit_once(") ")?.1.to_owned()));
+        let mut fields = fields.map(|rest| rest.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        fields.any(|rest| rest[2] == group.to_string() && rest[0] != "Z" && rest[0] != "X")
     }
 
     #[test]

@@ -162,7 +162,8 @@ impl Disk {
 
     fn read_bounced(&self, direct: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let align = u64::from(self.align);
-        let mut bounce = Buffer::new((buf.len() + 2 * self.align as usize).min(BOUNCE));
+        let mut bounce = Buffer::try_new((buf.len() + 2 * self.align as usize).min(BOUNCE))
+            .map_err(|error| error.source)?;
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -229,7 +230,7 @@ impl Disk {
     }
 
     fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
-        let zeros = Buffer::new(BOUNCE);
+        let zeros = Buffer::try_new(BOUNCE)?;
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(BOUNCE as u64);

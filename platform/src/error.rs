@@ -39,6 +39,11 @@ impl Error {
         Self::new(op, what, source)
     }
 
+    /// Whether it was a child program that failed.
+    pub fn is_of_tool(&self) -> bool {
+        self.op == crate::command::FAILED
+    }
+
     /// The kind of the underlying error.
     pub fn kind(&self) -> io::ErrorKind {
         self.source.kind()

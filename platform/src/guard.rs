@@ -18,6 +18,7 @@ mod child;
 mod wire;
 
 use std::ffi::{CString, OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -49,12 +50,14 @@ const START_PATIENCE: Duration = Duration::from_secs(120);
 /// A command to run once after the freeze, whatever happens to the run.
 #[derive(Clone, Debug)]
 pub struct Hook {
-    /// Run by `/bin/sh -c`; what it prints goes to standard error.
+    /// Run by `/bin/sh -c`.
     pub script: OsString,
     /// Variables added to the environment we have.
     pub env: Vec<(OsString, OsString)>,
     /// How long it may run before it is killed.
     pub deadline: Duration,
+    /// Where what it prints goes instead of standard error.
+    pub output: Option<Arc<File>>,
 }
 
 /// How something that a run makes is taken away: a snapshot. The guard cannot prepare that later, so it is
@@ -168,6 +171,7 @@ impl Guard {
             return Err(Error::other("cannot start", "the guard process", why));
         }
         let names = config.undo.iter().map(|undo| undo.name.clone()).collect();
+        let output = config.hook.as_ref().and_then(|hook| hook.output.clone());
         let hook = config.hook.map(prepare).transpose()?;
         let mut undo: Vec<_> = config
             .undo
@@ -179,6 +183,7 @@ impl Guard {
         let mut kept: Vec<_> = config.keep.iter().map(AsRawFd::as_raw_fd).collect();
         kept.push(theirs.as_raw_fd());
         let groups = os::guard::outermost_groups();
+        kept.extend(output.as_ref().map(AsRawFd::as_raw_fd));
         kept.sort_unstable();
         // SAFETY: the child runs `child::run`, which allocates nothing, takes no lock and never
         // returns, so the state of other threads (in tests) does not matter to it.
@@ -642,7 +647,9 @@ fn prepare(hook: Hook) -> Result<child::Prepared> {
         .filter(|(name, _)| !hook.env.iter().any(|(ours, _)| ours == name))
         .collect::<Vec<_>>();
     let env = inherited.into_iter().chain(hook.env.iter().cloned());
-    prepared(args, env, hook.deadline)
+    let mut prepared = prepared(args, env, hook.deadline)?;
+    prepared.output = hook.output.as_ref().map_or(2, AsRawFd::as_raw_fd);
+    Ok(prepared)
 }
 
 fn prepare_undo(undo: Undo) -> Result<child::PreparedUndo> {

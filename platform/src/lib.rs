@@ -32,6 +32,7 @@ pub mod mounts;
 pub mod node;
 pub mod open_files;
 pub mod output;
+pub mod privilege;
 pub mod records;
 pub mod signals;
 pub mod stack;

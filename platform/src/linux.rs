@@ -12,6 +12,7 @@ pub(crate) mod mounts;
 pub(crate) mod node;
 pub(crate) mod output;
 pub(crate) mod private_mount;
+pub(crate) mod privilege;
 pub(crate) mod streaming;
 pub(crate) mod urgent;
 

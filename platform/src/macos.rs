@@ -18,6 +18,7 @@ mod names;
 pub(crate) mod node;
 pub(crate) mod output;
 pub(crate) mod private_mount;
+pub(crate) mod privilege;
 mod processes;
 mod sectors;
 pub(crate) mod streaming;

@@ -9,6 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -331,10 +332,20 @@ pub fn part_file_of(path: &Path) -> Option<PathBuf> {
     }
 }
 
-/// `.NAME.PID.part` beside `path`.
+/// How much of an output's name its part file has, in bytes: so it is no longer than the shortest limit of
+/// a filesystem for names (143), whatever the output is called.
+const PART_OF_NAME: usize = 100;
+
+/// `.NAME.PID.part` beside `path`; of a long name only the beginning.
 fn part_name(path: &Path) -> PathBuf {
+    let whole = path.file_name().unwrap_or(OsStr::new("image")).as_bytes();
+    let mut len = whole.len().min(PART_OF_NAME);
+    // Not in the midst of a character of UTF-8: some filesystems take no half ones.
+    while len > 1 && whole.get(len).is_some_and(|byte| byte & 0xc0 == 0x80) {
+        len -= 1;
+    }
     let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or(OsStr::new("image")));
+    name.push(OsStr::from_bytes(whole.get(..len).unwrap_or_default()));
     name.push(format!(".{}.part", std::process::id()));
     path.with_file_name(name)
 }

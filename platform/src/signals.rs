@@ -119,6 +119,21 @@ fn stop() {
     let _ = signal_hook::low_level::emulate_default_handler(Signal::SIGTSTP as i32);
 }
 
+/// An abort, as of an allocation that failed, ends the program with one more line and exit code 1, as every
+/// failure does. What is frozen is thawed by the guard, which sees that we are gone.
+pub fn end_on_abort() {
+    extern "C" fn end(_: libc::c_int) {
+        let said = b"holdstill: it had to end at once: memory may be short (--threads and --memory bound it)\n";
+        // SAFETY: both may be called in a signal handler; the bytes are a constant.
+        unsafe {
+            libc::write(2, said.as_ptr().cast(), said.len());
+            libc::_exit(1);
+        }
+    }
+    // SAFETY: the handler calls nothing but the kernel, and does not return.
+    let _ = unsafe { signal(Signal::SIGABRT, SigHandler::Handler(end)) };
+}
+
 /// Whether there is a process of this number, dead perhaps and not waited for.
 pub fn is_process(pid: u32) -> bool {
     // Zero and what is negative mean groups of processes.

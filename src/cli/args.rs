@@ -21,6 +21,7 @@ const EXIT_CODES: &str = "Exit codes:
   3    refused for safety: in use, too small, exists, or would be inconsistent
   4    an image is damaged, cut off, too new or not the expected one; or a comparison differs
   5    done, but some source blocks could not be read
+  6    done, and what was made is whole, but the --post-freeze command failed
   130  interrupted; 143 asked to end: everything was thawed and cleaned up first";
 
 /// Images a disk while you keep working: the disk holds still, not you.
@@ -73,8 +74,11 @@ pub(super) enum Verb {
     /// Remove what killed runs left, and thaw what they left frozen
     Cleanup {
         /// Only what this run made to copy volumes of APFS: for its guard process
-        #[arg(long, value_name = "ID", hide = true)]
+        #[arg(long, value_name = "ID", hide = true, conflicts_with = "dry_run")]
         run: Option<String>,
+        /// Print what would be done, and change nothing
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Show on a scratch volume what this is for (needs root)
     Demo,
@@ -156,16 +160,19 @@ struct FreezeArgs {
     /// Room for the snapshot of a thick logical volume (default: half of what its volume group has
     /// free, and more when needed), or of --freeze dm (default: all that the source can need, or half
     /// of what is free in /var/tmp, or a quarter of free memory)
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = above_zero)]
     cow_size: Option<ByteLen>,
     /// Make that snapshot on this physical volume of the group; with --freeze dm, keep what is
     /// overwritten on this free device, whose content is lost
     #[arg(long, value_name = "DEV")]
     cow_device: Option<PathBuf>,
-    /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
+    /// Run CMD by /bin/sh before the (final) freeze, to quiesce a database; if it fails or takes longer than
+    /// 60 s, nothing is frozen. Its environment has HOLDSTILL_RUN_ID, HOLDSTILL_SOURCE (the sources as
+    /// given, one a line) and HOLDSTILL_PHASE (pre or post); what it prints goes to standard error
     #[arg(long, value_name = "CMD")]
     pre_freeze: Option<String>,
-    /// Run CMD right after the thaw; always, once the first was started
+    /// Run CMD right after the thaw; always, once the first was started, also if this run is killed. If it
+    /// fails, the exit code is 6
     #[arg(long, value_name = "CMD")]
     post_freeze: Option<String>,
     /// Copy unallocated blocks too
@@ -216,6 +223,7 @@ impl FreezeArgs {
         Hooks {
             pre: self.pre_freeze.clone(),
             post: self.post_freeze.clone(),
+            is_stderr_taken: false,
         }
     }
 
@@ -259,7 +267,7 @@ impl BackupArgs {
 #[derive(Debug, Args)]
 pub(super) struct CopyArgs {
     /// Move at most so many bytes a second (K, M, G, T: powers of 1024)
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = above_zero)]
     rate: Option<ByteLen>,
     #[command(flatten)]
     bounds: BoundArgs,
@@ -276,6 +284,14 @@ struct BoundArgs {
     /// `track` holds as much again for what changes last (default: 256M)
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     memory: Option<ByteLen>,
+}
+
+fn above_zero(text: &str) -> std::result::Result<ByteLen, String> {
+    let size: ByteLen = text.parse().map_err(|error: Error| error.to_string())?;
+    if size == ByteLen::ZERO {
+        return Err("it must be more than 0".to_owned());
+    }
+    Ok(size)
 }
 
 fn memory(text: &str) -> std::result::Result<ByteLen, String> {

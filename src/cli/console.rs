@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{Cli, ProgressKind};
 use crate::damage::{Damage, State};
-use crate::error::{Error, Escaped};
+use crate::error::{Error, Escaped, Kind, Result, is_hidden};
 use crate::progress::{Event, Progress, Stop};
 use crate::units::ByteLen;
 
@@ -128,33 +128,43 @@ impl Console {
     }
 
     /// Shows the result: `text` for people, `report` for programs. It is the last line.
-    pub(super) fn result(&self, report: &impl Serialize, text: &str) {
+    ///
+    /// # Errors
+    /// If it cannot be written: whoever waits for it must not believe that it was nothing.
+    pub(super) fn result(&self, report: &impl Serialize, text: &str) -> Result<()> {
         self.end();
-        match &self.style {
+        let written = match &self.style {
             Style::Json => {
-                let fields = serde_json::to_value(report).unwrap_or(Value::Null);
-                self.json("result", fields);
+                let fields = serde_json::to_value(report).map_err(|error| {
+                    Error::new(Kind::Failed, "cannot describe the result").because(error)
+                })?;
+                let line = json_line("result", &self.run_id, fields);
+                write_line(self.is_stdout_taken, &line)
             }
-            Style::Quiet => {}
-            _ => self.line(text),
-        }
+            Style::Quiet => return Ok(()),
+            _ => write_line(self.is_stdout_taken, text),
+        };
+        printed(written)
+            .map_err(|error| error.hint("everything was done before: only the result is not shown"))
     }
 
     /// Shows an error: two lines at most. It is the last line.
     pub(super) fn error(&self, error: &Error) {
         self.end();
         match &self.style {
-            Style::Json => write_line(self.is_stdout_taken, &error_json(error, &self.run_id)),
+            Style::Json => error_line(self.is_stdout_taken, error, &self.run_id),
             _ => error_text(error),
         }
     }
 
+    /// An event that cannot be written ends nothing: that the result cannot be will be seen.
     fn json(&self, event: &str, fields: Value) {
         self.write(Waiting::Line(json_line(event, &self.run_id, fields)));
     }
 
-    fn line(&self, text: &str) {
-        self.write(Waiting::Line(text.to_owned()));
+    /// Whether programs read our lines on standard error.
+    pub(super) fn is_stderr_taken(&self) -> bool {
+        self.is_stdout_taken && matches!(self.style, Style::Json)
     }
 
     /// A line on standard error, above the bar if there is one.
@@ -174,7 +184,9 @@ impl Console {
 
     fn show(&self, line: &Waiting) {
         match (line, &self.style) {
-            (Waiting::Line(text), _) => write_line(self.is_stdout_taken, text),
+            (Waiting::Line(text), _) => {
+                let _ = write_line(self.is_stdout_taken, text);
+            }
             (Waiting::Note(text), Style::Bar(bar)) => bar.suspend(|| eprint_line(text)),
             (Waiting::Note(text), _) => eprint_line(text),
         }
@@ -237,11 +249,16 @@ impl Console {
 impl Progress for Console {
     fn event(&self, event: &Event<'_>) {
         match &self.style {
+            // What hooks print is no line of ours: it is kept apart from them, unless there is only one
+            // place for both.
+            Style::Json if matches!(event, Event::Hook { .. }) && !self.is_stdout_taken => {
+                self.note(&event_text(event));
+            }
             Style::Json => {
                 let (name, fields) = event_json(event);
                 self.json(name, fields);
             }
-            Style::Quiet => {}
+            Style::Quiet if !matches!(event, Event::Hook { .. }) => {}
             _ => self.note(&event_text(event)),
         }
     }
@@ -293,6 +310,7 @@ fn event_json(event: &Event<'_>) -> (&'static str, Value) {
         Event::Thawed(times) => ("thawed", json!(times)),
         Event::Warning(text) => ("warning", json!({"message": text})),
         Event::Damaged(damage) => ("damaged", json!(damage)),
+        Event::Hook { phase, output } => ("hook", json!({"phase": phase, "output": output})),
     }
 }
 
@@ -303,6 +321,12 @@ fn event_text(event: &Event<'_>) -> String {
         Event::Thawed(times) => format!("thawed after {:.0} ms; keep working", times.freeze_ms),
         Event::Warning(text) => format!("warning: {}", Escaped(text)),
         Event::Damaged(damage) => damage_text(damage),
+        Event::Hook { phase, output } => {
+            let lines = output
+                .lines()
+                .map(|line| format!("{phase}-freeze: {}", Escaped(line)));
+            lines.collect::<Vec<_>>().join("\n")
+        }
     }
 }
 
@@ -314,7 +338,8 @@ fn damage_text(damage: &Damage) -> String {
     if let (Some(volume), Some((first, _))) = (damage.volume, damage.ranges.first()) {
         let what = match damage.state {
             State::Outdated => "some older than the instant",
-            _ => "lost",
+            State::Unknown => "perhaps lost",
+            State::Lost => "lost",
         };
         let bytes = damage.bytes();
         let _ = write!(
@@ -335,7 +360,23 @@ fn json_line(event: &str, run_id: &str, fields: Value) -> String {
     if let Value::Object(fields) = fields {
         line.extend(fields);
     }
-    Value::Object(line).to_string()
+    ascii_where_hidden(&Value::Object(line).to_string())
+}
+
+/// The same JSON, with escapes for what a terminal would not show as it is. Outside of its strings all of
+/// it is plain ASCII.
+fn ascii_where_hidden(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_hidden(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(text, "\\u{unit:04x}");
+            }
+        } else {
+            text.push(c);
+        }
+    }
+    text
 }
 
 fn error_json(error: &Error, run_id: &str) -> String {
@@ -355,33 +396,73 @@ pub(super) fn usage_error(error: &Error, arguments: &[OsString], run_id: &str) {
             .windows(2)
             .any(|pair| (pair[0] == "-o" || pair[0] == "--output") && pair[1] == "-")
             || arguments.iter().any(|argument| argument == "--output=-");
-        write_line(is_stdout_taken, &error_json(error, run_id));
+        error_line(is_stdout_taken, error, run_id);
     } else {
         error_text(error);
     }
 }
 
-fn error_text(error: &Error) {
-    eprint_line(&format!("holdstill: {error}"));
+pub(super) fn error_text(error: &Error) {
+    let (first, more) = error.lines();
+    eprint_line(&format!("holdstill: {first}"));
+    for line in more {
+        eprint_line(&format!("    {line}"));
+    }
     if let Some(hint) = error.get_hint() {
-        eprint_line(&format!("  {hint}"));
+        eprint_line(&format!("  {}", Escaped(hint)));
     }
 }
 
-/// Whoever reads our output may be gone; the exit code still tells.
-fn write_line(to_stderr: bool, text: &str) {
+/// An error for programs; for people, where they cannot be told.
+fn error_line(to_stderr: bool, error: &Error, run_id: &str) {
+    if write_line(to_stderr, &error_json(error, run_id)).is_err() && !to_stderr {
+        error_text(error);
+    }
+}
+
+/// Whether it could be written is known when this returns: nothing stays in a buffer.
+fn write_line(to_stderr: bool, text: &str) -> io::Result<()> {
     if to_stderr {
-        eprint_line(text);
+        writeln!(io::stderr().lock(), "{text}")
     } else {
-        let _ = writeln!(std::io::stdout().lock(), "{text}");
+        let mut stdout = io::stdout().lock();
+        writeln!(stdout, "{text}")?;
+        stdout.flush()
     }
 }
 
+/// Whoever reads it may be gone; the exit code still tells.
 fn eprint_line(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = write_line(true, text);
+}
+
+/// Prints all of something on standard output.
+///
+/// # Errors
+/// If that is not possible.
+pub(super) fn print(bytes: &[u8]) -> Result<()> {
+    printed(io::stdout().lock().write_all(bytes))
+}
+
+/// Whether what was printed has also left us. A reader that has gone away wants no more of it: that is no
+/// failure.
+///
+/// # Errors
+/// What writing says.
+pub(super) fn printed(written: io::Result<()>) -> Result<()> {
+    match written.and_then(|()| io::stdout().lock().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Error::io("cannot print the result", error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What `--version --json` prints.
-pub(super) fn version_line(run_id: &str, fields: &Value) {
-    write_line(false, &json_line("result", run_id, fields.clone()));
+///
+/// # Errors
+/// If it cannot be printed.
+pub(super) fn version_line(run_id: &str, fields: &Value) -> Result<()> {
+    let line = json_line("result", run_id, fields.clone());
+    printed(write_line(false, &line))
 }

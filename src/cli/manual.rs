@@ -1,22 +1,22 @@
 //! Shell completions and man pages, made from the command line's own description.
 
-use std::io::Write;
 use std::path::Path;
 
 use clap::CommandFactory;
 use clap_complete::Shell;
 
 use super::args::Cli;
+use super::console;
 use crate::error::{Error, IoContext, Result};
 
 /// Prints completions.
-pub(super) fn completions(shell: Shell) {
-    clap_complete::generate(
-        shell,
-        &mut Cli::command(),
-        "holdstill",
-        &mut std::io::stdout(),
-    );
+///
+/// # Errors
+/// If they cannot be printed.
+pub(super) fn completions(shell: Shell) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "holdstill", &mut script);
+    console::print(&script)
 }
 
 /// Prints the man page of the program, or writes it and one for each verb to a folder.
@@ -25,10 +25,9 @@ pub(super) fn man(folder: Option<&Path>) -> Result<()> {
     match folder {
         None => {
             let mut page = Vec::new();
-            clap_mangen::Man::new(command)
-                .render(&mut page)
-                .and_then(|()| std::io::stdout().write_all(&page))
-                .map_err(|error| Error::io("cannot print the man page", error))
+            let rendered = clap_mangen::Man::new(command).render(&mut page);
+            rendered.map_err(|error| Error::io("cannot make the man page", error))?;
+            console::print(&page)
         }
         Some(folder) => {
             std::fs::create_dir_all(folder).context("cannot create", folder)?;

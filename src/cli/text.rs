@@ -186,11 +186,20 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
 
 pub(super) fn cleanup(report: &cleanup::Report) -> String {
     let mut lines = Vec::new();
-    for point in &report.thawed {
-        lines.push(format!("thawed {}", Escaped(point)));
-    }
-    for what in &report.removed {
-        lines.push(format!("removed {}", Escaped(what)));
+    for action in &report.actions {
+        let done = match (action.action, report.dry_run) {
+            ("thawed", true) => "would thaw",
+            (_, true) => "would remove",
+            (done, false) => done,
+        };
+        let mut line = format!("{done} {} {}", action.kind, Escaped(&action.name));
+        if let Some(run_id) = &action.run_id {
+            let _ = write!(line, ", of run {}", Escaped(run_id));
+        }
+        if let Some(begun) = &action.begun {
+            let _ = write!(line, ", begun {}", Escaped(begun));
+        }
+        lines.push(line);
     }
     if !report.live_runs.is_empty() {
         lines.push(format!(
@@ -201,6 +210,7 @@ pub(super) fn cleanup(report: &cleanup::Report) -> String {
     match report.dead_runs.len() {
         0 if lines.is_empty() => lines.push("nothing to clean up".to_owned()),
         0 => {}
+        count if report.dry_run => lines.push(format!("{count} dead runs would be cleaned up")),
         count => lines.push(format!("{count} dead runs are cleaned up")),
     }
     lines.join("\n")

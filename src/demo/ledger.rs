@@ -76,7 +76,9 @@ impl Ledger {
         let written = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let (count, end) = (Arc::clone(&written), Arc::clone(&stop));
-        let thread = std::thread::spawn(move || write(&file, &count, &end));
+        let thread = std::thread::Builder::new()
+            .spawn(move || write(&file, &count, &end))
+            .map_err(|error| Error::io("cannot start a thread", error))?;
         Ok(Self {
             written,
             stop,

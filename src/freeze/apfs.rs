@@ -218,7 +218,7 @@ pub fn snapshot_of(
     }
     let folder = scratch.join(format!(".holdstill.{}.{}", run.id(), volume.id));
     let mut making = Making::begin(system, run, &volume.id, folder)?;
-    run.before_freeze()?;
+    run.before_freeze(progress)?;
     let begun = Instant::now();
     let made = making.snapshot(volume);
     let instant = jiff::Timestamp::now();

@@ -199,7 +199,7 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
     })?;
     let store = store::of(source, device, context.cow)?;
     let (made, prepared) = Made::prepare(source, device, store, context)?;
-    run.before_freeze()?;
+    run.before_freeze(progress)?;
     if !made.takeover.is_current()? {
         let what = "somebody has given it another table meanwhile";
         return Err(Error::new(Kind::Inconsistent, what)

@@ -10,6 +10,7 @@ use holdstill_platform::memory::{Arena, touch_stack};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::read_at::{ReadAt, check_range};
+use crate::thread;
 use crate::units::{ByteLen, Offset};
 
 /// Requests at a time.
@@ -77,11 +78,11 @@ impl FinalRead {
             size: self.size,
         };
         let outcome = std::thread::scope(|scope| {
-            for _ in 0..READERS {
-                scope.spawn(|| readers.work(disk));
-            }
             // Whatever happens, the threads must be told to end, or the scope would wait for ever.
             let _end = EndOnDrop(&readers);
+            for _ in 0..READERS {
+                thread::spawn(scope, || readers.work(disk))?;
+            }
             frozen(&readers)
         });
         let queue = readers

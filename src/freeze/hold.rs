@@ -86,7 +86,7 @@ impl Hold {
         if let Some(why) = freezer.blind_spot() {
             return Err(no(why.to_owned()));
         }
-        run.before_freeze()?;
+        run.before_freeze(progress)?;
         let mut frozen = freezer.freeze(LIMIT, progress)?;
         let instant = jiff::Timestamp::now();
         frozen.settle();

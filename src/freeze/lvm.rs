@@ -217,7 +217,7 @@ pub fn snapshot(source: &Source, context: &Context<'_>) -> Result<Box<dyn Still>
         _ => None,
     };
     let users = Users::of(device, |user| matches!(user, User::Mount { .. }))?;
-    run.before_freeze()?;
+    run.before_freeze(progress)?;
     if let Some(mount) = &source.mount {
         // So that LVM has little to write out while writers wait.
         let point = MountPoint::open_on(&mount.point, device.number)?;
@@ -274,13 +274,15 @@ impl Made {
         let snapshot = match made {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                // Should it be there all the same, the guard removes it.
+                let error = Error::from(error)
+                    .on(volume.path())
+                    .hint("LVM could not make a snapshot; --freeze names another way");
+                // Should it be there anyway, the guard removes it.
                 if let Ok(false) = lvm::exists(&name) {
                     run.undone(owed);
+                    return Err(error.undone());
                 }
-                return Err(Error::from(error)
-                    .on(volume.path())
-                    .hint("LVM could not make a snapshot; --freeze names another way"));
+                return Err(error);
             }
         };
         let made = Self {

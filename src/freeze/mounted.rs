@@ -15,6 +15,7 @@ use holdstill_platform::node::BlockDevice;
 use holdstill_platform::swap_file::SwapFile;
 
 use crate::error::{Error, Kind, Result};
+use crate::host::who_may;
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Progress;
 use crate::source::{Medium, Source};
@@ -179,6 +180,7 @@ pub(super) fn sync(point: &Arc<MountPoint>, progress: &dyn Progress) -> Result<(
 
 /// A freeze that failed or did not hold, as the user should see it.
 pub(super) fn explain(error: FreezeError, source: &Source) -> Error {
+    let may = who_may();
     let (kind, hint) = match &error {
         FreezeError::AlreadyFrozen => (
             Kind::InUse,
@@ -186,7 +188,7 @@ pub(super) fn explain(error: FreezeError, source: &Source) -> Error {
              nobody did, thaw it: fsfreeze --unfreeze",
         ),
         FreezeError::Unsupported => (Kind::NotApplicable, "unmount it and image it offline"),
-        FreezeError::NotPermitted => (Kind::Permission, "try again as root"),
+        FreezeError::NotPermitted => (Kind::Permission, may.as_str()),
         FreezeError::GuardLost(_) => (
             Kind::Failed,
             "without its guard process holdstill freezes nothing",

@@ -33,7 +33,7 @@ impl Moving {
                 .on(&source.path)
                 .hint("leave out --verify"));
         }
-        context.run.before_freeze()?;
+        context.run.before_freeze(context.progress)?;
         let disk = Disk::open(&source.path, Access::Read)?;
         Ok(Self {
             survey: Survey::of_moving(&disk)?,

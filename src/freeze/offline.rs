@@ -96,7 +96,7 @@ impl Offline {
     /// # Errors
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
     pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
-        context.run.before_freeze()?;
+        context.run.before_freeze(context.progress)?;
         Self::take(sources, context)
     }
 

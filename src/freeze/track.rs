@@ -482,7 +482,7 @@ impl Still for Track {
                 Phase::Rounds { done, slow, left } => {
                     self.phase = self.after_round(done, slow, left, progress)?;
                     if matches!(self.phase, Phase::Ready) {
-                        self.run.before_freeze()?;
+                        self.run.before_freeze(progress)?;
                         mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
                     }
                     return Ok(Some(match self.phase {

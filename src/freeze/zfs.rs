@@ -145,7 +145,7 @@ impl Zvol {
             .on(&source.path)
             .hint("write the image elsewhere, or to a pipe that does"));
         }
-        run.before_freeze()?;
+        run.before_freeze(progress)?;
         let mut makings = Makings::new(run);
         let plan = plan(&volume, run.id())?;
         let snapshot = zfs::snapshot_name(&volume.name, run.id());
@@ -195,6 +195,14 @@ impl Zvol {
     }
 }
 
+/// A snapshot that could not be made. Another step may do, unless the hooks ran around this one.
+fn failed(error: holdstill_platform::error::Error, run: &Run) -> Error {
+    match run.has_hooks() {
+        true => error.into(),
+        false => Error::from(error).undone(),
+    }
+}
+
 /// Makes the snapshot, within a freeze if a filesystem is mounted on the volume. The instant, and how
 /// long writers were blocked.
 fn freeze_and_snapshot(
@@ -204,7 +212,8 @@ fn freeze_and_snapshot(
     progress: &dyn Progress,
 ) -> Result<(jiff::Timestamp, Option<FreezeTimes>)> {
     let Some(freezer) = freezer else {
-        zfs::snapshot(&volume.name, run.id(), Reach::Alone)?;
+        let made = zfs::snapshot(&volume.name, run.id(), Reach::Alone);
+        made.map_err(|error| failed(error, run))?;
         return Ok((jiff::Timestamp::now(), None));
     };
     let mut frozen = freezer.freeze(DEADLINE, progress)?;
@@ -219,7 +228,7 @@ fn freeze_and_snapshot(
         Made::Snapshot(name, Reach::Alone).undo()?;
     }
     let thawed = thawed?;
-    made?;
+    made.map_err(|error| failed(error, run))?;
     let times = mounted::times("snapshot", &thawed, 0.0, read_ms);
     Ok((instant, Some(times)))
 }

@@ -165,7 +165,7 @@ pub enum Blocks {
 /// What was achieved: known when the last block is stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trailer {
-    /// The worst grade of any volume.
+    /// The worst grade of any volume or stream.
     pub grade: Grade,
     /// The step that made the source hold still.
     pub freeze: String,
@@ -313,7 +313,22 @@ impl Manifest {
 }
 
 impl Trailer {
-    /// Decodes a trailer and checks that it speaks of the same volumes and streams as the manifest.
+    /// The worst grade of any volume or stream; `None` if there is neither.
+    fn worst(&self) -> Option<Grade> {
+        let volumes = self.volumes.iter().map(|volume| volume.grade);
+        volumes
+            .chain(self.streams.iter().map(|stream| stream.grade))
+            .max()
+    }
+
+    /// Whether the grade of the whole is that of its worst part. A better one would promise what is not
+    /// there.
+    pub(in crate::image) fn is_graded_by_worst(&self) -> bool {
+        self.worst().is_none_or(|worst| worst == self.grade)
+    }
+
+    /// Decodes a trailer and checks that it speaks of the same volumes and streams as the manifest, and
+    /// that its grade is that of the worst of them.
     ///
     /// # Errors
     /// [`Kind::Damaged`] if not.
@@ -325,6 +340,12 @@ impl Trailer {
             && streams.eq(manifest.streams.iter().map(|stream| stream.n));
         if !fits {
             return Err(Error::new(Kind::Damaged, "the trailer is of another image"));
+        }
+        if !trailer.is_graded_by_worst() {
+            return Err(Error::new(
+                Kind::Damaged,
+                "the image is damaged: its grade is not the worst of its volumes and streams",
+            ));
         }
         Ok(trailer)
     }

@@ -34,7 +34,7 @@ use crate::image::record::{
 use crate::units::{ByteLen, Offset};
 pub(super) use ends::Cursor;
 pub use ends::{Front, Summary, summarize};
-pub use losses::Lost;
+pub use losses::{Lost, State};
 
 use ends::check_footer;
 use losses::{ENOUGH_DAMAGE, Losses};
@@ -65,6 +65,8 @@ struct Progress {
     end: Offset,
     /// The first cell that a further record of the pass may have whole.
     next_cell: u64,
+    /// Records were lost since its last one: perhaps its own.
+    is_unsure: bool,
 }
 
 /// What comes next in an image.
@@ -208,7 +210,7 @@ impl<R: Read> ImageReader<R> {
                 Ok(Some(item)) => return Ok(item),
                 Ok(None) => {}
                 Err(error) if error.kind() == Kind::Truncated && self.losses.is_some() => {
-                    self.cut_off(error);
+                    self.cut_off(error)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -306,7 +308,11 @@ impl<R: Read> ImageReader<R> {
     pub fn read_payload(&mut self, head: &DataHead, buf: &mut [u8]) -> Result<usize> {
         let stored = head.stored_len as usize;
         self.input.fill(&mut buf[..stored])?;
-        self.padding(head.tail)?;
+        match self.padding(head.tail) {
+            // The payload is intact; the next item says that the image was cut off.
+            Err(error) if error.kind() == Kind::Truncated && self.losses.is_some() => {}
+            other => other?,
+        }
         Ok(stored)
     }
 
@@ -387,6 +393,7 @@ impl<R: Read> ImageReader<R> {
             .get_mut(head.volume as usize - 1)
             .ok_or_else(|| wrong("a record belongs to no volume"))?;
         let mut now = *progress;
+        let unsure = std::mem::take(&mut now.is_unsure);
         if head.pass > now.pass {
             now = Progress {
                 pass: head.pass,
@@ -404,8 +411,23 @@ impl<R: Read> ImageReader<R> {
         if let Some((last, _)) = head.tables.cells().last() {
             now.next_cell = last + 1;
         }
-        now.end = span.end();
-        *progress = now;
+        let was = std::mem::replace(
+            progress,
+            Progress {
+                end: span.end(),
+                ..now
+            },
+        );
+        if unsure && was.pass == 0 {
+            let size = self.manifest.volumes.get(head.volume as usize - 1);
+            let end = match (head.pass, size) {
+                (0, _) | (_, None) => span.start,
+                (_, Some(volume)) => Offset(volume.size),
+            };
+            if let Some(losses) = &mut self.losses {
+                losses.note_gap(head.volume, Extent::between(was.end, end))?;
+            }
+        }
         if !has_losses {
             let is_due = self.pending.first().is_some_and(|first| {
                 first.volume != record.header.volume || first.pass != record.header.pass
@@ -464,7 +486,7 @@ impl<R: Read> ImageReader<R> {
         match &mut self.losses {
             None => checked.map(|()| Some(end)),
             Some(losses) => {
-                losses.tell_unplaced();
+                losses.tell_unplaced(come_so_far(&self.manifest, &self.progress))?;
                 if let Err(error) = checked {
                     losses.tell(Lost::nowhere(error));
                 }
@@ -522,6 +544,9 @@ impl<R: Read> ImageReader<R> {
             losses.tell(Lost::nowhere(error));
         } else {
             losses.unplaced.push((sequences, error));
+            for progress in &mut self.progress {
+                progress.is_unsure = true;
+            }
         }
         if losses.unplaced.len() > ENOUGH_DAMAGE {
             return Err(damaged("there is too much damage to go on"));
@@ -529,24 +554,39 @@ impl<R: Read> ImageReader<R> {
         Ok(())
     }
 
-    /// The image ends too early: what should have followed is lost.
-    fn cut_off(&mut self, error: Error) {
+    /// The image ends too early: what should have followed is lost. Of a volume that has come to a later
+    /// pass, any block may have been about to be superseded.
+    fn cut_off(&mut self, error: Error) -> Result<()> {
         let Some(losses) = &mut self.losses else {
-            return;
+            return Ok(());
         };
-        losses.tell_unplaced();
-        for (volume, progress) in self.manifest.volumes.iter().zip(&self.progress) {
-            let rest = Extent::between(progress.end, Offset(volume.size));
-            if progress.pass == 0 && !rest.is_empty() {
+        losses.tell_unplaced(come_so_far(&self.manifest, &self.progress))?;
+        for (n, size, progress) in come_so_far(&self.manifest, &self.progress) {
+            let (start, state) = match progress.pass {
+                0 => (progress.end, State::Lost),
+                _ => (Offset::ZERO, State::Outdated),
+            };
+            let rest = Extent::between(start, Offset(size));
+            if !rest.is_empty() {
                 losses.tell(Lost {
                     error: truncated().at(Offset(self.input.position)),
-                    place: Some((volume.n, vec![rest])),
-                    is_outdated: false,
+                    place: Some((n, vec![rest])),
+                    state,
                 });
             }
         }
         losses.end = Some(error);
+        Ok(())
     }
+}
+
+/// Each volume's number, its size in bytes, and how far it has come.
+fn come_so_far<'a>(
+    manifest: &'a Manifest,
+    progress: &'a [Progress],
+) -> impl Iterator<Item = (u32, u64, &'a Progress)> {
+    let volumes = manifest.volumes.iter().zip(progress);
+    volumes.map(|(volume, progress)| (volume.n, volume.size, progress))
 }
 
 /// The index root's entry for a segment of `entries`, whose record is at `position`.

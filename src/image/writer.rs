@@ -241,8 +241,12 @@ impl<S: Sink> ImageWriter<S> {
     /// Ends the image: the rest of the index, its root, the trailer and the footer.
     ///
     /// # Errors
-    /// The sink's.
+    /// The sink's; [`Kind::Failed`] for a trailer whose grade is not the worst of its parts.
     pub fn finish(mut self, trailer: &Trailer) -> Result<(S, Written)> {
+        if !trailer.is_graded_by_worst() {
+            let what = "an image must have the grade of its worst volume or stream";
+            return Err(Error::new(Kind::Failed, what));
+        }
         self.flush_index()?;
         let manifest_position = self.position;
         let manifest = std::mem::take(&mut self.manifest);

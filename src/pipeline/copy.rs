@@ -13,6 +13,7 @@ use crate::pipeline::batch::Chunk;
 use crate::pipeline::load::Receive;
 use crate::pipeline::read::{Moved, Numbered, Reading, Walk, read_chunk, send_chunks};
 use crate::progress::Progress;
+use crate::thread;
 use crate::units::ByteLen;
 
 /// Bytes copied at once by each worker.
@@ -35,14 +36,16 @@ pub fn copy(
     let planned = std::thread::scope(|scope| {
         for _ in 0..workers {
             let (chunks, outcome) = (chunks.clone(), &outcome);
-            scope.spawn(move || {
+            let work = move || {
                 if let Err(error) = work(reading, &chunks, receiver, progress, outcome) {
                     let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
                     if outcome.is_ok() {
                         *outcome = Err(error);
                     }
                 }
-            });
+            };
+            // If one is not to be had, the channel's ends go, and with them all others.
+            thread::spawn(scope, work)?;
         }
         // Only the workers' own ends must stay: when the last of them fails, the planner notices.
         drop(chunks);
@@ -66,7 +69,7 @@ fn work(
     progress: &dyn Progress,
     outcome: &Mutex<Result<Moved>>,
 ) -> Result<()> {
-    let mut buffer = Buffer::new(CHUNK);
+    let mut buffer = Buffer::try_new(CHUNK)?;
     for (_, chunk) in chunks {
         progress.check()?;
         let len = chunk.data_len().as_usize();
@@ -100,7 +103,7 @@ fn hand_out(volume: u32, chunk: &Chunk, bytes: &[u8], receiver: &dyn Receive) ->
                 }
             }
             Content::Zero => receiver.zeros(volume, run.extent)?,
-            Content::Trim => receiver.trim(volume, run.extent),
+            Content::Trim => receiver.trim(volume, run.extent)?,
         }
     }
     Ok(())
@@ -130,6 +133,10 @@ mod tests {
             let at = extent.start.0 as usize;
             self.0.lock().unwrap()[at..at + extent.len.as_usize()].fill(0);
             Ok(())
+        }
+
+        fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
+            self.zeros(volume, extent)
         }
     }
 

@@ -8,10 +8,11 @@ use holdstill_platform::buffer::{Buffer, Pool};
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::image::reader::{DataHead, End, ImageReader, Item, Lost};
+use crate::image::reader::{DataHead, End, ImageReader, Item, Lost, State};
 use crate::image::tables::{Content, Tables};
 use crate::pipeline::Bounds;
 use crate::progress::Progress;
+use crate::thread;
 use crate::units::{ByteLen, Offset};
 
 /// Takes what an image holds. Called from several threads; pieces of one pass never overlap, and a
@@ -29,8 +30,12 @@ pub trait Receive: Sync {
     /// Any; it ends the reading.
     fn zeros(&self, volume: u32, extent: Extent) -> Result<()>;
 
-    /// A run that is no longer part of the volume. Nothing needs to be done.
-    fn trim(&self, _volume: u32, _extent: Extent) {}
+    /// A run that is no longer part of the volume: it counts as zeros. Whoever keeps what earlier
+    /// passes said of it has to forget that.
+    ///
+    /// # Errors
+    /// Any; it ends the reading.
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()>;
 
     /// Something is damaged. Whoever takes it in gets everything else.
     ///
@@ -56,6 +61,10 @@ impl Receive for Discard {
     fn zeros(&self, _: u32, _: Extent) -> Result<()> {
         Ok(())
     }
+
+    fn trim(&self, _: u32, _: Extent) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Reads all of an image and hands it to `receiver`; every byte is checked before it is handed out.
@@ -73,7 +82,7 @@ pub fn load<R: Read>(
     let max_plain = image.max_plain();
     // Each worker decodes one record into a buffer of its own, while the next one waits for it.
     let workers = bounds.workers(3 * max_plain, max_plain);
-    let stored = Pool::new(2 * workers + 1, max_plain);
+    let stored = Pool::new(2 * workers + 1, max_plain)?;
     let in_flight = InFlight::default();
     let (to_workers, records) = bounded::<Loaded>(workers);
     let failure = Failure::of(receiver);
@@ -81,7 +90,8 @@ pub fn load<R: Read>(
         for _ in 0..workers {
             let records = records.clone();
             let (in_flight, failure) = (&in_flight, &failure);
-            scope.spawn(move || work(max_plain, receiver, progress, &records, in_flight, failure));
+            let work = move || work(max_plain, receiver, progress, &records, in_flight, failure);
+            thread::spawn(scope, work)?;
         }
         drop(records);
         let mut place = (0, 0);
@@ -95,7 +105,16 @@ pub fn load<R: Read>(
             match image.next_item().map_err(stopped)? {
                 Item::Data(head) => {
                     let mut buffer = stored.take();
-                    let len = image.read_payload(&head, &mut buffer).map_err(stopped)?;
+                    let len = match image.read_payload(&head, &mut buffer).map_err(stopped) {
+                        // The image ends within this record: it is lost, and the next item says what
+                        // else is.
+                        Err(error) if error.kind() == Kind::Truncated => {
+                            in_flight.wait_until_none();
+                            lose(&head, error, receiver)?;
+                            continue;
+                        }
+                        other => other?,
+                    };
                     heads(&head);
                     // A later pass may overwrite what an earlier one is still writing.
                     if place != (head.volume, head.pass) {
@@ -117,6 +136,10 @@ pub fn load<R: Read>(
         };
         let end = read();
         let end = end.map_err(|error| {
+            // What was read before the end of an image that was cut off is intact: it is handed out.
+            if error.kind() == Kind::Truncated {
+                in_flight.wait_until_none();
+            }
             failure.set(error);
             Error::new(Kind::Failed, "the pipeline has ended")
         });
@@ -149,13 +172,22 @@ fn work(
     in_flight: &InFlight,
     failure: &Failure<'_>,
 ) {
-    let mut plain = Buffer::new(max_plain);
+    let _takes_off = TakesOff {
+        records,
+        in_flight,
+        failure,
+    };
+    let mut plain = match Buffer::try_new(max_plain) {
+        Ok(plain) => plain,
+        Err(error) => return failure.set(error.into()),
+    };
     let decompressor = zstd::bulk::Decompressor::new();
     let mut decompressor = match decompressor {
         Ok(decompressor) => decompressor,
         Err(error) => return failure.set(Error::io("cannot set up decompression", error)),
     };
     for loaded in records {
+        let _leaves = Leaves(in_flight);
         // After a failure the rest is only taken off the channel, so that nobody waits for us.
         if !failure.is_set() {
             let done = loaded
@@ -169,7 +201,35 @@ fn work(
             }
         }
         drop(loaded);
-        in_flight.leave();
+    }
+}
+
+/// What a worker that ends before its time owes to the others: that all know, and that records which are on
+/// their way already are not waited for.
+struct TakesOff<'a> {
+    records: &'a Receiver<Loaded>,
+    in_flight: &'a InFlight,
+    failure: &'a Failure<'a>,
+}
+
+impl Drop for TakesOff<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let died = Error::new(Kind::Failed, "a thread of the pipeline died");
+            self.failure.set(died);
+        }
+        if self.failure.is_set() {
+            self.records.iter().for_each(|_| self.in_flight.leave());
+        }
+    }
+}
+
+/// A record is finished, or never will be.
+struct Leaves<'a>(&'a InFlight);
+
+impl Drop for Leaves<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
@@ -191,15 +251,15 @@ fn hand_out(head: &DataHead, plain: Option<&[u8]>, receiver: &dyn Receive) -> Re
                 receiver.zeros(head.volume, run.extent)?;
                 len += run.extent.len;
             }
-            Content::Trim => receiver.trim(head.volume, run.extent),
+            Content::Trim => receiver.trim(head.volume, run.extent)?,
         }
     }
     Ok(len)
 }
 
-/// The payload of a record is damaged: what it says of zeros still holds.
+/// The payload of a record is damaged or cut off: what the record says of zeros still holds.
 fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen> {
-    if error.kind() != Kind::Damaged {
+    if !matches!(error.kind(), Kind::Damaged | Kind::Truncated) {
         return Err(error);
     }
     let mut extents = ExtentSet::new();
@@ -207,7 +267,7 @@ fn lose(head: &DataHead, error: Error, receiver: &dyn Receive) -> Result<ByteLen
     receiver.damaged(Lost {
         error,
         place: Some((head.volume, extents.runs().to_vec())),
-        is_outdated: false,
+        state: State::Lost,
     })?;
     hand_out(head, None, receiver)
 }

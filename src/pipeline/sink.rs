@@ -34,13 +34,16 @@ pub struct OutputSink<'a> {
 impl<'a> OutputSink<'a> {
     /// Packs into `output`, to which nothing was written yet. Waiting for a stream ends when
     /// `progress` is asked to stop.
-    pub fn new(output: Output, progress: &'a dyn Progress) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn new(output: Output, progress: &'a dyn Progress) -> Result<Self> {
+        Ok(Self {
             output,
             progress,
-            pack: Buffer::new(PACK),
+            pack: Buffer::try_new(PACK)?,
             filled: 0,
-        }
+        })
     }
 
     /// Writes what is packed.

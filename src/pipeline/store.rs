@@ -17,6 +17,7 @@ use crate::image::writer::{DataRecord, ImageWriter, Sink};
 use crate::pipeline::batch::Chunk;
 use crate::pipeline::read::{Moved, Numbered, Reading, Walk, read_chunk, send_chunks};
 use crate::progress::Progress;
+use crate::thread;
 use crate::units::ByteLen;
 
 /// How payloads are stored.
@@ -118,8 +119,8 @@ pub fn store<S: Sink>(
     let bounds = job.reading.bounds;
     let spare = bounds.spare(2 * room);
     let workers = bounds.workers(2 * room, spare * 2 * room);
-    let plain = Pool::new(workers + spare, room);
-    let packed = Pool::new(workers + spare, room);
+    let plain = Pool::new(workers + spare, room)?;
+    let packed = Pool::new(workers + spare, room)?;
     let size = job.reading.source.len();
     let work = Work {
         workers,
@@ -169,10 +170,11 @@ impl<Buffers, Process> Work<Buffers, Process> {
         let (to_workers, pieces) = bounded(self.workers);
         let (to_writer, finished) = bounded(self.workers);
         std::thread::scope(|scope| {
-            let producer = scope.spawn(move || produce(&to_workers));
+            let producer = thread::spawn(scope, move || produce(&to_workers))?;
             for _ in 0..self.workers {
                 let (pieces, to_writer) = (pieces.clone(), to_writer.clone());
-                scope.spawn(move || self.work(&pieces, &to_writer));
+                // If one is not to be had, the channels' ends go, and with them all others.
+                thread::spawn(scope, move || self.work(&pieces, &to_writer))?;
             }
             // Only the threads' own ends of the channels must stay: when one side fails, its end
             // goes, and the others see that there is nothing more to do.
@@ -198,6 +200,7 @@ impl<Buffers, Process> Work<Buffers, Process> {
         Buffers: Fn() -> B,
         Process: Fn(T, B, &mut Compressor) -> Result<Finished>,
     {
+        let _tells = TellsOfPanic(to_writer);
         let mut compressor = match Compressor::new(self.compression) {
             Ok(compressor) => compressor,
             Err(error) => {
@@ -216,6 +219,19 @@ impl<Buffers, Process> Work<Buffers, Process> {
             if to_writer.send(message).is_err() || has_failed {
                 return;
             }
+        }
+    }
+}
+
+/// Tells the writer that a worker died: it would wait for its chunk while all others wait for the buffers
+/// that it keeps meanwhile.
+struct TellsOfPanic<'a, T>(&'a Sender<Result<T>>);
+
+impl<T> Drop for TellsOfPanic<'_, T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let died = Error::new(Kind::Failed, "a thread of the pipeline died");
+            let _ = self.0.send(Err(died));
         }
     }
 }

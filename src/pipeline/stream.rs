@@ -37,8 +37,8 @@ pub fn store_stream<S: Sink>(
     let room = compression.chunk_len();
     let spare = bounds.spare(2 * room);
     let workers = bounds.workers(2 * room, spare * 2 * room);
-    let plain = Pool::new(workers + spare, room);
-    let packed = Pool::new(workers + spare, room);
+    let plain = Pool::new(workers + spare, room)?;
+    let packed = Pool::new(workers + spare, room)?;
     let work = Work {
         workers,
         compression,

@@ -135,7 +135,10 @@ impl Run {
         let [error] = errors[..] else {
             panic!("not one error: {self}")
         };
-        match &lines[error + 1..] {
+        // What a tool has said is further in.
+        let said = |line: &&&str| line.starts_with("    ");
+        let more = &lines[error + 1..];
+        match &more[more.iter().take_while(said).count()..] {
             [] => {}
             [hint] => assert!(hint.starts_with("  "), "{self}"),
             _ => panic!("more than two lines: {self}"),

@@ -50,8 +50,9 @@ impl Receive for Watcher {
         Ok(())
     }
 
-    fn trim(&self, volume: u32, extent: Extent) {
+    fn trim(&self, volume: u32, extent: Extent) -> Result<()> {
         self.check(volume, extent);
+        Ok(())
     }
 
     fn damaged(&self, lost: Lost) -> Result<()> {

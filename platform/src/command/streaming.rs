@@ -24,6 +24,27 @@ pub struct Streaming {
     said: File,
 }
 
+/// A file without a name for what somebody prints who is not to wait for us to read it.
+///
+/// # Errors
+/// If there is no room for it.
+pub fn unnamed_file() -> Result<File> {
+    os::streaming::file_in_memory().context("cannot make", "a file in memory")
+}
+
+/// The first [`MOST_SAID`] bytes of such a file.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn said_in(file: &File) -> Result<Vec<u8>> {
+    let mut said = Vec::new();
+    let mut file = file;
+    file.seek(SeekFrom::Start(0))
+        .and_then(|_| file.take(MOST_SAID).read_to_end(&mut said))
+        .context("cannot read", "a file in memory")?;
+    Ok(said)
+}
+
 impl Tool {
     /// Starts a tool that writes a stream to its standard output. It has no deadline.
     ///
@@ -68,19 +89,14 @@ impl Streaming {
     /// Waits for its end: our end of its pipe must be closed, or read to the end.
     ///
     /// # Errors
-    /// If it failed: how it ended, with the last line that it said.
+    /// If it failed: how it ended, and what it said.
     pub fn finish(mut self) -> Result<()> {
         let status = self
             .running
             .0
             .wait()
             .context("cannot watch", &self.program)?;
-        let mut stderr = Vec::new();
-        let read = self
-            .said
-            .seek(SeekFrom::Start(0))
-            .and_then(|_| (&self.said).take(MOST_SAID).read_to_end(&mut stderr));
-        read.context("cannot watch", &self.program)?;
+        let stderr = said_in(&self.said)?;
         let output = Output {
             program: self.program.clone(),
             ending: ending(status),
@@ -128,7 +144,7 @@ mod tests {
         drop(stdin);
         let error = tool.finish().unwrap_err().to_string();
         assert!(
-            error.contains("exit code 3: not what it should be"),
+            error.contains("exit code 3\nnot what it should be"),
             "{error}"
         );
         // Killed, not waited for.

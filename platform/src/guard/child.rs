@@ -47,6 +47,8 @@ pub(super) struct Prepared {
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
     deadline: Duration,
+    /// The descriptor that what it prints goes to.
+    pub(super) output: RawFd,
 }
 
 impl Prepared {
@@ -66,6 +68,7 @@ impl Prepared {
             envp,
             _strings: strings,
             deadline,
+            output: 2,
         }
     }
 
@@ -566,7 +569,8 @@ fn execute(command: &Prepared) -> ! {
         let mut none = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
         libc::sigemptyset(none.as_mut_ptr());
         libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
-        // What it prints goes to standard error: standard output may be the image.
+        // Never to standard output: that may be the image.
+        libc::dup2(command.output, 2);
         libc::dup2(2, 1);
     }
     write_to(c"/proc/self/oom_score_adj", b"0");

@@ -103,6 +103,7 @@ fn role_freezes() {
         script: format!("echo \"$HOLDSTILL_PHASE\" >> {}; exit 3", marker.display()).into(),
         env: vec![("HOLDSTILL_PHASE".into(), "post".into())],
         deadline: Duration::from_secs(30),
+        output: None,
     };
     let guard = Guard::spawn(Config {
         hook: Some(hook),
@@ -404,6 +405,7 @@ fn a_hook_past_its_deadline_is_killed_and_none_is_none() {
         script: script.into(),
         env: Vec::new(),
         deadline: Duration::from_millis(200),
+        output: None,
     };
     let run = |hook| {
         let guard = Guard::spawn(Config {

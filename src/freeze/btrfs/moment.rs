@@ -68,7 +68,7 @@ impl Live {
     /// If no window holds.
     pub(super) fn open_window(&mut self, progress: &dyn Progress) -> Result<bool> {
         if self.windows == 0 {
-            self.run.before_freeze()?;
+            self.run.before_freeze(progress)?;
         }
         self.run.check_guard()?;
         let mut in_place = 0;

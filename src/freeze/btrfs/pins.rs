@@ -20,6 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::btrfs::commit::root_item;
 use crate::fs::btrfs::format;
 use crate::run::Run;
+use crate::thread;
 
 /// Snapshots made at a time: those share commits.
 const AT_A_TIME: usize = 8;
@@ -66,7 +67,8 @@ impl Pins {
             Ok(())
         };
         std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
+            let workers = (0..AT_A_TIME).map(|_| thread::spawn(scope, work));
+            let workers = workers.collect::<Result<Vec<_>>>()?;
             workers.into_iter().try_for_each(|worker| {
                 let lost = |_| Error::new(Kind::Failed, "a thread ended before its time");
                 worker.join().map_err(lost)?

@@ -70,7 +70,7 @@ impl Datasets {
     pub fn snapshot(wanted: &Wanted, run: &Run, progress: &dyn Progress) -> Result<Self> {
         let Wanted { name, reach } = wanted;
         let snapshot = zfs::snapshot_name(name, run.id());
-        run.before_freeze()?;
+        run.before_freeze(progress)?;
         run.note(|record| record.zfs_snapshots.push(snapshot.clone()))?;
         let mut makings = Makings::new(run);
         let mut instant = jiff::Timestamp::now();
