@@ -14,7 +14,7 @@ use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::progress::{Event, Progress};
 use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
+use crate::survey::{Mode, Survey};
 
 /// The longest a filesystem is held frozen. At this moment the guard thaws it, and the run fails.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -87,7 +87,7 @@ impl Hold {
             .freeze(&point, LIMIT)
             .map_err(|error| mounted::explain(error, source))?;
         let instant = jiff::Timestamp::now();
-        let survey = Survey::of_frozen(&disk, all_blocks)?;
+        let survey = Survey::of_frozen(&disk, Mode::of(Some(mount)), all_blocks)?;
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
         });

@@ -52,7 +52,7 @@ use crate::progress::{Event, Progress};
 use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
+use crate::survey::{Mode, Survey};
 use crate::units::ByteLen;
 
 /// When each freeze ends at the latest, by the guard's hand.
@@ -265,7 +265,7 @@ impl Track {
         let drain_ms = milliseconds(frozen.held());
         let balance = self.trace.balance_frozen();
         let map = self.map.look_in_place(&self.source.path);
-        let confirmed = Survey::why_unsettled(&self.disk);
+        let confirmed = Survey::why_unsettled(&self.disk, self.mode());
         let read_ms = milliseconds(frozen.held()) - drain_ms;
         let thawed = frozen
             .thaw()
@@ -287,6 +287,10 @@ impl Track {
         }
         self.survey.bytes = stale::bytes(self.map.mapped());
         Ok(())
+    }
+
+    fn mode(&self) -> Mode {
+        Mode::of(self.source.mount.as_ref())
     }
 
     fn freeze(&self) -> Result<Frozen> {
@@ -371,7 +375,7 @@ impl Track {
         };
         let mut read = FinalRead::prepare(room, ReadAt::len(&*self.disk))?;
         // Once before the freeze, so that the memory it takes is there.
-        let _ = Survey::why_unsettled(&self.disk);
+        let _ = Survey::why_unsettled(&self.disk, self.mode());
         let disk = Arc::clone(&self.disk);
         let mut instant = jiff::Timestamp::now();
         let done = read.with_readers(&disk, |readers| {
@@ -386,7 +390,7 @@ impl Track {
             let map = self.map.look_in_place(&self.source.path);
             let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
             let was_read = readers.read();
-            let confirmed = Survey::why_unsettled(&self.disk);
+            let confirmed = Survey::why_unsettled(&self.disk, self.mode());
             let read_ms = milliseconds(frozen.held()) - drain_ms;
             progress.while_frozen();
             let thawed = frozen
