@@ -39,3 +39,4 @@ mod track;
 mod track_ends;
 mod verify;
 mod xfs;
+mod xfs_frozen;
