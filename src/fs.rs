@@ -378,11 +378,7 @@ pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
     open_as(source, &[], Held::Frozen)
 }
 
-fn open_as(
-    source: &dyn ReadAt,
-    siblings: &[Arc<dyn ReadAt>],
-    held: Held,
-) -> Result<Opened> {
+fn open_as(source: &dyn ReadAt, siblings: &[Arc<dyn ReadAt>], held: Held) -> Result<Opened> {
     let signatures = probe::signatures(source)?;
     let mut found = signatures.found.into_iter();
     let Some(info) = found.next() else {

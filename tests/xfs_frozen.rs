@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use holdstill::error::Kind;
 use holdstill::extent::{Extent, ExtentSet};
@@ -73,8 +73,14 @@ impl Volume {
 
     /// Unmounts, and mounts again.
     fn remount(self, options: &str) -> Self {
+        self.remount_after(options, |_| ())
+    }
+
+    /// The same, with a look at what is on the device in between.
+    fn remount_after(self, options: &str, look: impl FnOnce(&Path)) -> Self {
         let Self { mount, device, dir } = self;
         drop(mount);
+        look(&dir.path().join("volume"));
         let mount = Mount::new(device.path(), &dir.path().join("live"), "xfs", options);
         Self { mount, device, dir }
     }
@@ -174,10 +180,12 @@ fn if_not(copy: &Path) -> Condition {
     condition
 }
 
-/// A record of the log: where it lies in the volume, its place in the log, and its tail's.
+/// A record of the log: where it lies in the volume, how long it is with its headers, its place in the
+/// log, and its tail's.
 #[derive(Clone, Copy, Debug)]
 struct Record {
     at: u64,
+    len: u64,
     lsn: u64,
     tail: u64,
 }
@@ -201,10 +209,14 @@ fn log_of(image: &Path) -> (Extent, Vec<Record>) {
     let mut records: Vec<Record> = headers
         .filter(|(number, header)| {
             // What the kernel clears ahead of the head are records without content.
-            be32(header, 0) == 0xfeed_babe && be32(header, 12) != 0 && be32(header, 20) == *number as u64
+            be32(header, 0) == 0xfeed_babe
+                && be32(header, 12) != 0
+                && be32(header, 20) == *number as u64
         })
         .map(|(number, header)| Record {
             at: log.start.0 + number as u64 * 512,
+            len: (be32(header, 320).div_ceil(32 << 10).max(1) + be32(header, 12).div_ceil(512))
+                * 512,
             lsn: be64(header, 16),
             tail: be64(header, 24),
         })
@@ -251,7 +263,10 @@ fn assert_as_replayed(frozen: &Path) {
             before.read_exact_at(&mut one[..len], at).unwrap();
             after.read_exact_at(&mut other[..len], at).unwrap();
             let is_same = one[..len] == other[..len];
-            assert!(is_same || piece.intersect(log).is_some(), "{piece:?} differs");
+            assert!(
+                is_same || piece.intersect(log).is_some(),
+                "{piece:?} differs"
+            );
             blocks += 1;
             at = end;
         }
@@ -296,7 +311,8 @@ fn privileged_a_freeze_after_single_changes_in_place_is_seen_by_who_made_it() {
             let source = FileSource::open(&frozen);
             let (used, _) = walk(open_frozen(&source).as_ref(), &source);
             let mut found = ExtentSet::new();
-            used.gaps(Extent::new(0, SIZE)).for_each(|gap| found.insert(gap));
+            used.gaps(Extent::new(0, SIZE))
+                .for_each(|gap| found.insert(gap));
             assert_eq!(found, free, "not the kernel's map");
             assert_as_replayed(&frozen);
         }
@@ -323,6 +339,71 @@ fn privileged_a_freeze_right_after_a_log_was_replayed_is_seen() {
         assert_eq!(if_frozen(&frozen), Condition::Frozen);
         assert_as_replayed(&frozen);
     }
+}
+
+/// Whether the last record of the log goes round its end.
+fn wraps(image: &Path) -> bool {
+    let (log, records) = log_of(image);
+    let last = records.last().unwrap();
+    last.at + last.len > log.end().0
+}
+
+#[test]
+fn privileged_the_last_record_is_read_wherever_the_log_ends() {
+    needs_root!();
+    for options in ["logbsize=32k", "logbsize=64k", "logbsize=256k"] {
+        let mut volume = Volume::new("--unsupported -l size=8m", options);
+        let mut wrapped = 0;
+        // Again, should all that were looked at end just where the log does.
+        for round in 0.. {
+            assert!(round < 20, "{options}: no last record wraps");
+            // Nearly to the end, and then over it step by step.
+            loop {
+                let (log, records) = log_of(&volume.path("volume"));
+                let left = log.end().0 - records.last().unwrap().at;
+                if left < 100 << 10 {
+                    break;
+                }
+                let dir = volume.mount.dir().join("filler");
+                std::fs::create_dir(&dir).unwrap();
+                for number in 0..left >> 13 {
+                    File::create(dir.join(number.to_string())).unwrap();
+                }
+                touch(volume.mount.dir(), 0);
+                std::fs::remove_dir_all(dir).unwrap();
+                touch(volume.mount.dir(), 0);
+            }
+            while {
+                let (log, records) = log_of(&volume.path("volume"));
+                records.last().unwrap().at > log.start.0 + (2 << 20)
+            } {
+                for _ in 0..3 {
+                    touch(volume.mount.dir(), 0);
+                    let _frozen = volume.mount.freeze();
+                    assert_eq!(if_frozen(&volume.path("volume")), Condition::Frozen);
+                    wrapped += u64::from(wraps(&volume.path("volume")));
+                }
+                volume = volume.remount_after(options, |image| {
+                    wait_until_clean(image);
+                    wrapped += u64::from(wraps(image));
+                });
+            }
+            if wrapped > 0 {
+                break;
+            }
+        }
+    }
+}
+
+/// An unmounted filesystem may live on for a moment in the mount namespace of another process.
+fn wait_until_clean(image: &Path) {
+    for _ in 0..100 {
+        if if_not(image) == Condition::Clean {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!("not clean after an unmount");
 }
 
 fn patch(image: &Path, offset: u64, bytes: &[u8]) {
@@ -371,7 +452,10 @@ fn privileged_what_no_freeze_leaves_is_dirty_also_to_who_made_one() {
 
     // A superblock that is not the last in the log.
     let mut sector = vec![0; 512];
-    File::open(&frozen).unwrap().read_exact_at(&mut sector, 0).unwrap();
+    File::open(&frozen)
+        .unwrap()
+        .read_exact_at(&mut sector, 0)
+        .unwrap();
     assert_eq!(sector[240..248], last.lsn.to_be_bytes());
     sector[240..248].copy_from_slice(&first.lsn.to_be_bytes());
     sector[224..228].fill(0);
@@ -388,7 +472,10 @@ fn like_a_freeze(volume: &Volume) -> PathBuf {
     volume.cover();
     touch(dir, 1);
     // Writes the superblock, to the log and to its place.
-    run("xfs_io", ["-x", "-c", "label -s likeness", dir.to_str().unwrap()]);
+    run(
+        "xfs_io",
+        ["-x", "-c", "label -s likeness", dir.to_str().unwrap()],
+    );
     volume.copy("cut")
 }
 
@@ -424,7 +511,9 @@ fn privileged_a_power_cut_that_looks_like_a_freeze_is_one_to_nobody_who_made_non
 fn backup(source: &Path, step: &str, image: &Path, more: &[&str]) -> serde_json::Value {
     let [source, image] = [source, image].map(|path| path.to_str().unwrap());
     let args = ["backup", source, "--freeze", step, "-o", image, "--json"];
-    common::holdstill::run(args.iter().chain(more)).expect(0).last()
+    common::holdstill::run(args.iter().chain(more))
+        .expect(0)
+        .last()
 }
 
 /// Changes made again and again, until it is dropped.
@@ -476,7 +565,10 @@ fn privileged_what_is_written_in_place_meanwhile_does_not_spoil_the_image() {
                 assert!(digests(copied.dir()).len() > 20);
                 let database = copied.dir().join("database");
                 let check = ["PRAGMA integrity_check"];
-                let said = run("sqlite3", [database.to_str().unwrap()].into_iter().chain(check));
+                let said = run(
+                    "sqlite3",
+                    [database.to_str().unwrap()].into_iter().chain(check),
+                );
                 assert_eq!(said, "ok\n");
             }
         }
@@ -515,8 +607,15 @@ fn assert_not_frozen(image: &Path) {
     }
     // Mounted read-only, no freeze would change that.
     let read_only = survey(image, Mode::ReadOnly).unwrap();
-    assert_eq!((read_only.grade, read_only.blocks), (Grade::Crash, Blocks::All));
-    assert!(Survey::why_unsettled(&disk, Mode::ReadOnly).unwrap().is_some());
+    assert_eq!(
+        (read_only.grade, read_only.blocks),
+        (Grade::Crash, Blocks::All)
+    );
+    assert!(
+        Survey::why_unsettled(&disk, Mode::ReadOnly)
+            .unwrap()
+            .is_some()
+    );
 }
 
 #[test]
@@ -537,7 +636,11 @@ fn privileged_an_xfs_whose_log_goes_on_under_our_freeze_is_refused() {
 
 /// Sets bits of the superblock of an ext4 without checksums.
 fn set_bits(image: &Path, offset: u64, bits: u8) {
-    let file = OpenOptions::new().read(true).write(true).open(image).unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(image)
+        .unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, 1024 + offset).unwrap();
     file.write_all_at(&[byte[0] | bits], 1024 + offset).unwrap();

@@ -28,7 +28,11 @@ impl Users {
                 User::Mount { read_only, .. } if freezes(&user) => {
                     // One mount for writing is enough.
                     if frozen.is_none() || !read_only {
-                        frozen = Some(if read_only { Mode::ReadOnly } else { Mode::Writable });
+                        frozen = Some(if read_only {
+                            Mode::ReadOnly
+                        } else {
+                            Mode::Writable
+                        });
                     }
                 }
                 user if user.may_write() => return Ok(Self::Others(user.to_string())),

@@ -10,9 +10,9 @@ use super::format::{self, GroupDesc};
 use super::{Ext, Geometry};
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::fs::{Held, Walk};
 use crate::fs::bitmap;
 use crate::fs::emit::Emitter;
+use crate::fs::{Held, Walk};
 use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 

@@ -250,7 +250,12 @@ impl Log<'_> {
     /// freeze, which wait for all writes.
     fn goes_on(&self, last: &Found, head: u64) -> Result<bool> {
         let cycle = last.record.cycle.get();
-        let next = if head == 0 { next_cycle(cycle) } else { cycle };
+        // The last record may itself have gone round.
+        let next = if head <= last.block {
+            next_cycle(cycle)
+        } else {
+            cycle
+        };
         let window = format::LOG_MAX_IN_FLIGHT * self.max_record() / SECTOR;
         // What xfs_repair and xfs_admin make of a log is one unmount at the start and, to raise
         // the cycle, others up to the end: the head is then found between them.

@@ -77,10 +77,12 @@ impl Log<'_> {
             at += self.record_blocks(record);
         }
         let is_whole = at == distance && transactions.is_idle();
-        Ok(match is_whole && (!has_changes || last.record.ops.get() > 0) {
-            true => State::Frozen,
-            false => State::Dirty,
-        })
+        Ok(
+            match is_whole && (!has_changes || last.record.ops.get() > 0) {
+                true => State::Frozen,
+                false => State::Dirty,
+            },
+        )
     }
 
     /// Whether behind `changes` only the `last` record follows, and the superblock on disk is that of
