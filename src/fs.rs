@@ -166,7 +166,7 @@ pub enum Condition {
     /// Unmounted cleanly, or what looks like it: an ext4 with a journal that is or was frozen; a btrfs
     /// whose newest commit has no log behind it.
     Clean,
-    /// An XFS whose log holds, behind its tail, nothing but the record a freeze leaves on purpose.
+    /// An XFS whose log holds, from its tail on, nothing but what a freeze leaves there.
     Frozen,
     /// An APFS that was not unmounted. It has no log: the map is true as it is, but what programs had not
     /// written yet is lost as by a power cut.
@@ -206,6 +206,8 @@ pub enum DirtyReason {
     Log,
     /// The log cannot be read for what it is.
     LogDamaged,
+    /// An XFS that is frozen and whose log cannot show it, for its counters are not lazy.
+    Unproven,
     /// The filesystem found errors in itself.
     Errors,
     /// It has a journal and is nevertheless not marked as valid: it needs a check.
@@ -227,6 +229,7 @@ impl fmt::Display for DirtyReason {
         f.write_str(match self {
             Self::Log => "its log holds changes that would have to be replayed",
             Self::LogDamaged => "its log cannot be understood",
+            Self::Unproven => "without lazy counters its log does not show whether it was frozen",
             Self::Errors => "it is marked as having errors",
             Self::Unchecked => "it is marked as needing a check",
             Self::InProgress => "making or changing it was begun and not ended",
@@ -326,6 +329,17 @@ pub enum Opened {
     Unknown,
 }
 
+/// Who keeps a filesystem from changing while it is examined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// Nobody has it mounted.
+    Unmounted,
+    /// It is mounted on this host: its mark of being mounted is no hindrance.
+    Mounted,
+    /// The same, for writing, and the caller holds it frozen, or held it frozen for this instant.
+    Frozen,
+}
+
 /// Opens the filesystem on a volume that nobody has mounted.
 ///
 /// # Errors
@@ -333,7 +347,7 @@ pub enum Opened {
 /// device; [`InUse`](crate::error::Kind::InUse) if another host says that it has it mounted;
 /// else if reading fails.
 pub fn open(source: &dyn ReadAt) -> Result<Opened> {
-    open_as(source, &[], false)
+    open_as(source, &[], Held::Unmounted)
 }
 
 /// The same for one of several volumes that hold a filesystem together: `siblings` are the others,
@@ -342,23 +356,29 @@ pub fn open(source: &dyn ReadAt) -> Result<Opened> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(source: &dyn ReadAt, siblings: &[Arc<dyn ReadAt>]) -> Result<Opened> {
-    open_as(source, siblings, false)
+    open_as(source, siblings, Held::Unmounted)
 }
 
-/// The same for a volume whose filesystem the caller itself holds frozen, or a snapshot of one:
-/// the mark of being mounted, which is this very host's, is no hindrance.
+/// The same for a volume whose filesystem is mounted on this host, or a snapshot of one: its mark of
+/// being mounted is no hindrance.
 ///
 /// # Errors
 /// As [`open`], but never `InUse`.
-pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
-    open_as(source, &[], true)
+pub fn open_mounted(source: &dyn ReadAt) -> Result<Opened> {
+    open_as(source, &[], Held::Mounted)
 }
 
-fn open_as(
-    source: &dyn ReadAt,
-    siblings: &[Arc<dyn ReadAt>],
-    held_by_caller: bool,
-) -> Result<Opened> {
+/// The same where that filesystem is mounted for writing, and the caller itself holds it frozen, or
+/// held it frozen for the instant of the snapshot. Not for one that is mounted read-only: a freeze
+/// leaves its log as it is.
+///
+/// # Errors
+/// As [`open_mounted`].
+pub fn open_frozen(source: &dyn ReadAt) -> Result<Opened> {
+    open_as(source, &[], Held::Frozen)
+}
+
+fn open_as(source: &dyn ReadAt, siblings: &[Arc<dyn ReadAt>], held: Held) -> Result<Opened> {
     let signatures = probe::signatures(source)?;
     let mut found = signatures.found.into_iter();
     let Some(info) = found.next() else {
@@ -379,8 +399,8 @@ fn open_as(
         }
     }
     match info.kind {
-        Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held_by_caller),
-        Kind::Xfs => xfs::open(source, info),
+        Kind::Ext2 | Kind::Ext3 | Kind::Ext4 => ext4::open(source, info, held),
+        Kind::Xfs => xfs::open(source, info, held),
         Kind::Btrfs => btrfs::open(source, siblings, info),
         Kind::Apfs => apfs::open(source, info),
         _ => Ok(Opened::NoMap(info)),

@@ -255,7 +255,7 @@ fn source(source: &Source) -> Result<SourceReport> {
         report.condition = "in use".to_owned();
         fs::probe(&disk)?.map_or(Opened::Unknown, Opened::NoMap)
     } else if source.mount.is_some() && siblings.is_empty() {
-        fs::open_frozen(&disk)?
+        fs::open_mounted(&disk)?
     } else {
         fs::open_with(&disk, &siblings)?
     };

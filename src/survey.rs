@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use holdstill_platform::device::Disk;
+use holdstill_platform::mounts::Mount;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::fs::{self, Condition, Filesystem, Info, Opened};
+use crate::fs::{self, Condition, DirtyReason, Filesystem, Info, Opened};
 use crate::image::manifest::{Blocks, Grade};
 use crate::image::tables::{Content, Run};
 use crate::read_at::ReadAt;
@@ -49,19 +50,16 @@ impl Survey {
         Self::new(disk, opened, all_blocks, is_clean, Grade::Clean)
     }
 
-    /// Examines a volume whose mounted filesystem we hold frozen.
+    /// Examines a volume whose mounted filesystem we hold frozen, or held frozen for its snapshot.
     ///
     /// # Errors
-    /// As [`of_offline`](Self::of_offline).
-    pub fn of_frozen(disk: &Disk, all_blocks: bool) -> Result<Self> {
-        let opened = fs::open_frozen(disk)?;
-        Self::new(
-            disk,
-            opened,
-            all_blocks,
-            Condition::is_settled_if_frozen,
-            Grade::Frozen,
-        )
+    /// [`Kind::Inconsistent`] if it cannot have been frozen; else as [`of_offline`](Self::of_offline).
+    pub fn of_frozen(disk: &Disk, mode: Mode, all_blocks: bool) -> Result<Self> {
+        let opened = mode.open(disk)?;
+        if let Settled::NotFrozen(why) = mode.settled(&opened) {
+            return Err(not_frozen(disk, &why));
+        }
+        Self::new(disk, opened, all_blocks, mode.is_settled(), Grade::Frozen)
     }
 
     /// Looks only at what a mounted filesystem calls itself. Nothing else of it can be believed
@@ -130,20 +128,17 @@ impl Survey {
         })
     }
 
-    /// Why the map of a filesystem that we hold frozen cannot be trusted even so; `None` if it can.
+    /// Why the map of a filesystem that we hold frozen cannot be trusted even so, where no freeze could
+    /// mend that; `None` if it can.
     ///
     /// # Errors
-    /// As [`of_offline`](Self::of_offline).
-    pub fn why_unsettled(disk: &Disk) -> Result<Option<String>> {
-        Ok(match fs::open_frozen(disk)? {
-            Opened::Known(filesystem) => match filesystem.condition() {
-                condition if condition.is_settled_if_frozen() => None,
-                Condition::Dirty { reason } => Some(reason.to_string()),
-                _ => Some("its log is not settled".to_owned()),
-            },
-            Opened::AllBlocks { why, .. } => Some(why),
-            Opened::NoMap(_) | Opened::Unknown => Some("its filesystem is not known".to_owned()),
-        })
+    /// [`Kind::Inconsistent`] if it cannot have been frozen; else as [`of_offline`](Self::of_offline).
+    pub fn why_unsettled(disk: &Disk, mode: Mode) -> Result<Option<String>> {
+        match mode.settled(&mode.open(disk)?) {
+            Settled::Yes => Ok(None),
+            Settled::No(why) => Ok(Some(why)),
+            Settled::NotFrozen(why) => Err(not_frozen(disk, &why)),
+        }
     }
 
     fn new(
@@ -280,6 +275,78 @@ impl Survey {
             None => walk_all(disk, self.provisioned.as_ref(), sink),
         }
     }
+}
+
+/// How a filesystem that we freeze is mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// For writing: a freeze empties its log.
+    Writable,
+    /// Read-only: a freeze leaves it as it is, be that as a power cut left it.
+    ReadOnly,
+}
+
+/// Whether the map of a filesystem that we hold frozen can be trusted.
+enum Settled {
+    /// It can.
+    Yes,
+    /// It cannot, for a reason that no freeze mends: all blocks are copied.
+    No(String),
+    /// Its log holds changes that no freeze leaves there: it is not this device that is frozen, or
+    /// somebody has thawed it.
+    NotFrozen(String),
+}
+
+impl Mode {
+    /// The mode of a mount; none is taken for writable, whose freeze must show.
+    pub fn of(mount: Option<&Mount>) -> Self {
+        match mount {
+            Some(mount) if mount.is_stopped() => Self::ReadOnly,
+            _ => Self::Writable,
+        }
+    }
+
+    fn open(self, disk: &Disk) -> Result<Opened> {
+        match self {
+            Self::Writable => fs::open_frozen(disk),
+            Self::ReadOnly => fs::open_mounted(disk),
+        }
+    }
+
+    fn is_settled(self) -> fn(Condition) -> bool {
+        match self {
+            Self::Writable => Condition::is_settled_if_frozen,
+            Self::ReadOnly => Condition::is_settled,
+        }
+    }
+
+    fn settled(self, opened: &Opened) -> Settled {
+        let condition = match opened {
+            Opened::Known(filesystem) => filesystem.condition(),
+            Opened::AllBlocks { why, .. } => return Settled::No(why.clone()),
+            Opened::NoMap(_) | Opened::Unknown => {
+                return Settled::No("its filesystem is not known".to_owned());
+            }
+        };
+        match condition {
+            condition if self.is_settled()(condition) => Settled::Yes,
+            Condition::Dirty {
+                reason: reason @ DirtyReason::Log,
+            } if self == Self::Writable => Settled::NotFrozen(reason.to_string()),
+            Condition::Dirty { reason } => Settled::No(reason.to_string()),
+            _ => Settled::No("its log is not settled".to_owned()),
+        }
+    }
+}
+
+/// The refusal of a filesystem that we froze and that shows no freeze.
+fn not_frozen(disk: &Disk, why: &str) -> Error {
+    let what = format!(
+        "though frozen, {why}: the freeze did not hold, or another device is the frozen one"
+    );
+    Error::new(Kind::Inconsistent, what)
+        .on(disk.path())
+        .hint("try again; if that does not help, find out who else freezes and thaws it")
 }
 
 /// Offline only what was unmounted is trusted, or has no log. An XFS that was frozen once, and then copied or

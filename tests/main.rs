@@ -46,3 +46,4 @@ mod track_ends;
 mod verify;
 mod which_mount;
 mod xfs;
+mod xfs_frozen;

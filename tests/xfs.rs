@@ -242,18 +242,31 @@ fn a_log_made_anew_is_clean() {
     }
 }
 
-/// Logs of every kind, some so small that they go round within a test.
-const LOGS: &[(&str, &str)] = &[
-    ("default", ""),
-    ("small", "--unsupported -l size=8m"),
-    ("small_stripe", "--unsupported -l size=8m,su=65536"),
-    ("largest_stripe", "-l su=262144"),
+/// Logs of every kind, some so small that they go round within a test; and how they are mounted.
+const LOGS: &[(&str, &str, &str)] = &[
+    ("default", "", ""),
+    ("small", "--unsupported -l size=8m", ""),
+    ("small_stripe", "--unsupported -l size=8m,su=65536", ""),
+    ("largest_stripe", "-l su=262144", ""),
     (
         "small_sectors_of_4k",
         "--unsupported -s size=4096 -l size=12m",
+        "",
     ),
-    ("large_blocks", "-b size=65536"),
-    ("rmapbt", "-m rmapbt=1"),
+    ("large_blocks", "-b size=65536", ""),
+    ("rmapbt", "-m rmapbt=1", ""),
+    ("small_64k", "--unsupported -l size=8m", "logbsize=64k"),
+    (
+        "small_stripe_128k",
+        "--unsupported -l size=8m,su=65536",
+        "logbsize=128k",
+    ),
+    ("small_256k", "--unsupported -l size=8m", "logbsize=256k"),
+    (
+        "stripe_256k",
+        "-d su=65536,sw=4,agcount=4 -l su=32768",
+        "logbsize=256k",
+    ),
 ];
 
 /// Something that fills the log.
@@ -281,7 +294,7 @@ fn privileged_a_freeze_is_told_from_a_crash_wherever_the_log_stands() {
     let dirty = Condition::Dirty {
         reason: DirtyReason::Log,
     };
-    for &(name, options) in LOGS {
+    for &(name, options, mount_options) in LOGS {
         let image = dir.path().join(name);
         make(&image, name, options, None);
         let device = LoopDevice::attach(&image);
@@ -289,7 +302,7 @@ fn privileged_a_freeze_is_told_from_a_crash_wherever_the_log_stands() {
             println!("{name} {round}");
             // A freeze: the map is what the kernel says, and without the rest all is there.
             let expected = {
-                let mount = Mount::new(device.path(), &mount_point, "xfs", "");
+                let mount = Mount::new(device.path(), &mount_point, "xfs", mount_options);
                 let rounds = 1 + rng.below(8);
                 churn(mount.dir(), &mut rng, rounds);
                 populate(
@@ -330,7 +343,7 @@ fn privileged_a_freeze_is_told_from_a_crash_wherever_the_log_stands() {
             direct_copy(device.path(), &crashed);
             assert_eq!(is_clean(&crashed), Condition::Clean, "{name}");
             {
-                let mount = Mount::new(device.path(), &mount_point, "xfs", "");
+                let mount = Mount::new(device.path(), &mount_point, "xfs", mount_options);
                 let rounds = 1 + rng.below(8);
                 churn(mount.dir(), &mut rng, rounds);
                 std::fs::write(mount.dir().join("last"), [9; 9000]).unwrap();

@@ -14,7 +14,7 @@ use crate::freeze::{Context, OnePass, Pass, Proof, Still};
 use crate::progress::{Event, Progress};
 use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
+use crate::survey::{Mode, Survey};
 
 /// The longest a filesystem is held frozen. At this moment the guard thaws it, and the run fails.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -90,7 +90,8 @@ impl Hold {
         let mut frozen = freezer.freeze(LIMIT, progress)?;
         let instant = jiff::Timestamp::now();
         frozen.settle();
-        let survey = Survey::of_frozen(&disk, all_blocks)?;
+        let mode = Mode::of(source.mount.as_ref());
+        let survey = Survey::of_frozen(&disk, mode, all_blocks)?;
         progress.event(&Event::Frozen {
             instant: &instant.to_string(),
         });

@@ -6,12 +6,12 @@ use holdstill_platform::in_use::{self, User};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::Result;
-use crate::survey::Survey;
+use crate::survey::{Mode, Survey};
 
 /// Who uses a volume.
 pub(super) enum Users {
     /// Only filesystems that are mounted on this host, and are frozen while the snapshot is made.
-    Frozen,
+    Frozen(Mode),
     /// Nobody who writes.
     Nobody,
     /// Somebody whom nothing makes pause: a virtual machine, an iSCSI target.
@@ -22,24 +22,30 @@ impl Users {
     /// The users of a volume. `freezes`: whether a mounted filesystem like this is frozen.
     pub(super) fn of(device: &BlockDevice, freezes: impl Fn(&User) -> bool) -> Result<Self> {
         let users = in_use::of_device(device, &[])?.users;
-        let mut is_frozen = false;
+        let mut frozen = None;
         for user in users {
             match user {
-                User::Mount { .. } if freezes(&user) => is_frozen = true,
+                User::Mount { read_only, .. } if freezes(&user) => {
+                    // One mount for writing is enough.
+                    if frozen.is_none() || !read_only {
+                        frozen = Some(if read_only {
+                            Mode::ReadOnly
+                        } else {
+                            Mode::Writable
+                        });
+                    }
+                }
                 user if user.may_write() => return Ok(Self::Others(user.to_string())),
                 _ => {}
             }
         }
-        Ok(match is_frozen {
-            true => Self::Frozen,
-            false => Self::Nobody,
-        })
+        Ok(frozen.map_or(Self::Nobody, Self::Frozen))
     }
 
     /// Examines the snapshot.
     pub(super) fn survey(&self, snapshot: &Disk, all_blocks: bool) -> Result<Survey> {
         match self {
-            Self::Frozen => Survey::of_frozen(snapshot, all_blocks),
+            Self::Frozen(mode) => Survey::of_frozen(snapshot, *mode, all_blocks),
             Self::Nobody => Survey::of_offline(snapshot, &[], all_blocks),
             Self::Others(who) => Survey::of_snapshot_in_use(snapshot, who),
         }

@@ -51,7 +51,7 @@ use crate::progress::{Event, Progress};
 use crate::read_at::ReadAt;
 use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
+use crate::survey::{Mode, Survey};
 use crate::units::ByteLen;
 
 /// When each freeze ends at the latest, by the guard's hand.
@@ -267,7 +267,7 @@ impl Track {
         let balance = self.trace.balance_frozen();
         frozen.settle();
         let map = self.map.look_in_place(&self.source.path);
-        let confirmed = Survey::why_unsettled(&self.disk);
+        let confirmed = Survey::why_unsettled(&self.disk, self.mode());
         let read_ms = milliseconds(frozen.held()) - drain_ms;
         let thawed = frozen.thaw(self.expected(), progress)?;
         let times = mounted::times("map", &thawed, drain_ms, read_ms);
@@ -296,6 +296,10 @@ impl Track {
             true => Expect::Anything,
             false => Expect::Discards,
         }
+    }
+
+    fn mode(&self) -> Mode {
+        Mode::of(self.source.mount.as_ref())
     }
 
     /// Waits until all that was written before is marked.
@@ -378,7 +382,7 @@ impl Track {
         };
         let mut read = FinalRead::prepare(room, ReadAt::len(&*self.disk))?;
         // Once before the freeze, so that the memory it takes is there.
-        let _ = Survey::why_unsettled(&self.disk);
+        let _ = Survey::why_unsettled(&self.disk, self.mode());
         let disk = Arc::clone(&self.disk);
         let mut instant = jiff::Timestamp::now();
         let done = read.with_readers(&disk, |readers| {
@@ -393,7 +397,7 @@ impl Track {
             let map = self.map.look_in_place(&self.source.path);
             let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
             let was_read = readers.read();
-            let confirmed = Survey::why_unsettled(&self.disk);
+            let confirmed = Survey::why_unsettled(&self.disk, self.mode());
             let read_ms = milliseconds(frozen.held()) - drain_ms;
             progress.while_frozen();
             // What was written since what was stale was collected has marked it again.

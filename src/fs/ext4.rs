@@ -1,6 +1,6 @@
 //! ext2, ext3 and ext4: geometry, condition, and the map of blocks in use.
 
-use super::{Condition, DirtyReason, Filesystem, Info, Opened, Walk};
+use super::{Condition, DirtyReason, Filesystem, Held, Info, Opened, Walk};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::read_at::ReadAt;
@@ -21,7 +21,7 @@ struct Ext {
     superblock: SuperBlock,
     info: Info,
     condition: Condition,
-    held_by_caller: bool,
+    held: Held,
     geometry: Geometry,
 }
 
@@ -73,9 +73,8 @@ impl Filesystem for Ext {
     }
 }
 
-/// Opens the filesystem whose superblock has the magic. `held_by_caller` allows it to be marked
-/// as mounted.
-pub(super) fn open(source: &dyn ReadAt, info: Info, held_by_caller: bool) -> Result<Opened> {
+/// Opens the filesystem whose superblock has the magic.
+pub(super) fn open(source: &dyn ReadAt, info: Info, held: Held) -> Result<Opened> {
     let superblock = read_superblock(source)?;
     let all_blocks = |info, why: String| Ok(Opened::AllBlocks { info, why });
 
@@ -107,14 +106,14 @@ pub(super) fn open(source: &dyn ReadAt, info: Info, held_by_caller: bool) -> Res
         )
         .hint("image a filesystem with an internal journal, or unmount it and remove the journal: tune2fs -O ^has_journal"));
     }
-    if !held_by_caller {
+    if held == Held::Unmounted {
         check_mmp(source, &superblock, &geometry)?;
     }
     Ok(Opened::Known(Box::new(Ext {
-        condition: condition(&superblock),
+        condition: condition(&superblock, held),
         superblock,
         info,
-        held_by_caller,
+        held,
         geometry,
     })))
 }
@@ -128,13 +127,16 @@ pub(super) fn read_superblock(source: &dyn ReadAt) -> Result<SuperBlock> {
 
 /// What the superblock says about unfinished business. A journal that has to be replayed is
 /// marked as such before anything else is written to a mounted filesystem
-/// (`ext4_setup_super`), and the mark goes when the journal is empty: at unmount and at freeze.
-fn condition(superblock: &SuperBlock) -> Condition {
+/// (`ext4_setup_super`), and the mark goes when the journal is empty: at unmount and at freeze. One
+/// that found errors in itself may keep the mark even frozen: then these are what matters.
+fn condition(superblock: &SuperBlock, held: Held) -> Condition {
     let state = superblock.state.get();
     let dirty = |reason| Condition::Dirty { reason };
-    if superblock.incompat() & format::INCOMPAT_RECOVER != 0 {
+    let has_log = superblock.incompat() & format::INCOMPAT_RECOVER != 0;
+    let has_errors = state & format::STATE_ERROR != 0;
+    if has_log && !(has_errors && held == Held::Frozen) {
         dirty(DirtyReason::Log)
-    } else if state & format::STATE_ERROR != 0 {
+    } else if has_errors {
         dirty(DirtyReason::Errors)
     } else if state & format::STATE_VALID == 0 {
         if superblock.compat() & format::COMPAT_HAS_JOURNAL != 0 {

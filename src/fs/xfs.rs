@@ -1,6 +1,6 @@
 //! XFS, versions 4 and 5: geometry, condition, and the map of blocks in use.
 
-use super::{Condition, DirtyReason, Filesystem, Info, Opened, Walk};
+use super::{Condition, DirtyReason, Filesystem, Held, Info, Opened, Walk};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::read_at::ReadAt;
@@ -64,7 +64,7 @@ impl Filesystem for Xfs {
 }
 
 /// Opens the filesystem whose superblock has the magic.
-pub(super) fn open(source: &dyn ReadAt, info: Info) -> Result<Opened> {
+pub(super) fn open(source: &dyn ReadAt, info: Info, held: Held) -> Result<Opened> {
     let superblock = read_superblock(source)?;
     let all_blocks = |info, why: String| Ok(Opened::AllBlocks { info, why });
 
@@ -95,7 +95,7 @@ pub(super) fn open(source: &dyn ReadAt, info: Info) -> Result<Opened> {
         return elsewhere("an external log");
     }
     Ok(Opened::Known(Box::new(Xfs {
-        condition: condition(source, &superblock, &geometry)?,
+        condition: condition(source, &superblock, &geometry, held)?,
         superblock,
         info,
         geometry,
@@ -137,6 +137,7 @@ fn condition(
     source: &dyn ReadAt,
     superblock: &SuperBlock,
     geometry: &Geometry,
+    held: Held,
 ) -> Result<Condition> {
     let dirty = |reason| Ok(Condition::Dirty { reason });
     if superblock.in_progress != 0 {
@@ -146,7 +147,12 @@ fn condition(
     {
         return dirty(DirtyReason::NeedsRepair);
     }
-    match log::state(source, superblock, geometry) {
+    let is_frozen = held == Held::Frozen;
+    if is_frozen && !superblock.has_lazy_count() {
+        // The kernel may then cover its log without writing anything to it.
+        return dirty(DirtyReason::Unproven);
+    }
+    match log::state(source, superblock, geometry, is_frozen) {
         Ok(log::State::Clean) => Ok(Condition::Clean),
         Ok(log::State::Frozen) => Ok(Condition::Frozen),
         Ok(log::State::Dirty) => dirty(DirtyReason::Log),

@@ -10,9 +10,9 @@ use super::format::{self, GroupDesc};
 use super::{Ext, Geometry};
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::fs::Walk;
 use crate::fs::bitmap;
 use crate::fs::emit::Emitter;
+use crate::fs::{Held, Walk};
 use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
@@ -100,8 +100,8 @@ fn survey(ext: &Ext, source: &dyn ReadAt) -> Result<ExtentSet> {
     })?;
     let noted = ext.superblock.free_blocks_count();
     let counted = free_clusters * geometry.cluster_blocks;
-    let must_agree =
-        ext.condition.is_settled() || ext.held_by_caller && ext.condition.is_settled_if_frozen();
+    let must_agree = ext.condition.is_settled()
+        || ext.held == Held::Frozen && ext.condition.is_settled_if_frozen();
     if must_agree && noted != counted {
         return Err(damaged(format!(
             "the superblock counts {noted} free blocks and the groups {counted}"

@@ -119,7 +119,8 @@ pub(crate) struct SuperBlock {
     crc: [u8; 4],
     sparse_inode_align: U32,
     pquota_ino: U64,
-    lsn: U64,
+    /// Where in the log the change is that was last written to it.
+    pub(super) lsn: U64,
     meta_uuid: [u8; 16],
 }
 
@@ -300,7 +301,7 @@ pub(super) struct LogRecord {
     pub(super) cycle_data: [[u8; 4]; LOG_CYCLE_WORDS],
     pub(super) format: U32,
     pub(super) uuid: [u8; 16],
-    /// Bytes of the buffer it was written from.
+    /// Bytes of the buffer it was written from, which say how many headers it has.
     pub(super) size: U32,
 }
 

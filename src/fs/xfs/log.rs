@@ -16,17 +16,15 @@ use crate::fs::sums_match;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset, SECTOR};
 
+mod tail;
 mod transactions;
-
-use transactions::Transactions;
 
 /// What a log says about its filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     /// Its last record is that of an unmount, or it was never written to.
     Clean,
-    /// Behind its tail there is nothing but new versions of the superblock's counters: what a
-    /// freeze (`xfs_fs_freeze`) or a moment without any changes (`xfs_log_cover`) leaves.
+    /// From its tail on there is nothing but what a freeze leaves ([`tail`]).
     Frozen,
     /// Something would have to be replayed.
     Dirty,
@@ -34,13 +32,11 @@ pub(super) enum State {
     Damaged,
 }
 
-/// More than this behind the tail is never a freeze alone. A record may be padded to 256 KiB,
-/// and a freeze leaves but a few.
-const MAX_FREEZE_BLOCKS: u64 = (4 << 20) / SECTOR;
 /// Blocks read at once while cycles are looked at.
 const SCAN_BLOCKS: u64 = (256 << 10) / SECTOR;
 
-/// Judges the internal log.
+/// Judges the internal log. `is_frozen`: the filesystem is mounted for writing, and the caller holds it
+/// frozen.
 ///
 /// # Errors
 /// If reading fails.
@@ -48,12 +44,14 @@ pub(super) fn state(
     source: &dyn ReadAt,
     superblock: &SuperBlock,
     geometry: &Geometry,
+    is_frozen: bool,
 ) -> Result<State> {
     let log = Log {
         source,
         superblock,
         start: geometry.log.start,
         blocks: geometry.log.len.0 / SECTOR,
+        is_frozen,
     };
     log.state()
 }
@@ -64,6 +62,7 @@ struct Log<'a> {
     start: Offset,
     /// Blocks of 512 bytes.
     blocks: u64,
+    is_frozen: bool,
 }
 
 /// A record and where it begins.
@@ -101,7 +100,7 @@ impl Log<'_> {
         if is_unmount(&last.record, &body) {
             return Ok(State::Clean);
         }
-        self.behind_tail(&last, head)
+        self.from_tail(&last, head)
     }
 
     /// The block where the next record would go; `None` if the log makes no sense.
@@ -251,7 +250,12 @@ impl Log<'_> {
     /// freeze, which wait for all writes.
     fn goes_on(&self, last: &Found, head: u64) -> Result<bool> {
         let cycle = last.record.cycle.get();
-        let next = if head == 0 { next_cycle(cycle) } else { cycle };
+        // The last record may itself have gone round.
+        let next = if head <= last.block {
+            next_cycle(cycle)
+        } else {
+            cycle
+        };
         let window = format::LOG_MAX_IN_FLIGHT * self.max_record() / SECTOR;
         // What xfs_repair and xfs_admin make of a log is one unmount at the start and, to raise
         // the cycle, others up to the end: the head is then found between them.
@@ -266,45 +270,6 @@ impl Log<'_> {
         let bytes = self.read(from, window.min(self.blocks - from))?;
         let mut cycles = bytes.chunks_exact(ByteLen(SECTOR).as_usize()).map(cycle_of);
         Ok(cycles.any(|cycle| cycle >= next))
-    }
-
-    /// Whether all from the tail to `head` is what a freeze leaves.
-    fn behind_tail(&self, last: &Found, head: u64) -> Result<State> {
-        let tail = last.record.tail_lsn.get() & u64::from(u32::MAX);
-        if tail >= self.blocks {
-            return Ok(State::Damaged);
-        }
-        let distance = self.wrap(head + self.blocks - tail);
-        if distance == 0 || distance > MAX_FREEZE_BLOCKS {
-            return Ok(State::Dirty);
-        }
-        let mut at = 0;
-        let mut transactions = Transactions::default();
-        while at < distance {
-            let block = self.wrap(tail + at);
-            let Some(found) = self.record_at(block)? else {
-                return Ok(State::Damaged);
-            };
-            if found.record.lsn.get() & u64::from(u32::MAX) != block {
-                return Ok(State::Damaged);
-            }
-            if found.record.format.get() != format::LOG_FORMAT_LINUX_LE {
-                return Ok(State::Dirty);
-            }
-            let len = self.record_blocks(&found.record);
-            let Some(body) = self.read_record(&found)? else {
-                return Ok(State::Damaged);
-            };
-            if !transactions.take(&found.record, &body) {
-                return Ok(State::Dirty);
-            }
-            at += len;
-        }
-        Ok(if at == distance && transactions.is_idle() {
-            State::Frozen
-        } else {
-            State::Dirty
-        })
     }
 
     /// Blocks of a record, its headers included.
@@ -433,7 +398,8 @@ fn header_blocks(record: &LogRecord) -> u64 {
     }
 }
 
-/// Whether a record's checksum holds (`xlog_cksum`). Those of mkfs and of old kernels have none.
+/// Whether a record's checksum holds (`xlog_cksum`). Those of mkfs and of old kernels have none. Of the
+/// extended headers it covers as many as the body needs, however many there are.
 fn log_crc_holds(record: &LogRecord, headers: &[u8], body: &[u8]) -> bool {
     if record.crc == [0; 4] {
         return true;
@@ -446,7 +412,9 @@ fn log_crc_holds(record: &LogRecord, headers: &[u8], body: &[u8]) -> bool {
         let mut crc = [before, &[0; 4], &rest[4..]]
             .into_iter()
             .fold(0, crc32c::crc32c_append);
-        for extended in headers.chunks_exact(ByteLen(SECTOR).as_usize()).skip(1) {
+        let needed = body.len().div_ceil(format::LOG_CYCLE_SIZE as usize);
+        let headers = headers.chunks_exact(ByteLen(SECTOR).as_usize());
+        for extended in headers.take(needed).skip(1) {
             crc = crc32c::crc32c_append(crc, &extended[..format::LOG_EXT_HEADER_SIZE]);
         }
         sums_match(&crc32c::crc32c_append(crc, body).to_le_bytes(), &record.crc)
