@@ -9,6 +9,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::compare::Comparison;
+use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
@@ -24,7 +25,6 @@ use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
 use crate::subvolume;
-use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 

@@ -16,6 +16,7 @@ pub mod demo;
 pub mod dry_run;
 
 pub mod damage;
+pub mod destination;
 pub mod error;
 pub mod extent;
 pub mod freeze;
@@ -34,7 +35,6 @@ pub mod run;
 pub mod source;
 mod subvolume;
 pub mod survey;
-pub mod target;
 mod twin;
 pub mod units;
 pub mod verify;

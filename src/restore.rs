@@ -10,6 +10,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::damage::{Damages, Tolerant};
+use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs;
@@ -22,7 +23,6 @@ use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::subvolume;
-use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 use crate::verify;
