@@ -13,9 +13,10 @@ use holdstill_platform::apple::System;
 use holdstill_platform::btrfs;
 use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::located::Folder;
 use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
-use holdstill_platform::node::BlockDevice;
+use holdstill_platform::node::{BlockDevice, FileId};
 use holdstill_platform::records::Records;
 use holdstill_platform::signals;
 use holdstill_platform::trace::{PREFIX, Tracefs};
@@ -25,7 +26,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
 use crate::progress::Progress;
-use crate::run::RunRecord;
+use crate::run::{PartFile, RunRecord};
 
 /// For how long what is busy is tried to be removed.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -144,8 +145,8 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     {
         report.removed.push(instance.clone());
     }
-    for file in &record.part_files {
-        remove_part_file(file, report)?;
+    for part in &record.parts {
+        remove_part_file(part, report)?;
     }
     if !record.dm_devices.is_empty() {
         for left in Takeover::leftovers()? {
@@ -297,11 +298,22 @@ fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
     trouble
 }
 
-fn remove_part_file(file: &Path, report: &mut Report) -> Result<()> {
-    match std::fs::remove_file(file) {
-        Ok(()) => report.removed.push(file.display().to_string()),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io("cannot remove", error).on(file)),
+/// Removes a part file, unless somebody else's file has its name by now.
+fn remove_part_file(part: &PartFile, report: &mut Report) -> Result<()> {
+    let (Some(folder), Some(name)) = (part.path.parent(), part.path.file_name()) else {
+        return Ok(());
+    };
+    let folder = match Folder::of(folder) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    // Nobody knew the name before the file was made: without an inode on record the name has to do.
+    let is_ours = |found: FileId| part.inode.is_none_or(|inode| inode == found.inode);
+    match folder.remove(name, is_ours) {
+        Ok(true) => report.removed.push(part.path.display().to_string()),
+        Ok(false) => {}
+        Err(error) => return Err(Error::io("cannot remove", error).on(&part.path)),
     }
     Ok(())
 }

@@ -44,7 +44,8 @@ pub struct RunRecord {
     /// Write-tracking instance, if any.
     pub trace_instance: Option<String>,
     /// Files that are not whole yet.
-    pub part_files: Vec<PathBuf>,
+    #[serde(default)]
+    pub parts: Vec<PartFile>,
     /// Snapshots of LVM it may have made: `GROUP/NAME`.
     #[serde(default)]
     pub lvm_snapshots: Vec<String>,
@@ -63,6 +64,15 @@ pub struct RunRecord {
     /// What it may have made to copy volumes of APFS; not what it has taken away again.
     #[serde(default)]
     pub apfs: Vec<Leavings>,
+}
+
+/// A file that is not whole yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartFile {
+    /// Where it is, by a name that nobody could guess before it was made.
+    pub path: PathBuf,
+    /// Its inode; absent until it was made.
+    pub inode: Option<u64>,
 }
 
 /// What of a run has to be watched over.
@@ -285,6 +295,26 @@ impl Run {
             return;
         }
         drop(state);
+        self.run_post_hook(progress);
+    }
+
+    /// Runs both hooks, one right after the other, before a target is touched: a pre-freeze hook that fails
+    /// only when all was copied would have cost what was on the target.
+    ///
+    /// # Errors
+    /// As [`before_freeze`](Self::before_freeze).
+    pub fn rehearse_hooks(&self, progress: &dyn Progress) -> Result<()> {
+        if self.0.hooks == Hooks::default() {
+            return Ok(());
+        }
+        self.before_freeze()?;
+        self.run_post_hook(progress);
+        let state = self.0.hook_state.lock();
+        state.unwrap_or_else(PoisonError::into_inner).is_owed = false;
+        Ok(())
+    }
+
+    fn run_post_hook(&self, progress: &dyn Progress) {
         let Some(guard) = self.maybe_guard() else {
             return;
         };
