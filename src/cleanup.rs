@@ -339,3 +339,48 @@ fn remove_stray_instances(report: &mut Report) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// A stranger's file that has the name of a part file by now is not ours to remove.
+    #[test]
+    fn a_part_file_is_removed_and_no_other_file_of_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".image.0123456789abcdef.part");
+        let aside = dir.path().join("aside");
+        let clean = |inode: Option<u64>| {
+            let record = RunRecord {
+                parts: vec![PartFile {
+                    path: path.clone(),
+                    inode,
+                }],
+                ..RunRecord::default()
+            };
+            let mut report = Report::default();
+            undo(&serde_json::to_vec(&record).unwrap(), &mut report).unwrap();
+            report.removed.len()
+        };
+        std::fs::write(&path, "ours").unwrap();
+        let ours = path.metadata().unwrap().ino();
+        std::fs::rename(&path, &aside).unwrap();
+        std::fs::write(&path, "a stranger's").unwrap();
+        assert_eq!(clean(Some(ours)), 0);
+        assert_eq!(std::fs::read(&path).unwrap(), b"a stranger's");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&aside, &path).unwrap();
+        assert_eq!(clean(Some(ours)), 0);
+        assert!(aside.exists());
+        std::fs::rename(&aside, &path).unwrap();
+        assert_eq!(clean(Some(ours)), 1);
+        assert_eq!(clean(Some(ours)), 0);
+        // Killed before the inode was on record.
+        std::fs::write(&path, "ours").unwrap();
+        assert_eq!(clean(None), 1);
+        std::fs::remove_dir(dir.path()).unwrap();
+        assert_eq!(clean(None), 0);
+    }
+}

@@ -12,7 +12,7 @@ mod unsettled;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use holdstill_platform::device::Disk;
 use holdstill_platform::exclusive::{Claim, DiskLock};
@@ -56,7 +56,7 @@ enum Hold {
 struct Claimed {
     /// `None` while its filesystem is mounted by us.
     claim: Option<Claim>,
-    _lock: DiskLock,
+    _lock: Arc<DiskLock>,
 }
 
 /// A target being written. Dropped before [`finish`](Self::finish), it holds no signature; if it is a

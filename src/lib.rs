@@ -13,10 +13,10 @@ pub mod cli;
 pub mod clone;
 pub mod compare;
 pub mod demo;
+pub mod destination;
 pub mod dry_run;
 
 pub mod damage;
-pub mod destination;
 pub mod error;
 pub mod extent;
 pub mod freeze;

@@ -162,7 +162,8 @@ struct FreezeArgs {
     /// overwritten on this free device, whose content is lost
     #[arg(long, value_name = "DEV")]
     cow_device: Option<PathBuf>,
-    /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen
+    /// Run CMD before the (final) freeze, to quiesce a database; if it fails, nothing is frozen. With `track`
+    /// and `btrfs`, a clone onto an existing target runs both commands once more, before it touches the target
     #[arg(long, value_name = "CMD")]
     pre_freeze: Option<String>,
     /// Run CMD right after the thaw; always, once the first was started

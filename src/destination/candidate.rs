@@ -3,6 +3,7 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use holdstill_platform::device::{Access, Disk};
@@ -147,11 +148,11 @@ impl Candidate {
             _ => error.into(),
         }
         };
-        let disk = BlockDevice::of(BlockDevice::of(number)?.disk)?.path();
+        let disk = BlockDevice::of(number)?.disk;
         let (claim, opened) = Claim::at(&self.located, Access::ReadWrite).map_err(taken)?;
         let claimed = Claimed {
             claim: Some(claim),
-            _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
+            _lock: lock_disk(disk).map_err(taken)?,
         };
         Ok((claimed, opened))
     }
@@ -199,6 +200,22 @@ impl Candidate {
         }
         Ok((claims, Disk::of_file(file, path)?))
     }
+}
+
+/// Locks that are held: two targets may be partitions of one disk, which is locked once.
+static LOCKS: Mutex<Vec<(DeviceNumber, Weak<DiskLock>)>> = Mutex::new(Vec::new());
+
+fn lock_disk(disk: DeviceNumber) -> holdstill_platform::error::Result<Arc<DiskLock>> {
+    let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let held = locks.iter().find(|(locked, _)| *locked == disk);
+    if let Some(held) = held.and_then(|(_, lock)| lock.upgrade()) {
+        return Ok(held);
+    }
+    let node = BlockDevice::of(disk)?.path();
+    let lock = Arc::new(DiskLock::new(&node, LOCK_PATIENCE)?);
+    locks.retain(|(_, lock)| lock.strong_count() > 0);
+    locks.push((disk, Arc::downgrade(&lock)));
+    Ok(lock)
 }
 
 /// A target that is ours, with everything in it that was there before.
