@@ -155,9 +155,10 @@ impl Folder {
         let place = Place::of_open(&self.file, &self.path)?;
         let Place { mount, path, .. } = &place;
         let dev = Path::new("/dev");
-        // /dev/shm is memory like any other.
-        let is_other_memory = mount.fs_type == "tmpfs" && mount.point != dev;
-        Ok(mount.fs_type.starts_with("dev") || (path.starts_with(dev) && !is_other_memory))
+        // Another filesystem below, such as the memory at /dev/shm, takes files as ever.
+        let is_other = mount.point.starts_with(dev) && mount.point != dev;
+        let is_special = ["devtmpfs", "devfs", "devpts", "mqueue", "hugetlbfs"];
+        Ok(is_special.contains(&mount.fs_type.as_str()) || (path.starts_with(dev) && !is_other))
     }
 
     /// Its path just now.
