@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use holdstill_platform::device::Geometry;
+use holdstill_platform::extents_below::Extents;
 use holdstill_platform::guard::LeftoverKind;
-use holdstill_platform::output::{Output, part_file_of};
+use holdstill_platform::output::{Output, Slot};
 use holdstill_platform::zfs::Reach;
 use serde::Serialize;
 
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::destination::apart::{refuse_printing_on, refuse_shared};
+use crate::destination::refusal;
+use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
 use crate::freeze::{Context, CowRoom, Proof, Step, Still};
@@ -27,7 +30,7 @@ use crate::pipeline::store::{Compression, Job, store};
 use crate::pipeline::stream::store_stream;
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
-use crate::run::{Hooks, Run, Watched};
+use crate::run::{Hooks, PartFile, Run, Watched};
 use crate::source::Named;
 use crate::units::ByteLen;
 
@@ -153,6 +156,8 @@ pub struct Planned {
     pub volumes: Vec<Plan>,
     /// Datasets of ZFS that leave as streams; numbered behind the volumes.
     pub datasets: Vec<Wanted>,
+    /// Where the image goes; `None` for standard output.
+    pub output: Option<Slot>,
 }
 
 /// Says what a backup would do; changes nothing.
@@ -163,6 +168,7 @@ pub fn plan(options: &Options) -> Result<Planned> {
     let mut planned = Planned {
         volumes: Vec::new(),
         datasets: Vec::new(),
+        output: None,
     };
     for text in &options.sources {
         match Named::resolve(text)? {
@@ -203,8 +209,26 @@ pub fn plan(options: &Options) -> Result<Planned> {
         let what = "--recursive is for datasets of ZFS, and none was named";
         return Err(Error::new(Kind::Usage, what));
     }
-    if let Some(path) = &options.output {
-        check_output(path, options.force, &planned.volumes)?;
+    let mut sources = Extents::default();
+    for plan in &planned.volumes {
+        sources.extend(plan.extents()?);
+    }
+    let written = match &options.output {
+        Some(path) => {
+            let slot = Slot::of(path).map_err(explain_output)?;
+            let written = slot.extents()?;
+            refuse_shared("output", path, &written, "the source", &sources)?;
+            if slot.exists() && !options.force {
+                return Err(exists(path));
+            }
+            planned.output = Some(slot);
+            written
+        }
+        None => Extents::of_open(std::io::stdout())?,
+    };
+    refuse_printing_on("the source", &sources)?;
+    for plan in &planned.volumes {
+        plan.refuse_cow_device(&options.cow, &written)?;
     }
     Ok(planned)
 }
@@ -224,10 +248,16 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     }
     let run = begin(options, &planned)?;
     run.warn_of_shared_group(progress);
-    let output = match &options.output {
-        Some(path) => create_output(path, options.force, progress)?,
+    let output = match &planned.output {
+        Some(slot) => create_output(slot, options.force, progress)?,
         None => Output::stdout()?,
     };
+    if let Some(part) = output.part_file()? {
+        run.note(|record| {
+            let parts = record.parts.iter_mut();
+            parts.for_each(|noted| noted.inode = Some(part.inode));
+        })?;
+    }
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
@@ -358,7 +388,10 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
         watched.undo.extend(dataset::undo(wanted, &options.run_id)?);
     }
     let freezes = watched.is_guarded;
-    let part = options.output.as_deref().and_then(part_file_of);
+    let part = planned.output.as_ref().and_then(|slot| {
+        let name = slot.part_file()?;
+        Some((slot.folder(), name))
+    });
     let begin = |is_guarded| {
         let watched = Watched {
             is_guarded,
@@ -371,13 +404,11 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
         Err(error) if !freezes && error.kind() == Kind::Permission => begin(false)?,
         run => run?,
     };
-    if let Some(part) = part {
-        run.note(|record| record.part_files.push(part.clone()))?;
-        if let (Some(folder), Some(name)) = (part.parent(), part.file_name()) {
-            let folder = std::fs::File::open(folder).context("cannot open", folder)?;
-            // Forgotten only with the run: gone by then, or renamed.
-            let _ = run.register(folder, &name.to_string_lossy(), LeftoverKind::File)?;
-        }
+    if let Some((folder, name)) = part {
+        let path = folder.path()?.join(name);
+        run.note(|record| record.parts.push(PartFile { path, inode: None }))?;
+        // Forgotten only with the run: gone by then, or renamed.
+        let _ = run.register(folder, &name.to_string_lossy(), LeftoverKind::File)?;
     }
     Ok(run)
 }
@@ -566,23 +597,6 @@ fn volume_reports(
     .collect()
 }
 
-/// Refuses an output that exists, or that is one of the sources.
-fn check_output(path: &Path, force: bool, plans: &[Plan]) -> Result<()> {
-    let metadata = match std::fs::metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        // Such as a name that is too long: it would be seen only when everything is copied.
-        Err(error) => return Err(error).context("cannot write the image", path),
-    };
-    if plans.iter().any(|plan| plan.is_same_as(path)) {
-        return Err(Error::new(Kind::InUse, "the output is the source itself").on(path));
-    }
-    if metadata.is_file() && !force {
-        return Err(exists(path));
-    }
-    Ok(())
-}
-
 fn exists(path: &Path) -> Error {
     Error::new(Kind::Exists, "the output exists already")
         .on(path)
@@ -593,9 +607,9 @@ fn exists(path: &Path) -> Error {
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Creates the output. A pipe is waited for until somebody reads it.
-fn create_output(path: &Path, force: bool, progress: &dyn Progress) -> Result<Output> {
+fn create_output(slot: &Slot, force: bool, progress: &dyn Progress) -> Result<Output> {
     loop {
-        match Output::create(path, force) {
+        match slot.create(force) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 progress.check()?;
                 std::thread::sleep(PATIENCE);
@@ -609,10 +623,7 @@ fn create_output(path: &Path, force: bool, progress: &dyn Progress) -> Result<Ou
 fn explain_output(error: holdstill_platform::error::Error) -> Error {
     match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => exists(&error.what),
-        std::io::ErrorKind::InvalidInput => {
-            Error::new(Kind::NotApplicable, error.source.to_string()).on(&error.what)
-        }
-        _ => error.into(),
+        _ => refusal(error),
     }
 }
 

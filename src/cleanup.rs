@@ -13,10 +13,11 @@ use holdstill_platform::apple::System;
 use holdstill_platform::btrfs;
 use holdstill_platform::dm::Takeover;
 use holdstill_platform::freeze::MountPoint;
+use holdstill_platform::located::Folder;
 use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
 use holdstill_platform::mounts;
-use holdstill_platform::node::{BlockDevice, DeviceNumber};
+use holdstill_platform::node::{BlockDevice, DeviceNumber, FileId};
 use holdstill_platform::records::{self, Records};
 use holdstill_platform::signals;
 use holdstill_platform::trace::{PREFIX, Tracefs};
@@ -26,7 +27,7 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
 use crate::progress::Progress;
-use crate::run::{FreezeRecord, RunRecord};
+use crate::run::{FreezeRecord, PartFile, RunRecord};
 
 /// For how long what is busy is tried to be removed.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -218,8 +219,8 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
         let remove = || Ok(tracefs.remove(instance)?);
         report.remove("trace instance", instance, is_there, remove)?;
     }
-    for file in &record.part_files {
-        remove_part_file(file, report)?;
+    for part in &record.parts {
+        remove_part_file(part, report)?;
     }
     if !record.dm_devices.is_empty() {
         for left in Takeover::leftovers()? {
@@ -440,15 +441,27 @@ fn remove_stray_snapshots(report: &mut Report) -> Result<()> {
     trouble
 }
 
-fn remove_part_file(file: &Path, report: &mut Report) -> Result<()> {
-    let name = file.display().to_string();
-    let is_there = || Ok(file.symlink_metadata().is_ok());
-    let remove = || match std::fs::remove_file(file) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io("cannot remove", error).on(file)),
+/// Removes a part file, unless somebody else's file has its name by now.
+fn remove_part_file(part: &PartFile, report: &mut Report) -> Result<()> {
+    let (Some(folder), Some(name)) = (part.path.parent(), part.path.file_name()) else {
+        return Ok(());
     };
-    report.remove("part file", &name, is_there, remove)
+    let folder = match Folder::of(folder) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    // Nobody knew the name before the file was made: without an inode on record the name has to do.
+    let is_ours = |found: FileId| part.inode.is_none_or(|inode| inode == found.inode);
+    let is_there = || {
+        let found = part.path.symlink_metadata();
+        Ok(found.is_ok_and(|found| is_ours(FileId::of(&found))))
+    };
+    let remove = || {
+        let removed = folder.remove(name, is_ours);
+        removed.map_err(|error| Error::io("cannot remove", error).on(&part.path))
+    };
+    report.remove("part file", &part.path.display().to_string(), is_there, remove)
 }
 
 /// Trace instances go on tracing after their run: those without a record are found by their name.
@@ -472,4 +485,49 @@ fn remove_stray_instances(report: &mut Report) -> Result<()> {
         report.remove("trace instance", &name, || Ok(true), remove)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// A stranger's file that has the name of a part file by now is not ours to remove.
+    #[test]
+    fn a_part_file_is_removed_and_no_other_file_of_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".image.0123456789abcdef.part");
+        let aside = dir.path().join("aside");
+        let clean = |inode: Option<u64>| {
+            let record = RunRecord {
+                parts: vec![PartFile {
+                    path: path.clone(),
+                    inode,
+                }],
+                ..RunRecord::default()
+            };
+            let mut report = Report::default();
+            undo(&serde_json::to_vec(&record).unwrap(), &mut report).unwrap();
+            report.removed.len()
+        };
+        std::fs::write(&path, "ours").unwrap();
+        let ours = path.metadata().unwrap().ino();
+        std::fs::rename(&path, &aside).unwrap();
+        std::fs::write(&path, "a stranger's").unwrap();
+        assert_eq!(clean(Some(ours)), 0);
+        assert_eq!(std::fs::read(&path).unwrap(), b"a stranger's");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&aside, &path).unwrap();
+        assert_eq!(clean(Some(ours)), 0);
+        assert!(aside.exists());
+        std::fs::rename(&aside, &path).unwrap();
+        assert_eq!(clean(Some(ours)), 1);
+        assert_eq!(clean(Some(ours)), 0);
+        // Killed before the inode was on record.
+        std::fs::write(&path, "ours").unwrap();
+        assert_eq!(clean(None), 1);
+        std::fs::remove_dir(dir.path()).unwrap();
+        assert_eq!(clean(None), 0);
+    }
 }

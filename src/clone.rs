@@ -9,6 +9,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::compare::Comparison;
+use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_shared};
+use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
@@ -24,7 +26,6 @@ use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
 use crate::subvolume;
-use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 
@@ -106,9 +107,6 @@ pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     let plan = Plan::make(&options.source, options.freeze)?;
     plan.allow_freeze(options.no_freeze)?;
-    if plan.is_same_as(&options.target) {
-        return Err(Error::new(Kind::InUse, "the target is the source itself").on(&options.target));
-    }
     if !plan.siblings.is_empty() {
         let what = format!(
             "it is one of {} devices of its filesystem, and a clone goes to one target",
@@ -125,7 +123,20 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         Filesystem::can_mount()?;
     }
     let size = ByteLen(plan.geometries()?[0].size);
+    let source = plan.extents()?;
+    // First: whoever has the source open is also a user of a target that is the same.
+    refuse_as_target(&options.target, &source, "the source")?;
+    refuse_printing_on("the source", &source)?;
     let candidate = Candidate::examine(&options.target, size)?;
+    refuse_shared(
+        "target",
+        &options.target,
+        candidate.extents(),
+        "the source",
+        &source,
+    )?;
+    refuse_printing_on("the target", candidate.extents())?;
+    plan.refuse_cow_device(&options.cow, candidate.extents())?;
     if options.new_ids {
         let found = match plan.step {
             // Its node cannot be read.
@@ -154,7 +165,9 @@ pub fn run(
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
     let (mut plan, candidate) = plan(options)?;
-    if candidate.exists() {
+    let exists = candidate.exists();
+    let taken = candidate.take(options.discard)?;
+    if exists {
         confirm(&options.target, &options.source)?;
     }
     let new_uuid = options.new_ids.then(Uuid::new_v4);
@@ -171,10 +184,9 @@ pub fn run(
         Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
     run.warn_of_shared_group(progress);
-    let target = candidate.open(options.discard)?;
     let context = Context {
         run: &run,
-        output: Some(target.as_fd()),
+        output: Some(taken.as_target().as_fd()),
         output_path: Some(&options.target),
         cow: &options.cow,
         no_freeze: options.no_freeze,
@@ -200,6 +212,11 @@ pub fn run(
         progress.warn(warning);
     }
     let bytes = survey.bytes;
+    if exists && plan.step.runs_hooks_late() {
+        run.rehearse_hooks(progress)?;
+    }
+    progress.check()?;
+    let target = taken.begin()?;
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let unreadable = copy_passes(&mut *still, &target, options, progress)?;
     let used = still

@@ -76,6 +76,11 @@ impl Step {
         }
     }
 
+    /// Whether the pre-freeze command runs only when all was copied once, just before the last freeze.
+    pub fn runs_hooks_late(self) -> bool {
+        matches!(self, Self::Track | Self::Btrfs)
+    }
+
     /// All steps of this version. Those in no ladder are taken only when named.
     pub const ALL: [Self; 9] = [
         Self::Offline,

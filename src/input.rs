@@ -8,6 +8,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::extents_below::Extents;
+use holdstill_platform::node::Node;
 use holdstill_platform::stream::Reader;
 
 use crate::error::{Error, IoContext, Kind, Result};
@@ -109,6 +111,29 @@ pub fn open_damaged<'a>(path: &Path, progress: &'a dyn Progress) -> Result<Named
 pub fn is_stream(path: &Path) -> bool {
     let is_file = |kind: std::fs::FileType| kind.is_file() || kind.is_block_device();
     is_stdin(path) || std::fs::metadata(path).is_ok_and(|found| !is_file(found.file_type()))
+}
+
+/// The bytes that an image lies on; a pipe has none.
+///
+/// # Errors
+/// If it cannot be looked up.
+pub fn extents(path: &Path) -> Result<Extents> {
+    Ok(match is_stdin(path) {
+        true => Extents::of_open(std::io::stdin())?,
+        false => Extents::of_node(&Node::of(path)?)?,
+    })
+}
+
+/// Checks both ends of an image in a file, before anything is done with it; a stream has no end yet.
+///
+/// # Errors
+/// [`Kind::Truncated`], [`Kind::Damaged`] and their kin.
+pub fn check_ends(path: &Path) -> Result<()> {
+    if is_stream(path) {
+        return Ok(());
+    }
+    let disk = Disk::open(path, Access::Read)?;
+    summarize(&disk).map(drop).map_err(|error| error.on(path))
 }
 
 /// The content id of an image that was read in order: as it was added up on the way or, where blocks

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod clone;
 pub mod compare;
 pub mod demo;
+pub mod destination;
 pub mod dry_run;
 
 pub mod damage;
@@ -34,7 +35,6 @@ pub mod run;
 pub mod source;
 mod subvolume;
 pub mod survey;
-pub mod target;
 mod thread;
 mod twin;
 pub mod units;

@@ -6,11 +6,11 @@
 
 use uuid::Uuid;
 
+use crate::destination::Target;
 use crate::error::{Error, Kind, Result};
 use crate::fs;
 use crate::fs::btrfs::renew::{self, Identity};
 use crate::pipeline::load::Receive;
-use crate::target::Target;
 
 /// Refuses what no new UUID can be given to. `fs` is the name of the filesystem, if one is known, and
 /// `what` that of the volume.

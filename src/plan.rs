@@ -1,13 +1,14 @@
 //! What a command line means: which source, and which step makes it hold still.
 
 use std::fmt;
-use std::path::Path;
 
 use holdstill_platform::device::Geometry;
+use holdstill_platform::extents_below::Extents;
 use holdstill_platform::guard::Undo;
 use holdstill_platform::node::Node;
 use serde::Serialize;
 
+use crate::destination::apart::refuse_shared;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs;
 use crate::freeze::btrfs::{self, Live};
@@ -18,8 +19,8 @@ use crate::freeze::none::Moving;
 use crate::freeze::offline::{self, Offline};
 use crate::freeze::track::{self, Track};
 use crate::freeze::zfs::{self, Zvol};
-use crate::freeze::{Context, Step, Still};
-use crate::source::{Source, whole};
+use crate::freeze::{Context, CowRoom, Step, Still};
+use crate::source::{Medium, Source, whole};
 
 /// A source and the step chosen for it.
 #[derive(Debug)]
@@ -197,7 +198,10 @@ impl Plan {
 
     /// Whether this is the source itself, by another name perhaps, or imaged with it.
     pub fn includes(&self, other: &Source) -> bool {
-        self.is_same_as(&other.path)
+        let Ok(node) = Node::of(&other.path) else {
+            return false;
+        };
+        self.sources().any(|source| source.is_same_as(&node))
     }
 
     /// Size and sectors of each of its [`sources`](Self::sources); at most, where it is copied by way of
@@ -213,12 +217,39 @@ impl Plan {
         self.sources().map(of).collect()
     }
 
-    /// Whether `path` leads to a very file or device that is a source.
-    pub fn is_same_as(&self, path: &Path) -> bool {
-        let Ok(node) = Node::of(path) else {
-            return false;
+    /// The bytes of its [`sources`](Self::sources), wherever they lie.
+    ///
+    /// # Errors
+    /// If the kernel does not say what a source is built of.
+    pub fn extents(&self) -> Result<Extents> {
+        let mut all = Extents::default();
+        for source in self.sources() {
+            all.extend(match &source.medium {
+                Medium::Device(device) => Extents::of_device(device.number)?,
+                Medium::File(file) => Extents::of_file(*file, &source.path)?,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Refuses to keep what is overwritten on a device that has bytes of a source, or of what is `written`.
+    ///
+    /// # Errors
+    /// [`Kind::InUse`].
+    pub fn refuse_cow_device(&self, cow: &CowRoom, written: &Extents) -> Result<()> {
+        // With `lvm` it is a physical volume, which may well be the one that the source is on.
+        let Some(path) = cow.device.as_ref().filter(|_| self.step == Step::Dm) else {
+            return Ok(());
         };
-        self.sources().any(|source| source.is_same_as(&node))
+        let device = Extents::of_node(&Node::of(path)?)?;
+        refuse_shared(
+            "--cow-device",
+            path,
+            &device,
+            "the source",
+            &self.extents()?,
+        )?;
+        refuse_shared("--cow-device", path, &device, "what is written", written)
     }
 }
 

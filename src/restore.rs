@@ -10,6 +10,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::damage::{Damages, Tolerant};
+use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_shared};
+use crate::destination::{Candidate, Taken, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fs;
@@ -22,7 +24,6 @@ use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::subvolume;
-use crate::target::{Candidate, Target};
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 use crate::verify;
@@ -136,6 +137,9 @@ fn open<'a>(options: &Options, progress: &'a dyn Progress) -> Result<NamedImage<
             .check_front(&options.image, &image.image_id())
             .map_err(|error| error.on(input::name(&options.image)))?;
     }
+    if !options.salvage {
+        input::check_ends(&options.image).map_err(with_salvage_hint)?;
+    }
     Ok(image)
 }
 
@@ -145,11 +149,20 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
         volumes: Vec::new(),
         streams: Vec::new(),
     };
+    let image = input::extents(&options.image)?;
+    refuse_printing_on("the image", &image)?;
     for (part, path) in choose(manifest, &options.targets)? {
         match part {
             Part::Volume(volume) => {
-                refuse_image_as_target(&options.image, &path)?;
+                refuse_as_target(&path, &image, "the image")?;
                 let candidate = Candidate::examine(&path, ByteLen(volume.size))?;
+                let own = candidate.extents();
+                refuse_shared("target", &path, own, "the image", &image)?;
+                refuse_printing_on("the target", own)?;
+                for other in &planned.volumes {
+                    let what = format!("the target of volume {}", other.volume.n);
+                    refuse_shared("target", &path, own, &what, other.candidate.extents())?;
+                }
                 planned.volumes.push(WantedVolume {
                     volume: volume.clone(),
                     path,
@@ -253,9 +266,25 @@ pub fn run(
     let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
     let planned = examine(options, &manifest)?;
-    for wanted in &planned.volumes {
-        let WantedVolume { volume, path, .. } = wanted;
-        if wanted.candidate.exists() {
+    let reports = planned.reports();
+    let mut notes: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
+    notes.extend(part_warning(&planned, &manifest));
+    // All are taken before the first is asked for, and long before the first is written to.
+    let mut taken = Vec::new();
+    for wanted in planned.volumes {
+        let exists = wanted.candidate.exists();
+        let target = wanted.candidate.take(options.discard)?;
+        taken.push(TakenVolume {
+            volume: wanted.volume,
+            path: wanted.path,
+            new_uuid: wanted.new_uuid,
+            exists,
+            target,
+        });
+    }
+    for wanted in &taken {
+        let TakenVolume { volume, path, .. } = wanted;
+        if wanted.exists {
             confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
         }
         let mut what = format!("volume {} to {}", volume.n, path.display());
@@ -271,30 +300,27 @@ pub fn run(
         let what = format!("stream {} to {}", stream.n, stream.target);
         progress.event(&Event::Plan(&what));
     }
-    let reports = planned.reports();
-    let mut notes: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
-    notes.extend(part_warning(&planned, &manifest));
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
     let mut filesystems = Vec::new();
-    for wanted in planned.volumes {
+    for stream in &planned.streams {
+        targets.streams.push(Receiving::start(stream, progress)?);
+    }
+    progress.check()?;
+    for wanted in taken {
         let volume = wanted.volume;
         filesystems.push(Finishing {
             group: volume.group,
             subvolume: volume.subvolume,
             new_uuid: wanted.new_uuid,
         });
-        let has_content = wanted.candidate.exists();
-        let target = wanted.candidate.open(options.discard)?;
-        if options.salvage && has_content {
+        let target = wanted.target.begin()?;
+        if options.salvage && wanted.exists {
             // Nobody can tell where all that is lost belongs: nothing may shine through.
             target.zero(Extent::new(0, volume.size))?;
         }
         targets.volumes.push((volume.n, target));
-    }
-    for stream in &planned.streams {
-        targets.streams.push(Receiving::start(stream, progress)?);
     }
     let mut content = RunningContent::new(manifest.sizes(), manifest.streams.len());
     let tolerant = Tolerant::new(&targets, true, progress);
@@ -308,12 +334,7 @@ pub fn run(
     let check = || match options.salvage {
         true => tolerant.finish(read),
         false => read
-            .map_err(|error| match error.kind() {
-                Kind::Damaged | Kind::Truncated => {
-                    error.hint("--salvage writes all that is whole, and zeros for the rest")
-                }
-                _ => error,
-            })
+            .map_err(with_salvage_hint)
             .and_then(|end| check_whole(options, end, content))
             .map(|end| (Some(end), Damages::none())),
     };
@@ -363,6 +384,16 @@ pub fn run(
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
+}
+
+/// A volume of an image and the target it goes to, which is ours now.
+struct TakenVolume {
+    volume: VolumeManifest,
+    path: PathBuf,
+    new_uuid: Option<Uuid>,
+    /// Whether something is there.
+    exists: bool,
+    target: Taken,
 }
 
 /// How the filesystem on a target is finished.
@@ -523,16 +554,13 @@ fn choose<'a>(
     Ok(chosen)
 }
 
-fn refuse_image_as_target(image: &Path, target: &Path) -> Result<()> {
-    use holdstill_platform::node::Node;
-    let same = match (Node::of(image), Node::of(target)) {
-        (Ok(image), Ok(target)) => image.id == target.id,
-        _ => false,
-    };
-    if same {
-        return Err(Error::new(Kind::InUse, "the target is the image itself").on(target));
+fn with_salvage_hint(error: Error) -> Error {
+    match error.kind() {
+        Kind::Damaged | Kind::Truncated => {
+            error.hint("--salvage writes all that is whole, and zeros for the rest")
+        }
+        _ => error,
     }
-    Ok(())
 }
 
 /// The targets of what was chosen; everything else is checked and dropped.

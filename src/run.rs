@@ -57,7 +57,8 @@ pub struct RunRecord {
     /// Write-tracking instance, if any.
     pub trace_instance: Option<String>,
     /// Files that are not whole yet.
-    pub part_files: Vec<PathBuf>,
+    #[serde(default)]
+    pub parts: Vec<PartFile>,
     /// Snapshots of LVM it may have made: `GROUP/NAME`.
     #[serde(default)]
     pub lvm_snapshots: Vec<String>,
@@ -115,6 +116,15 @@ pub fn freezing(device: &str, own: &str) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// A file that is not whole yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartFile {
+    /// Where it is, by a name that nobody could guess before it was made.
+    pub path: PathBuf,
+    /// Its inode; absent until it was made.
+    pub inode: Option<u64>,
 }
 
 /// What of a run has to be watched over.
@@ -333,8 +343,11 @@ impl Run {
         if state.is_owed {
             return Ok(());
         }
-        if let Some(guard) = self.maybe_guard() {
+        if let Some(guarded) = &self.0.guarded
+            && let Some(guard) = &guarded.guard
+        {
             guard.owe_hook()?;
+            guarded.is_hook_told.store(false, Ordering::Relaxed);
         }
         state.is_owed = true;
         let Some(script) = &self.0.hooks.pre else {
@@ -381,6 +394,32 @@ impl Run {
         if state.freezes_left > 0 || !state.is_owed {
             return;
         }
+        drop(state);
+        self.run_post_hook(progress);
+    }
+
+    /// Runs both hooks, one right after the other, before a target is touched: a pre-freeze hook that fails
+    /// only when all was copied would have cost what was on the target.
+    ///
+    /// # Errors
+    /// As [`before_freeze`](Self::before_freeze); [`Kind::Tool`] if the post-freeze hook fails.
+    pub fn rehearse_hooks(&self, progress: &dyn Progress) -> Result<()> {
+        if !self.has_hooks() {
+            return Ok(());
+        }
+        self.before_freeze(progress)?;
+        self.run_post_hook(progress);
+        let state = self.0.hook_state.lock();
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        state.is_owed = false;
+        if state.has_failed {
+            let what = "the post-freeze command failed when it was tried, so the target was not touched";
+            return Err(Error::new(Kind::Tool, what));
+        }
+        Ok(())
+    }
+
+    fn run_post_hook(&self, progress: &dyn Progress) {
         let (Some(script), Some(guarded)) = (&self.0.hooks.post, &self.0.guarded) else {
             return;
         };
@@ -403,7 +442,8 @@ impl Run {
             tell(POST, &[&said], progress);
         }
         if let Some(trouble) = trouble {
-            state.has_failed = true;
+            let state = self.0.hook_state.lock();
+            state.unwrap_or_else(PoisonError::into_inner).has_failed = true;
             progress.warn(&format!("the post-freeze command failed: {trouble}"));
         }
     }

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::extents_below::Extents;
+use holdstill_platform::node::Node;
 use serde::Serialize;
 
 use crate::compare::Comparison;
@@ -63,6 +65,9 @@ pub struct Report {
 pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = std::time::Instant::now();
     let name = input::name(&options.image);
+    if let Some(path) = &options.against {
+        refuse_as_compared(&options.image, path)?;
+    }
     let mut image = input::open(&options.image, progress)?;
     if let Some(expected) = options.expect_id {
         expected
@@ -121,6 +126,22 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         elapsed_s: begun.elapsed().as_secs_f64(),
         warnings,
     })
+}
+
+/// Refuses to compare an image with its own bytes: that would tell nothing of any device.
+fn refuse_as_compared(image: &Path, against: &Path) -> Result<()> {
+    let image = input::extents(image)?;
+    let compared = Extents::of_node(&Node::of(against)?)?;
+    match compared.common(&image) {
+        None => Ok(()),
+        Some(medium) => {
+            let what =
+                format!("this is the image itself, or has bytes of it: both lie on {medium}");
+            Err(Error::new(Kind::InUse, what)
+                .on(against)
+                .hint("name what the image was restored to"))
+        }
+    }
 }
 
 /// Reads targets back and compares them with the image they were restored from.

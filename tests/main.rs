@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one module per concept.
 
+mod among_devices;
 mod apfs;
 mod apfs_snapshot;
 mod backup;
@@ -12,6 +13,7 @@ mod btrfs_live_in_place;
 mod btrfs_live_subvolume;
 mod btrfs_mounted;
 mod btrfs_whole;
+mod claimed;
 mod cleanup;
 mod clone;
 mod common;
@@ -38,11 +40,14 @@ mod probe;
 mod refusals;
 mod restore;
 mod salvage;
+mod same_bytes;
 mod stillness;
 mod streams;
 mod subvolume;
+mod swapped;
 mod track;
 mod track_ends;
+mod untouched;
 mod verify;
 mod which_mount;
 mod xfs;

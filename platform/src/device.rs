@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::buffer::Buffer;
 use crate::error::{Context, Error, Result};
+use crate::located::{Located, id_of};
+use crate::node::FileId;
 use crate::os;
 
 /// Largest piece read through a bounce buffer at once, in bytes.
@@ -78,6 +80,48 @@ impl Disk {
         let geometry = geometry(&plain, path)?;
         let direct = os::device::open_direct(&plain, path, &mut options);
         Ok(Self::opened(path, plain, direct, geometry))
+    }
+
+    /// Opens what was looked up before, whatever has its name now.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn at(located: &Located, access: Access) -> Result<Self> {
+        let path = located.path();
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::ReadWrite);
+        let plain = located.open(options.clone().custom_flags(libc::O_NONBLOCK))?;
+        let geometry = geometry(&plain, path)?;
+        let direct = os::device::open_direct(&plain, path, &mut options);
+        Ok(Self::opened(path, plain, direct, geometry))
+    }
+
+    /// A regular file that is open for reading and writing.
+    ///
+    /// # Errors
+    /// If it cannot be examined.
+    pub fn of_file(file: File, path: &Path) -> Result<Self> {
+        let geometry = geometry(&file, path)?;
+        let mut options = OpenOptions::new();
+        let direct = os::device::open_direct(&file, path, options.read(true).write(true));
+        Ok(Self::opened(path, file, direct, geometry))
+    }
+
+    /// Which file is open.
+    ///
+    /// # Errors
+    /// What `fstat(2)` says.
+    pub fn file_id(&self) -> io::Result<FileId> {
+        id_of(&self.plain)
+    }
+
+    /// Whether [`discard_all`](Self::discard_all) can work, found out without changing anything.
+    pub fn can_discard(&self) -> bool {
+        match self.geometry.is_block_device {
+            true => os::device::can_discard(&self.plain),
+            // Past the end there is nothing to lose.
+            false => os::device::punch_hole(&self.plain, self.geometry.size, 1 << 16).is_ok(),
+        }
     }
 
     /// From what is open already.

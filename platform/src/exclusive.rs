@@ -5,7 +5,7 @@ use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-pub use crate::os::exclusive::{Claim, DiskLock, Lease};
+pub use crate::os::exclusive::{Claim, DiskLock, Lease, is_open_here_alone};
 
 /// What became of asking for a [`Lease`].
 #[derive(Debug)]

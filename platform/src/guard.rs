@@ -302,7 +302,8 @@ impl Guard {
             .context("no answer from", "the guard process")
     }
 
-    /// From now on the hook runs once whatever happens: to be called before the pre-freeze hook is.
+    /// From now on the hook runs once (once more, if it ran) whatever happens: to be called before the
+    /// pre-freeze hook is.
     ///
     /// # Errors
     /// If the guard is lost.

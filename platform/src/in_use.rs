@@ -43,6 +43,14 @@ pub fn of_file(file: FileId, ignore: &[i32]) -> Result<Users> {
     os::in_use::of_file(file, ignore)
 }
 
+/// Whether a process other than this one has a regular file open, if only for reading, or mapped.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn is_open_elsewhere(file: FileId) -> Result<bool> {
+    os::in_use::is_open_elsewhere(file)
+}
+
 /// An area of swap space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Swap {

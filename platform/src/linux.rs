@@ -7,6 +7,7 @@ pub(crate) mod exclusive;
 pub(crate) mod guard;
 pub(crate) mod in_use;
 pub(crate) mod linux_only;
+pub(crate) mod located;
 pub(crate) mod memory;
 pub(crate) mod mounts;
 pub(crate) mod node;

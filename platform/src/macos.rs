@@ -12,6 +12,7 @@ pub(crate) mod exclusive;
 pub(crate) mod guard;
 pub(crate) mod in_use;
 pub(crate) mod linux_only;
+pub(crate) mod located;
 pub(crate) mod memory;
 pub(crate) mod mounts;
 mod names;

@@ -1,6 +1,7 @@
 //! Which filesystems are mounted where.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
@@ -87,6 +88,14 @@ impl Place {
     /// If the path cannot be looked up, or its mount is hidden from this process.
     pub fn of(path: &Path) -> Result<Self> {
         os::mounts::place_of(path)
+    }
+
+    /// The same of an open file or folder; `path` is what it is to be called.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn of_open(file: &File, path: &Path) -> Result<Self> {
+        os::mounts::place_of_open(file, path)
     }
 }
 

@@ -139,7 +139,7 @@ impl Node {
         Self::from_metadata(path.to_owned(), &metadata)
     }
 
-    fn from_metadata(path: PathBuf, metadata: &Metadata) -> Result<Self> {
+    pub(crate) fn from_metadata(path: PathBuf, metadata: &Metadata) -> Result<Self> {
         let file_type = metadata.file_type();
         let device = DeviceNumber::from_raw(metadata.rdev());
         let kind = if file_type.is_block_device() {

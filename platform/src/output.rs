@@ -2,21 +2,24 @@
 //!
 //! A regular file is born without a name (`O_TMPFILE`) where the filesystem can do that, else as an
 //! exclusive part file beside its name; [`Output::publish`] flushes it, gives it its name and flushes
-//! the folder. Dropped before that, nothing stays. Anything else that exists (a pipe, a character
+//! the folder. Dropped before that, nothing stays. The folder is looked up once, in a [`Slot`], and held:
+//! whoever puts another one in its place meanwhile changes nothing. Anything else that exists (a pipe, a character
 //! device, standard output) is a stream: written in order, never renamed, removed or read back.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::node::Node;
-use crate::os::{self, linux_only};
+use crate::extents_below::Extents;
+use crate::located::{Folder, Located, id_of};
+use crate::node::{FileId, Kind as NodeKind};
+use crate::os;
 use crate::stream::Writer;
 
 /// Alignment of the writes that go past the page cache, in bytes.
@@ -26,8 +29,15 @@ const DIRECT_ALIGN: usize = 4096;
 /// change its size, and so its metadata, with every write.
 const AHEAD: u64 = 64 << 20;
 
-/// Mode of everything made: an image holds all that its source held.
-const MODE: u32 = 0o600;
+/// Characters of a file's name that the name of its part file repeats: that must not become too long.
+const REPEATED: usize = 50;
+
+/// Where an output will be: looked up once, and nothing is made yet.
+#[derive(Debug)]
+pub struct Slot {
+    located: Located,
+    part: OsString,
+}
 
 /// An image being written.
 #[derive(Debug)]
@@ -47,8 +57,13 @@ enum Kind {
 struct ImageFile {
     plain: File,
     direct: Option<File>,
+    folder: Folder,
+    /// The name it will have.
+    name: OsString,
     /// The part file's name; `None` while the file has no name at all.
-    part: Option<PathBuf>,
+    part: Option<OsString>,
+    /// The name of a part file to be, should one be needed.
+    spare: OsString,
     replace: bool,
     allocated: u64,
     /// Whether the filesystem takes `fallocate`; off for good after the first refusal.
@@ -73,51 +88,12 @@ impl Output {
         }
     }
 
-    /// Begins the output at `path`. With `replace`, an existing regular file makes place when the new
-    /// one is whole, not before.
+    /// Begins the output at `path`: a [`Slot`] that is used at once.
     ///
     /// # Errors
-    /// `AlreadyExists` for an existing regular file without `replace`; `InvalidInput` for a block
-    /// device or folder; `WouldBlock` for a pipe that nobody reads yet; else what the kernel says.
+    /// As [`Slot::of`] and [`Slot::create`].
     pub fn create(path: &Path, replace: bool) -> Result<Self> {
-        let fail = |source| Error::new("cannot create", path, source);
-        // By its node: the character device of a macOS disk is one, too.
-        let is_disk = || Node::of(path).is_ok_and(|node| node.block_device().is_some());
-        match std::fs::metadata(path) {
-            Ok(existing) if existing.is_file() => {
-                if !replace {
-                    return Err(fail(io::ErrorKind::AlreadyExists.into()));
-                }
-            }
-            Ok(existing) if existing.is_dir() || is_disk() => {
-                return Err(fail(io::Error::new(
-                    io::ErrorKind::InvalidInput,
-                    "an image is written to a file or a pipe, not to a folder or a block device",
-                )));
-            }
-            Ok(_) => {
-                return Ok(Self::stream(path.to_owned(), Writer::open(path)?));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(fail(error)),
-        }
-        // A symbolic link is followed, so that it is the file behind it that is replaced.
-        let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let (plain, part) =
-            new_file(&path).map_err(|source| Error::new("cannot create", &path, source))?;
-        let direct = os::output::reopen_direct(&plain);
-        Ok(Self {
-            path,
-            kind: Kind::Image(ImageFile {
-                plain,
-                direct,
-                part,
-                replace,
-                allocated: 0,
-                can_allocate: true,
-            }),
-            written: 0,
-        })
+        Slot::of(path)?.create(replace)
     }
 
     /// Where it goes, for messages.
@@ -125,11 +101,16 @@ impl Output {
         &self.path
     }
 
-    /// The part file, if the output has a name before it is whole.
-    pub fn part_file(&self) -> Option<&Path> {
+    /// Which file the part file is, if the output has a name before it is whole.
+    ///
+    /// # Errors
+    /// What `fstat(2)` says.
+    pub fn part_file(&self) -> Result<Option<FileId>> {
         match &self.kind {
-            Kind::Image(image) => image.part.as_deref(),
-            Kind::Stream(_) => None,
+            Kind::Image(image) if image.part.is_some() => id_of(&image.plain)
+                .map(Some)
+                .map_err(|source| Error::new("cannot examine", &self.path, source)),
+            _ => Ok(None),
         }
     }
 
@@ -253,137 +234,172 @@ impl ImageFile {
         // Cuts off what was allocated ahead.
         self.plain.set_len(written)?;
         os::output::sync(&self.plain)?;
-        let part = match self.part.take() {
-            Some(part) => part,
-            None if !self.replace => {
-                link_nameless(&self.plain, path)?;
-                return sync_folder(path);
+        let (folder, name) = (&self.folder, &self.name);
+        match self.part.take() {
+            None if !self.replace => folder.link(&self.plain, name)?,
+            part => {
+                let part = match part {
+                    Some(part) => part,
+                    // linkat(2) cannot replace a file: the nameless one gets a part name, then that is
+                    // renamed.
+                    None => {
+                        folder.link(&self.plain, &self.spare)?;
+                        self.spare.clone()
+                    }
+                };
+                let named = if self.replace {
+                    folder.rename(&part, name)
+                } else {
+                    folder.rename_new(&part, name)
+                };
+                if named.is_err() {
+                    self.remove(&part);
+                }
+                named?;
             }
-            // linkat(2) cannot replace a file: the nameless one gets a part name, then that is renamed.
-            None => {
-                let part = part_name(path);
-                link_nameless(&self.plain, &part)?;
-                part
-            }
-        };
-        let named = if self.replace {
-            std::fs::rename(&part, path)
-        } else {
-            rename_new(&part, path)
-        };
-        if named.is_err() {
-            let _ = std::fs::remove_file(&part);
         }
-        named?;
-        sync_folder(path)
+        match folder.sync() {
+            // Some network filesystems cannot flush a folder.
+            Err(error) if is_not_flushable(&error) => {}
+            other => other?,
+        }
+        let now = Located::of(path).is_ok_and(|now| now.is_in(folder, name));
+        match (now, folder.path()) {
+            (true, _) => Ok(()),
+            (false, Ok(elsewhere)) => Err(io::Error::other(format!(
+                "its folder was replaced meanwhile, and the image is complete in {}",
+                elsewhere.join(name).display()
+            ))),
+            (false, Err(error)) => Err(error.source),
+        }
     }
-}
 
-impl Drop for ImageFile {
-    fn drop(&mut self) {
-        if let Some(part) = &self.part
-            && let Err(error) = std::fs::remove_file(part)
-        {
+    /// Removes a part file, unless its name is somebody else's by now.
+    fn remove(&self, part: &OsStr) {
+        let removed =
+            id_of(&self.plain).and_then(|own| self.folder.remove(part, |found| found == own));
+        if let Err(error) = removed {
             log::warn!("cannot remove {}: {error}", part.display());
         }
     }
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// A new file without a name in the folder of `path`, or else an exclusive part file.
-fn new_file(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(MODE);
-    match linux_only::open_nameless(&options, folder_of(path)) {
-        Ok(file) => Ok((file, None)),
-        // Old kernels answer EISDIR, filesystems without it EOPNOTSUPP (FAT, NFS, some FUSE).
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL | libc::ENOENT)
-            ) && folder_of(path).is_dir() =>
-        {
-            let part = part_name(path);
-            let file = options.create_new(true).open(&part)?;
-            Ok((file, Some(part)))
+impl Drop for ImageFile {
+    fn drop(&mut self) {
+        if let Some(part) = self.part.take() {
+            self.remove(&part);
         }
-        Err(error) => Err(error),
     }
 }
 
-/// The part file that an output at `path` will have from its start, if any: `.NAME.PID.part` beside
-/// it, where the filesystem has no files without a name. To be written down before it is made.
-pub fn part_file_of(path: &Path) -> Option<PathBuf> {
-    if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        return None;
-    }
-    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let mut options = OpenOptions::new();
-    options.write(true).mode(MODE);
-    match linux_only::open_nameless(&options, folder_of(&path)) {
-        Ok(_) => None,
-        Err(_) => Some(part_name(&path)),
-    }
-}
-
-/// How much of an output's name its part file has, in bytes: so it is no longer than the shortest limit of
-/// a filesystem for names (143), whatever the output is called.
-const PART_OF_NAME: usize = 100;
-
-/// `.NAME.PID.part` beside `path`; of a long name only the beginning.
-fn part_name(path: &Path) -> PathBuf {
-    let whole = path.file_name().unwrap_or(OsStr::new("image")).as_bytes();
-    let mut len = whole.len().min(PART_OF_NAME);
-    // Not in the midst of a character of UTF-8: some filesystems take no half ones.
-    while len > 1 && whole.get(len).is_some_and(|byte| byte & 0xc0 == 0x80) {
-        len -= 1;
-    }
-    let mut name = OsString::from(".");
-    name.push(OsStr::from_bytes(whole.get(..len).unwrap_or_default()));
-    name.push(format!(".{}.part", std::process::id()));
-    path.with_file_name(name)
-}
-
-fn link_nameless(file: &File, path: &Path) -> io::Result<()> {
-    use nix::fcntl::{AT_FDCWD, AtFlags};
-    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-    nix::unistd::linkat(
-        AT_FDCWD,
-        own.as_str(),
-        AT_FDCWD,
-        path,
-        AtFlags::AT_SYMLINK_FOLLOW,
-    )?;
-    Ok(())
-}
-
-/// Renames without replacing. Where the filesystem cannot promise that, a hard link can.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    match os::output::rename_new(from, to) {
-        Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
-            // Nothing of that kind here (NFS, old FAT): the check before the rename leaves a gap of
-            // microseconds, which a second writer of the same name would have to hit.
-            if to.exists() {
-                return Err(io::ErrorKind::AlreadyExists.into());
+impl Slot {
+    /// Looks up where an output would go.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a block device, a folder, and what is missing among devices; else as
+    /// [`Located::of`].
+    pub fn of(path: &Path) -> Result<Self> {
+        let located = Located::of(path)?;
+        match located.node().map(|node| node.kind) {
+            None => located.refuse_among_devices()?,
+            Some(NodeKind::Directory | NodeKind::Block(_)) => {
+                let why =
+                    "an image is written to a file or a pipe, not to a folder or a block device";
+                let source = io::Error::new(io::ErrorKind::InvalidInput, why);
+                return Err(Error::new("cannot create", path, source));
             }
-            std::fs::rename(from, to)
+            Some(_) => {}
         }
-        other => Ok(other?),
+        let part = part_name(located.name());
+        Ok(Self { located, part })
+    }
+
+    /// Whether a regular file is there, which would be replaced.
+    pub fn exists(&self) -> bool {
+        let node = self.located.node();
+        node.is_some_and(|node| node.kind == NodeKind::Regular)
+    }
+
+    /// The bytes that are there.
+    ///
+    /// # Errors
+    /// As [`Extents::of_node`].
+    pub fn extents(&self) -> Result<Extents> {
+        let node = self.located.node();
+        node.map_or(Ok(Extents::default()), Extents::of_node)
+    }
+
+    /// The folder it is in.
+    pub fn folder(&self) -> &Folder {
+        self.located.folder()
+    }
+
+    /// The name of the part file that the output will have from its start, if any: beside it, where the
+    /// filesystem has no files without a name. To be written down before it is made. Nobody can guess it.
+    pub fn part_file(&self) -> Option<&OsStr> {
+        let is_stream = !self.exists() && self.located.node().is_some();
+        let needs_one = !is_stream && self.folder().create_nameless().is_err();
+        needs_one.then_some(&self.part)
+    }
+
+    /// Begins the output. With `replace`, an existing regular file makes place when the new one is whole,
+    /// not before.
+    ///
+    /// # Errors
+    /// `AlreadyExists` for an existing regular file without `replace`; `WouldBlock` for a pipe that nobody
+    /// reads yet; else what the kernel says.
+    pub fn create(&self, replace: bool) -> Result<Output> {
+        let path = self.located.path();
+        let fail = |source| Error::new("cannot create", path, source);
+        if self.exists() && !replace {
+            return Err(fail(io::ErrorKind::AlreadyExists.into()));
+        }
+        if !self.exists() && self.located.node().is_some() {
+            return Ok(Output::stream(path.to_owned(), Writer::at(&self.located)?));
+        }
+        let (plain, part) = self.new_file().map_err(fail)?;
+        let image = ImageFile {
+            direct: os::output::reopen_direct(&plain),
+            plain,
+            folder: self.folder().try_clone().map_err(fail)?,
+            name: self.located.name().to_owned(),
+            part,
+            spare: self.part.clone(),
+            replace,
+            allocated: 0,
+            can_allocate: true,
+        };
+        Ok(Output {
+            path: path.to_owned(),
+            kind: Kind::Image(image),
+            written: 0,
+        })
+    }
+
+    /// A new file without a name, or else an exclusive part file.
+    fn new_file(&self) -> io::Result<(File, Option<OsString>)> {
+        match self.folder().create_nameless() {
+            Ok(file) => Ok((file, None)),
+            // Old kernels answer EISDIR, filesystems without it EOPNOTSUPP (FAT, NFS, some FUSE).
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL | libc::ENOENT)
+                ) =>
+            {
+                let file = self.folder().create(&self.part)?;
+                Ok((file, Some(self.part.clone())))
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
-fn sync_folder(path: &Path) -> io::Result<()> {
-    match File::open(folder_of(path))?.sync_all() {
-        // Some network filesystems cannot flush a folder.
-        Err(error) if is_not_flushable(&error) => Ok(()),
-        other => other,
-    }
+/// `.NAME.RANDOM.part`: by a name that can be foreseen, somebody else's file could be taken for ours.
+fn part_name(name: &OsStr) -> OsString {
+    let name: String = name.to_string_lossy().chars().take(REPEATED).collect();
+    let random = RandomState::new().build_hasher().finish();
+    format!(".{name}.{random:016x}.part").into()
 }
 
 fn is_not_flushable(error: &io::Error) -> bool {
@@ -438,14 +454,48 @@ mod tests {
     }
 
     #[test]
-    fn a_part_file_is_exclusive_and_goes_when_dropped() {
+    fn a_part_file_replaces_nobody_and_is_removed_only_while_it_is_ours() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let part = part_name(&path);
-        std::fs::write(&part, "x").unwrap();
+        let slot = Slot::of(&path).unwrap();
+        let folder = slot.folder();
+        let file = folder.create(&slot.part).unwrap();
         std::fs::write(&path, "taken").unwrap();
-        assert!(rename_new(&part, &path).is_err());
+        assert!(folder.rename_new(&slot.part, OsStr::new("image")).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"taken");
+        let part = dir.path().join(&slot.part);
+        std::fs::remove_file(&part).unwrap();
+        std::fs::write(&part, "somebody else's").unwrap();
+        let own = id_of(&file).unwrap();
+        assert!(!folder.remove(&slot.part, |found| found == own).unwrap());
+        assert!(part.exists());
+    }
+
+    /// Also where there are no files without a name.
+    #[test]
+    fn the_image_goes_to_the_folder_that_was_looked_up() {
+        for (has_name, replace) in [(false, false), (false, true), (true, false), (true, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let [folder, moved, other] = ["folder", "moved", "other"].map(|n| dir.path().join(n));
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::create_dir(&other).unwrap();
+            let path = folder.join("image");
+            let slot = Slot::of(&path).unwrap();
+            let mut output = slot.create(replace).unwrap();
+            if let (Kind::Image(image), true) = (&mut output.kind, has_name) {
+                image.plain = slot.folder().create(&slot.part).unwrap();
+                image.direct = None;
+                image.part = Some(slot.part.clone());
+            }
+            output.append_within(b"x", SOON).unwrap();
+            std::fs::rename(&folder, &moved).unwrap();
+            std::os::unix::fs::symlink(&other, &folder).unwrap();
+            let error = output.publish().unwrap_err().to_string();
+            assert!(error.contains("moved/image"), "{error}");
+            assert_eq!(std::fs::read(moved.join("image")).unwrap(), b"x");
+            assert_eq!(std::fs::read_dir(&moved).unwrap().count(), 1);
+            assert_eq!(std::fs::read_dir(&other).unwrap().count(), 0);
+        }
     }
 
     #[test]

@@ -140,6 +140,36 @@ struct Stripe {
     column: u64,
 }
 
+/// A part of a device, in bytes, and where it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Its first byte on the device.
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// The lower device, and the first byte on it.
+    pub(crate) lower: DeviceNumber,
+    pub(crate) lower_start: u64,
+    /// Whether byte follows byte there; else it is spread over the lower bytes somehow.
+    pub(crate) is_exact: bool,
+}
+
+/// The parts that a device is built of; `None` if it does not say, or is built of nothing.
+pub(crate) fn parts_of(number: DeviceNumber) -> Option<Vec<Part>> {
+    let pieces = match seen::look(number).ok()?.makeup {
+        Makeup::Leaf => return None,
+        Makeup::Joined(pieces) | Makeup::Mirrored(pieces) => pieces,
+    };
+    let bytes = |sectors: u64| sectors.saturating_mul(512);
+    let part = |piece: Piece| Part {
+        start: bytes(piece.start),
+        len: bytes(piece.sectors),
+        lower: piece.lower,
+        lower_start: bytes(piece.lower_start),
+        is_exact: piece.stripe.is_none(),
+    };
+    Some(pieces.into_iter().map(part).collect())
+}
+
 /// How a device is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Makeup {

@@ -14,6 +14,8 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Context, Error, Result};
+use crate::located::Located;
+use crate::node::Kind;
 
 /// Bytes that a pipe or socket with any room at all takes at once (`PIPE_BUF`, pipe(7)).
 const ANY_ROOM: usize = libc::PIPE_BUF;
@@ -143,19 +145,26 @@ impl Writer {
     /// # Errors
     /// `WouldBlock` for a pipe that nobody reads (yet); else what `open(2)` says.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::at(&Located::of(path)?)
+    }
+
+    /// The same for what was looked up before.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn at(located: &Located) -> Result<Self> {
+        let path = located.path();
         let mut options = OpenOptions::new();
         options.write(true);
-        if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+        if located.node().is_some_and(|node| node.kind == Kind::Fifo) {
             options.custom_flags(libc::O_NONBLOCK);
         }
-        let file = options
-            .open(path)
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::ENXIO) => io::ErrorKind::WouldBlock.into(),
-                _ => error,
-            });
+        let file = located.open(&options).map_err(|error| match error.errno() {
+            Some(libc::ENXIO) => Error::new("cannot open", path, io::ErrorKind::WouldBlock),
+            _ => error,
+        });
         Ok(Self {
-            file: file.context("cannot open", path)?,
+            file: file?,
             path: path.to_owned(),
             turn: usize::MAX,
         })

@@ -126,6 +126,7 @@ struct Child<'a> {
     entries: [Entry; ENTRIES],
     hook: Option<&'a Prepared>,
     hook_owed: bool,
+    hook_ran: bool,
     undo: &'a mut [PreparedUndo],
     undo_owed: [bool; UNDOS],
     done: Counts,
@@ -156,6 +157,7 @@ pub(super) fn run(
         }; ENTRIES],
         hook,
         hook_owed: false,
+        hook_ran: false,
         undo,
         undo_owed: [false; UNDOS],
         done: Counts::default(),
@@ -263,6 +265,8 @@ impl Child<'_> {
             }
             Ask::Owe => {
                 self.hook_owed = true;
+                // Owed again after it ran: it runs again.
+                self.hook_ran = false;
                 Ok(0)
             }
             Ask::Hook => {
@@ -359,12 +363,13 @@ impl Child<'_> {
         }
     }
 
-    /// Runs the hook to its end or deadline, unless it ran already.
+    /// Runs the hook to its end or deadline, unless it ran already since it was owed.
     fn run_hook(&mut self) {
-        let Some(hook) = self.hook.take() else {
+        let Some(hook) = self.hook.filter(|_| !self.hook_ran) else {
             return;
         };
         self.hook_owed = false;
+        self.hook_ran = true;
         (self.done.hook, self.done.hook_value) = self.run(hook, WhenLate::Kill);
     }
 

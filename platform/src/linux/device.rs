@@ -3,11 +3,12 @@
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::linux_only;
 use crate::device::Geometry;
+use crate::node::{BlockDevice, DeviceNumber, read_number};
 
 mod ioctl {
     nix::ioctl_read!(blkgetsize64, 0x12, 114, libc::size_t);
@@ -33,9 +34,11 @@ pub(crate) fn is_device(kind: FileType) -> bool {
     kind.is_block_device()
 }
 
-/// The same once more with `O_DIRECT`, where that is granted.
-pub(crate) fn open_direct(_: &File, path: &Path, options: &mut OpenOptions) -> Option<File> {
-    options.custom_flags(libc::O_DIRECT).open(path).ok()
+/// The same once more with `O_DIRECT`, where that is granted: by the descriptor, for the name may lead
+/// elsewhere by now.
+pub(crate) fn open_direct(plain: &File, _: &Path, options: &mut OpenOptions) -> Option<File> {
+    let own = super::located::node_of(plain);
+    options.custom_flags(libc::O_DIRECT).open(own).ok()
 }
 
 /// Writes what is not aligned: buffered.
@@ -109,6 +112,16 @@ pub(crate) fn discard(file: &File, range: [u64; 2]) -> io::Result<()> {
     // SAFETY: the request reads two u64: start and length in bytes.
     unsafe { ioctl::blkdiscard(file.as_raw_fd(), &raw const range) }?;
     Ok(())
+}
+
+/// Whether the device takes discards (Documentation/ABI/stable/sysfs-block). One that does not say may.
+pub(crate) fn can_discard(file: &File) -> bool {
+    let most = || {
+        let number = DeviceNumber::from_raw(file.metadata().ok()?.rdev());
+        let folder = BlockDevice::of(number).ok()?.disk_sysfs().to_owned();
+        read_number::<u64>(&folder.join("queue/discard_max_bytes")).ok()
+    };
+    most().is_none_or(|most| most > 0)
 }
 
 /// Writes zeros to `[start, length]`, both in bytes.

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,8 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::device::{Access, Disk};
 use crate::error::{Context, Error, Result};
 use crate::exclusive::LeaseAnswer;
+use crate::located::Located;
+use crate::node::DeviceNumber;
 
 /// `F_SETSIG` of include/uapi/asm-generic/fcntl.h: which signal tells of a broken lease.
 const F_SETSIG: libc::c_int = 10;
@@ -51,6 +53,30 @@ impl Claim {
     pub fn open(path: &Path, access: Access) -> Result<(Self, Disk)> {
         let claim = Self::new(path)?;
         Ok((claim, Disk::open(path, access)?))
+    }
+}
+
+impl Claim {
+    /// Claims the block device that was looked up, and opens it for reading or writing, too.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn at(located: &Located, access: Access) -> Result<(Self, Disk)> {
+        let mut options = OpenOptions::new();
+        let file = located.open(
+            options
+                .read(true)
+                .custom_flags(libc::O_EXCL | libc::O_CLOEXEC),
+        )?;
+        Ok((Self { file }, Disk::at(located, access)?))
+    }
+
+    /// Which device is claimed.
+    ///
+    /// # Errors
+    /// What `fstat(2)` says.
+    pub fn device(&self) -> io::Result<DeviceNumber> {
+        Ok(DeviceNumber::from_raw(self.file.metadata()?.rdev()))
     }
 }
 
@@ -159,6 +185,38 @@ impl Lease {
             )),
             _ => Ok(false),
         }
+    }
+}
+
+/// Whether nobody but us has a file open, in whatever namespace or kernel (a write lease, fcntl(2),
+/// `F_WRLCK`, which is given back at once); `file` is all that we have open of it. `None` where there are no
+/// leases.
+///
+/// # Errors
+/// If the kernel does not answer.
+pub fn is_open_here_alone(file: &File) -> io::Result<Option<bool>> {
+    if is_remote(file)? {
+        return Ok(None);
+    }
+    let fd = file.as_raw_fd();
+    // Whoever opens it in this moment breaks the lease: see [`Lease::ask`].
+    // SAFETY: plain fcntl on an open descriptor with an integer argument.
+    if unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    if unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_WRLCK) } == 0 {
+        // SAFETY: as above.
+        unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) };
+        return Ok(Some(true));
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Ok(Some(false)),
+        Some(libc::EINVAL | libc::EACCES | libc::EPERM | libc::EOPNOTSUPP | libc::ENOLCK) => {
+            Ok(None)
+        }
+        _ => Err(error),
     }
 }
 

@@ -26,6 +26,29 @@ pub(crate) fn of_file(file: FileId, ignore: &[i32]) -> Result<Users> {
     target.search(ignore)
 }
 
+/// See [`crate::in_use::is_open_elsewhere`].
+pub(crate) fn is_open_elsewhere(file: FileId) -> Result<bool> {
+    let mut target = Target::default();
+    target.files.insert(file);
+    let proc = Path::new("/proc");
+    for entry in std::fs::read_dir(proc).context("cannot read", proc)? {
+        let name = entry.context("cannot read", proc)?.file_name();
+        let pid = name.to_str().and_then(|name| name.parse::<u32>().ok());
+        if pid.is_none_or(|pid| pid == std::process::id()) {
+            continue;
+        }
+        for folder in ["fd", "map_files"] {
+            // Ended meanwhile, or hidden: then it is no explanation.
+            let open = std::fs::read_dir(proc.join(&name).join(folder));
+            let mut links = open.into_iter().flatten().flatten();
+            if links.any(|link| target.leads_here(&link.path()).unwrap_or(false)) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// See [`crate::in_use::swaps`].
 pub(crate) fn swaps() -> Result<Vec<Swap>> {
     let list = Path::new("/proc/swaps");

@@ -59,7 +59,8 @@ pub(crate) fn place_of(path: &Path) -> Result<Place> {
     place_of_open(&file, path)
 }
 
-fn place_of_open(file: &File, path: &Path) -> Result<Place> {
+/// See [`Place::of_open`].
+pub(crate) fn place_of_open(file: &File, path: &Path) -> Result<Place> {
     let fd = file.as_raw_fd();
     let info_path = format!("/proc/self/fdinfo/{fd}");
     let info = std::fs::read_to_string(&info_path).context("cannot read", &info_path)?;

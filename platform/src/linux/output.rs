@@ -1,12 +1,12 @@
 //! What an image file is written with.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
-use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
+use nix::fcntl::{FallocateFlags, RenameFlags, fallocate, renameat2};
 
 /// Asks for space without changing the size.
 pub(crate) fn allocate(file: &File, from: i64, len: i64) -> nix::Result<()> {
@@ -27,7 +27,7 @@ pub(crate) fn reopen_direct(file: &File) -> Option<File> {
         .ok()
 }
 
-/// Renames without replacing. EINVAL or ENOSYS: the filesystem cannot promise that.
-pub(crate) fn rename_new(from: &Path, to: &Path) -> nix::Result<()> {
-    renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)
+/// Renames within a folder without replacing. EINVAL or ENOSYS: the filesystem cannot promise that.
+pub(crate) fn rename_new(folder: &File, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    renameat2(folder, from, folder, to, RenameFlags::RENAME_NOREPLACE)
 }

@@ -6,7 +6,7 @@
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -55,6 +55,11 @@ pub(crate) fn open_direct(plain: &File, path: &Path, options: &mut OpenOptions) 
         return plain.try_clone().ok();
     }
     let direct = options.custom_flags(0).open(path).ok()?;
+    let is_same = |one: &File, other: &File| {
+        let [one, other] = [one.metadata().ok()?, other.metadata().ok()?];
+        (one.dev() == other.dev() && one.ino() == other.ino()).then_some(())
+    };
+    is_same(plain, &direct)?;
     output::pass_cache(&direct).ok()?;
     Some(direct)
 }
@@ -123,6 +128,11 @@ pub(crate) fn discard(file: &File, range: [u64; 2]) -> io::Result<()> {
     // in bytes (`dk_extent_t`); both outlive the call.
     unsafe { ioctl::dkiocunmap(file.as_raw_fd(), &raw const request) }?;
     Ok(())
+}
+
+/// Nothing tells whether a device takes discards.
+pub(crate) fn can_discard(_: &File) -> bool {
+    true
 }
 
 /// No device can be told to write zeros by itself.

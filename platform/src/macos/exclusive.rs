@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,6 +14,8 @@ use super::device::{node_to_open, open_direct};
 use crate::device::{self, Access, Disk};
 use crate::error::{Context, Result};
 use crate::exclusive::LeaseAnswer;
+use crate::located::Located;
+use crate::node::DeviceNumber;
 
 /// An exclusive claim on a disk or a part of one (`O_EXLOCK`), held until dropped.
 ///
@@ -72,6 +74,32 @@ fn open_exclusively(path: &Path, access: Access) -> Result<File> {
             _ => error,
         })
         .context("cannot claim", path)
+}
+
+impl Claim {
+    /// Claims the device that was looked up, and opens it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn at(located: &Located, access: Access) -> Result<(Self, Disk)> {
+        Self::open(located.path(), access)
+    }
+
+    /// Which device is claimed.
+    ///
+    /// # Errors
+    /// What `fstat(2)` says.
+    pub fn device(&self) -> io::Result<DeviceNumber> {
+        Ok(DeviceNumber::from_raw(self.file.metadata()?.rdev()))
+    }
+}
+
+/// Whether nobody but us has a file open: nothing tells.
+///
+/// # Errors
+/// None.
+pub fn is_open_here_alone(_: &File) -> io::Result<Option<bool>> {
+    Ok(None)
 }
 
 impl AsFd for Claim {

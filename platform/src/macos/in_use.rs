@@ -47,6 +47,11 @@ pub(crate) fn of_file(file: FileId, ignore: &[i32]) -> Result<Users> {
     processes::writers(ignore, &|open| open.device.is_none() && open.file == file)
 }
 
+/// See [`crate::in_use::is_open_elsewhere`]: only who writes is told.
+pub(crate) fn is_open_elsewhere(file: FileId) -> Result<bool> {
+    Ok(!of_file(file, &[])?.users.is_empty())
+}
+
 /// See [`crate::in_use::swaps`].
 pub(crate) fn swaps() -> Result<Vec<Swap>> {
     Ok(Vec::new())

@@ -1,6 +1,7 @@
 //! What is mounted, by getfsstat(2) and statfs(2).
 
 use std::ffi::{CStr, CString, OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -73,6 +74,11 @@ pub(crate) fn place_of(path: &Path) -> Result<Place> {
         mount,
         path: resolved,
     })
+}
+
+/// See [`Place::of_open`].
+pub(crate) fn place_of_open(file: &File, path: &Path) -> Result<Place> {
+    place_of(&super::located::path_of(file).context("cannot find the mount of", path)?)
 }
 
 fn mount(found: &libc::statfs) -> Mount {

@@ -1,11 +1,10 @@
 //! What an image file is written with.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -44,16 +43,16 @@ pub(super) fn pass_cache(file: &File) -> nix::Result<()> {
     Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, 1) }).map(drop)
 }
 
-/// Renames without replacing. ENOSYS: the filesystem cannot promise that.
-pub(crate) fn rename_new(from: &Path, to: &Path) -> nix::Result<()> {
-    let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL);
+/// Renames within a folder without replacing. ENOSYS: the filesystem cannot promise that.
+pub(crate) fn rename_new(folder: &File, from: &OsStr, to: &OsStr) -> nix::Result<()> {
+    let name = |name: &OsStr| CString::new(name.as_bytes()).map_err(|_| Errno::EINVAL);
     let (from, to) = (name(from)?, name(to)?);
     // SAFETY: two terminated strings that outlive the call.
     let renamed = unsafe {
         libc::renameatx_np(
-            libc::AT_FDCWD,
+            folder.as_raw_fd(),
             from.as_ptr(),
-            libc::AT_FDCWD,
+            folder.as_raw_fd(),
             to.as_ptr(),
             libc::RENAME_EXCL,
         )

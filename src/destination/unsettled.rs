@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::exclusive::Claim;
 use holdstill_platform::loop_device::LoopDevice;
+use holdstill_platform::node::{BlockDevice, Node};
 
-use super::Target;
+use super::{Hold, Target};
 use crate::error::{Error, Kind, Result};
 use crate::fs::btrfs::renew::{self, Identity};
 
@@ -69,15 +70,19 @@ impl Unsettled {
     /// # Errors
     /// If there is no loop device for a file.
     pub(crate) fn lend(&mut self) -> Result<Mountable> {
-        let path = self.path.clone();
         let target = self.target()?;
-        match &mut target.claimed {
-            Some(claimed) => {
+        match &mut target.hold {
+            Hold::Device(claimed) => {
                 claimed.claim = None;
-                target.disk = Disk::open(&path, Access::Read)?;
-                Ok(Mountable::Itself(path))
+                target.disk = Disk::at(&target.located, Access::Read)?;
+                // By the kernel's own name, in a folder where nobody else changes names.
+                let node = target.located.node().and_then(Node::block_device);
+                let gone = || Error::new(Kind::Failed, "the target is not a device any more");
+                Ok(Mountable::Itself(
+                    BlockDevice::of(node.ok_or_else(gone)?)?.path(),
+                ))
             }
-            None => Ok(Mountable::Loop(LoopDevice::attach(&*target)?)),
+            _ => Ok(Mountable::Loop(LoopDevice::attach(&*target)?)),
         }
     }
 
@@ -89,12 +94,12 @@ impl Unsettled {
         let path = self.path.clone();
         drop(lent);
         let target = self.target()?;
-        let Some(claimed) = &mut target.claimed else {
+        let Hold::Device(claimed) = &mut target.hold else {
             return Ok(());
         };
         let begun = Instant::now();
         loop {
-            match Claim::open(&path, Access::ReadWrite) {
+            match Claim::at(&target.located, Access::ReadWrite) {
                 Ok((claim, disk)) => {
                     claimed.claim = Some(claim);
                     target.disk = disk;
@@ -142,9 +147,9 @@ impl Drop for Unsettled {
         let Some(target) = &mut self.target else {
             return;
         };
-        let is_lent = matches!(&target.claimed, Some(claimed) if claimed.claim.is_none());
+        let is_lent = matches!(&target.hold, Hold::Device(claimed) if claimed.claim.is_none());
         let opened = match is_lent {
-            true => Disk::open(&self.path, Access::ReadWrite).map(|disk| target.disk = disk),
+            true => Disk::at(&target.located, Access::ReadWrite).map(|disk| target.disk = disk),
             false => Ok(()),
         };
         let cleared = opened

@@ -6,28 +6,28 @@
 //! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
 //! nothing that a system would mount, neither the new volume nor the one that was there.
 
+pub(crate) mod apart;
+mod candidate;
 mod unsettled;
 
-use std::fs::OpenOptions;
-use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use holdstill_platform::device::{Access, Disk};
+use holdstill_platform::device::Disk;
 use holdstill_platform::exclusive::{Claim, DiskLock};
-use holdstill_platform::in_use::{self, User, Users};
-use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
+use holdstill_platform::located::Located;
+use holdstill_platform::loop_claims::LoopClaims;
 
 use crate::compare::Comparison;
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::image::format::BLOCK;
 use crate::read_at::{ReadAt, check_range};
 use crate::units::{ByteLen, Offset};
 
+pub(crate) use candidate::refusal;
+pub use candidate::{Candidate, Taken};
 pub(crate) use unsettled::Unsettled;
 
 /// What is held back of the start until the end.
@@ -38,120 +38,16 @@ const HEAD: ByteLen = ByteLen::mib(1);
 /// cleared.
 const TAIL: ByteLen = ByteLen::mib(1);
 
-/// How long udev may keep a disk locked.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
-
-/// What a target was found to be, before anything is changed.
+/// How a target is kept from others while it is written.
 #[derive(Debug)]
-pub struct Candidate {
-    path: PathBuf,
-    /// `None` if it does not exist yet.
-    existing: Option<NodeKind>,
-    size: ByteLen,
-}
-
-impl Candidate {
-    /// Examines a target for a volume of `size` bytes. Changes nothing.
-    ///
-    /// # Errors
-    /// [`Kind::InUse`] if it is mounted, held, open for writing or read-only; [`Kind::TooSmall`];
-    /// [`Kind::Usage`] if it is neither a device nor a file.
-    pub fn examine(path: &Path, size: ByteLen) -> Result<Self> {
-        let node = match Node::of(path) {
-            Ok(node) => node,
-            Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self {
-                    path: path.to_owned(),
-                    existing: None,
-                    size,
-                });
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let user = match node.kind {
-            NodeKind::Block(_) => first_user(in_use::of_device(&BlockDevice::at(path)?, &[])?),
-            NodeKind::Regular => user_of_file(node.id)?,
-            _ => {
-                return Err(
-                    Error::new(Kind::Usage, "a target is a block device or a file").on(path),
-                );
-            }
-        };
-        if let Some(user) = user {
-            return Err(
-                Error::new(Kind::InUse, format!("the target is in use: {user}"))
-                    .on(path)
-                    .hint("unmount it, or let go of it, and try again"),
-            );
-        }
-        let geometry = Disk::open(path, Access::Read)?.geometry();
-        if geometry.read_only {
-            return Err(Error::new(Kind::InUse, "the target is read-only").on(path));
-        }
-        let room = ByteLen(geometry.size);
-        if room < size {
-            let what = format!(
-                "the target is too small: {room} ({} bytes), needed are {size} ({} bytes)",
-                room.0, size.0
-            );
-            return Err(Error::new(Kind::TooSmall, what).on(path));
-        }
-        Ok(Self {
-            path: path.to_owned(),
-            existing: Some(node.kind),
-            size,
-        })
-    }
-
-    /// Whether something is there that would be overwritten.
-    pub fn exists(&self) -> bool {
-        self.existing.is_some()
-    }
-
-    /// Takes the target: opens or creates it, and removes every signature.
-    ///
-    /// # Errors
-    /// If it cannot be opened for writing, or somebody took it first.
-    pub fn open(self, discard: bool) -> Result<Target> {
-        if self.existing.is_none() {
-            let file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&self.path);
-            let file = file.context("cannot create", &self.path)?;
-            if let Err(error) = file.set_len(self.size.0) {
-                remove(&self.path);
-                return Err(error).context("cannot size", &self.path);
-            }
-        }
-        let (claimed, disk) = match self.existing {
-            Some(NodeKind::Block(_)) => {
-                let (claimed, disk) = Claimed::open(&self.path)?;
-                (Some(claimed), disk)
-            }
-            _ => (None, Disk::open(&self.path, Access::ReadWrite)?),
-        };
-        let end = Offset(self.size.0);
-        let head_end = Offset(HEAD.min(self.size).0);
-        let tail_start = Offset(end.0.saturating_sub(TAIL.0))
-            .align_down(BLOCK)
-            .max(head_end);
-        let target = Target {
-            disk,
-            claimed,
-            size: self.size,
-            is_new: self.existing.is_none(),
-            is_done: false,
-            tail: Held::new(Extent::between(tail_start, end)),
-            head: Held::new(Extent::between(Offset::ZERO, head_end)),
-        };
-        if discard {
-            target.disk.discard_all()?;
-        }
-        target.clear_signatures()?;
-        Ok(target)
-    }
+enum Hold {
+    /// It was made by us.
+    New,
+    Device(Claimed),
+    /// With the loop devices that show it.
+    File {
+        _loops: LoopClaims,
+    },
 }
 
 /// A block device that is ours while it is written: nobody can mount it or build on it, and udev and
@@ -160,44 +56,7 @@ impl Candidate {
 struct Claimed {
     /// `None` while its filesystem is mounted by us.
     claim: Option<Claim>,
-    _lock: DiskLock,
-}
-
-impl Claimed {
-    fn open(path: &Path) -> Result<(Self, Disk)> {
-        let taken = |error: holdstill_platform::error::Error| match error.source.kind() {
-            ErrorKind::ResourceBusy | ErrorKind::WouldBlock => {
-                Error::new(Kind::InUse, "somebody took the target meanwhile").on(path)
-            }
-            _ => error.into(),
-        };
-        let disk = BlockDevice::of(BlockDevice::at(path)?.disk)?.path();
-        let (claim, opened) = Claim::open(path, Access::ReadWrite).map_err(taken)?;
-        let claimed = Self {
-            claim: Some(claim),
-            _lock: DiskLock::new(&disk, LOCK_PATIENCE).map_err(taken)?,
-        };
-        Ok((claimed, opened))
-    }
-}
-
-fn first_user(found: Users) -> Option<String> {
-    found.users.first().map(User::to_string)
-}
-
-/// Who uses a file. A loop device over it that nobody uses itself is no user: the kernel keeps
-/// nothing of the file in its cache then.
-fn user_of_file(file: FileId) -> Result<Option<String>> {
-    for user in in_use::of_file(file, &[])?.users {
-        let User::Loop { device, name, .. } = &user else {
-            return Ok(Some(user.to_string()));
-        };
-        let users_of_loop = in_use::of_device(&BlockDevice::of(*device)?, &[])?;
-        if let Some(user) = first_user(users_of_loop) {
-            return Ok(Some(format!("through loop device {name}: {user}")));
-        }
-    }
-    Ok(None)
+    _lock: Arc<DiskLock>,
 }
 
 /// A target being written. Dropped before [`finish`](Self::finish), it holds no signature; if it is a
@@ -205,10 +64,10 @@ fn user_of_file(file: FileId) -> Result<Option<String>> {
 #[derive(Debug)]
 pub struct Target {
     disk: Disk,
-    /// `Some` for a block device.
-    claimed: Option<Claimed>,
+    hold: Hold,
+    /// By which it is opened again, never by its name.
+    located: Located,
     size: ByteLen,
-    is_new: bool,
     is_done: bool,
     tail: Held,
     head: Held,
@@ -246,6 +105,23 @@ impl Held {
 }
 
 impl Target {
+    fn new(disk: Disk, hold: Hold, located: Located, size: ByteLen) -> Self {
+        let end = Offset(size.0);
+        let head_end = Offset(HEAD.min(size).0);
+        let tail_start = Offset(end.0.saturating_sub(TAIL.0))
+            .align_down(BLOCK)
+            .max(head_end);
+        Self {
+            disk,
+            hold,
+            located,
+            size,
+            is_done: false,
+            tail: Held::new(Extent::between(tail_start, end)),
+            head: Held::new(Extent::between(Offset::ZERO, head_end)),
+        }
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.disk.path()
@@ -344,7 +220,8 @@ impl Target {
     /// It is whole.
     fn let_go(mut self) {
         self.is_done = true;
-        if self.claimed.take().is_some() {
+        if matches!(self.hold, Hold::Device(_)) {
+            self.hold = Hold::New;
             // A whole disk may have a partition table now. A partition cannot be asked, and a disk
             // without one says no: neither matters.
             if let Err(error) = self.disk.reread_table() {
@@ -414,14 +291,17 @@ impl AsFd for Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if self.is_new && !self.is_done {
-            remove(self.disk.path());
+        if self.is_done || self.located.node().is_some() {
+            return;
         }
-    }
-}
-
-fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path) {
-        log::warn!("cannot remove {}: {error}", path.display());
+        // Made by us, unless somebody has put another one in its place.
+        let own = self.disk.file_id();
+        let removed = own.and_then(|own| {
+            let (folder, name) = (self.located.folder(), self.located.name());
+            folder.remove(name, |found| found == own)
+        });
+        if let Err(error) = removed {
+            log::warn!("cannot remove {}: {error}", self.path().display());
+        }
     }
 }
