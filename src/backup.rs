@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use holdstill_platform::device::Geometry;
 use holdstill_platform::guard::LeftoverKind;
+use holdstill_platform::identity;
 use holdstill_platform::output::{Output, part_file_of};
 use holdstill_platform::zfs::Reach;
 use serde::Serialize;
@@ -459,10 +460,16 @@ fn manifest(
             group: uuid.clone().filter(|_| !plan.siblings.is_empty()),
             subvolume: plan.source.subvolume.clone(),
             uuid,
+            mount_point: source
+                .mount
+                .as_ref()
+                .map(|mount| mount.point.display().to_string()),
             size: geometry.size,
             logical_sector: geometry.logical_sector,
             physical_sector: geometry.physical_sector,
-            smallest_target: geometry.size,
+            smallest_target: survey.needs.smallest.0.min(geometry.size),
+            largest_target: survey.needs.largest.map(|bytes| bytes.0),
+            sector_size: survey.needs.sector,
             blocks: survey.blocks,
             used_bytes: survey.bytes.0,
         }
@@ -472,6 +479,8 @@ fn manifest(
         created: jiff::Timestamp::now().to_string(),
         run_id: options.run_id.clone(),
         compress: options.compression.to_string(),
+        host: identity::host(),
+        machine_id: identity::machine_id(),
         parent: None,
         volumes: volumes.collect(),
         streams,

@@ -11,8 +11,9 @@ use uuid::Uuid;
 use crate::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
+use crate::fit::Fit;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
-use crate::fs;
+use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
 use crate::pipeline::Bounds;
@@ -49,6 +50,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Write a copy that could not be used on the target.
+    pub allow_unusable: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
     /// Give the copy a UUID of its own.
@@ -122,16 +125,11 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         // What is not wanted is removed by the kernel.
         Filesystem::can_mount()?;
     }
-    let size = ByteLen(plan.geometries()?[0].size);
-    let candidate = Candidate::examine(&options.target, size)?;
+    let fit = fit(&plan)?;
+    let candidate = Candidate::examine(&options.target, &fit, options.allow_unusable)?;
     if options.new_ids {
-        let found = match plan.step {
-            // Its node cannot be read.
-            Step::Apfs => Some(fs::Kind::Apfs),
-            _ => fs::probe(&Disk::open(&plan.source.path, Access::Read)?)?.map(|info| info.kind),
-        };
-        let fs = found.map(fs::Kind::name);
-        new_ids::refuse_others(fs, "the source").map_err(|error| error.on(&plan.source.path))?;
+        new_ids::refuse_others(fit.fs(), "the source")
+            .map_err(|error| error.on(&plan.source.path))?;
     } else if !options.allow_twin
         && plan.step != Step::Apfs
         && let Some(member) = whole::member(&plan.source)?
@@ -139,6 +137,20 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         twin::refuse(member.fsid, &options.target, &[&options.target])?;
     }
     Ok((plan, candidate))
+}
+
+/// What the source needs of its target.
+fn fit(plan: &Plan) -> Result<Fit> {
+    let geometry = plan.geometries()?[0];
+    if plan.step == Step::Apfs {
+        // Its node cannot be read.
+        let needs = Needs::unknown(ByteLen(geometry.size));
+        return Ok(Fit::of_source(&geometry, Some(fs::Kind::Apfs), needs));
+    }
+    let disk = Disk::open(&plan.source.path, Access::Read)?;
+    let kind = fs::probe(&disk)?.map(|info| info.kind);
+    let needs = Needs::of(&disk, geometry.logical_sector);
+    Ok(Fit::of_source(&geometry, kind, needs))
 }
 
 /// Clones a source.
@@ -168,6 +180,7 @@ pub fn run(
         &sources,
         Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
+    let warning = fit(&plan)?.warning(&options.target, candidate.room());
     let target = candidate.open(options.discard)?;
     let context = Context {
         run: &run,
@@ -186,6 +199,7 @@ pub fn run(
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
     let mut warnings = survey.warnings.clone();
+    warnings.extend(warning);
     if !options.new_ids
         && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
     {
@@ -211,6 +225,10 @@ pub fn run(
         commit,
     } = still.finish(progress)?;
     progress.check()?;
+    for cleared in target.cleared() {
+        progress.warn(&cleared);
+        warnings.push(cleared);
+    }
     if let Some(wanted) = &plan.source.subvolume {
         subvolume::finish(vec![target], wanted, new_uuid, options.verify, progress)?;
     } else {

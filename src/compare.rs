@@ -85,6 +85,19 @@ impl Comparison {
         Ok(())
     }
 
+    /// What is past the end of a device that is shorter than the volume has to be zeros.
+    fn check_behind(&self, extent: Extent, bytes: &[u8]) -> Result<()> {
+        let room = ReadAt::len(&self.disk).0;
+        let fitting = room.saturating_sub(extent.start.0).min(extent.len.0) as usize;
+        match is_zero(&bytes[fitting..]) {
+            true => Ok(()),
+            false => Err(self.mismatch(&ExtentSet::from_iter([Extent::between(
+                Offset(room.max(extent.start.0)),
+                extent.end(),
+            )]))),
+        }
+    }
+
     fn note(&self, block: Extent, differs: bool) -> Result<()> {
         let mut set = self.differing();
         if differs {
@@ -157,6 +170,7 @@ impl Receive for Comparison {
             return Ok(());
         }
         let extent = Extent::new(offset.0, bytes.len() as u64);
+        self.check_behind(extent, bytes)?;
         self.compare(extent, |at, block| bytes[at..at + block.len()] == *block)
     }
 

@@ -95,6 +95,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         targets: vec![(0, restored.clone())],
         discard: false,
         verify: true,
+        allow_unusable: false,
         allow_twin: false,
         new_ids: false,
         salvage: false,

@@ -20,10 +20,12 @@ mod bitmap;
 pub(crate) mod btrfs;
 mod emit;
 mod ext4;
+mod needs;
 mod probe;
 mod xfs;
 
 pub use btrfs::{Member, member};
+pub use needs::{Needs, end_of_content};
 pub use probe::probe;
 
 /// What a signature on a volume says it holds.

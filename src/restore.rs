@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::damage::{Damages, Tolerant};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
+use crate::fit::Fit;
 use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeManifest};
@@ -24,7 +25,7 @@ use crate::progress::{Event, Progress, Silent};
 use crate::subvolume;
 use crate::target::{Candidate, Target};
 use crate::twin;
-use crate::units::{ByteLen, Offset};
+use crate::units::Offset;
 use crate::verify;
 use stream::{Receiving, WantedStream};
 
@@ -39,6 +40,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Write a copy that could not be used on the target.
+    pub allow_unusable: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
     /// Give every filesystem a UUID of its own.
@@ -106,6 +109,8 @@ pub struct WantedVolume {
     pub path: PathBuf,
     /// What was found there.
     pub candidate: Candidate,
+    /// What the user will have to do.
+    pub warning: Option<String>,
     /// The UUID that its filesystem will be given.
     pub new_uuid: Option<Uuid>,
 }
@@ -149,9 +154,11 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
         match part {
             Part::Volume(volume) => {
                 refuse_image_as_target(&options.image, &path)?;
-                let candidate = Candidate::examine(&path, ByteLen(volume.size))?;
+                let fit = Fit::of_volume(volume);
+                let candidate = Candidate::examine(&path, &fit, options.allow_unusable)?;
                 planned.volumes.push(WantedVolume {
                     volume: volume.clone(),
+                    warning: fit.warning(&path, candidate.room()),
                     path,
                     candidate,
                     new_uuid: None,
@@ -274,6 +281,7 @@ pub fn run(
     let reports = planned.reports();
     let mut notes: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
     notes.extend(part_warning(&planned, &manifest));
+    notes.extend(planned.volumes.iter().filter_map(|it| it.warning.clone()));
     let bytes = manifest.used_bytes();
     progress.total(if options.verify { bytes + bytes } else { bytes });
     let mut targets = Targets::default();
@@ -332,6 +340,8 @@ pub fn run(
         );
         filesystems.iter_mut().for_each(|it| it.subvolume = None);
     }
+    let written = targets.volumes.iter();
+    notes.extend(written.flat_map(|(_, target)| target.cleared()));
     let volumes = targets.volumes.into_iter().map(|(_, target)| target);
     finish(volumes.zip(filesystems).collect(), options.verify, progress)?;
     let received = targets.streams.into_iter().map(Receiving::finish);

@@ -24,8 +24,12 @@ use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 use crate::compare::Comparison;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::extent::Extent;
+use crate::fit::Fit;
+use crate::fs;
+use crate::image::content::is_zero;
 use crate::image::format::BLOCK;
 use crate::read_at::{ReadAt, check_range};
+use crate::signatures::{self, Found};
 use crate::units::{ByteLen, Offset};
 
 pub(crate) use unsettled::Unsettled;
@@ -48,15 +52,19 @@ pub struct Candidate {
     /// `None` if it does not exist yet.
     existing: Option<NodeKind>,
     size: ByteLen,
+    /// Bytes that the target has; of a missing file those that it will have.
+    room: ByteLen,
 }
 
 impl Candidate {
-    /// Examines a target for a volume of `size` bytes. Changes nothing.
+    /// Examines a target for a volume, which may be one that it cannot be used on with `allow_unusable`.
+    /// Changes nothing.
     ///
     /// # Errors
     /// [`Kind::InUse`] if it is mounted, held, open for writing or read-only; [`Kind::TooSmall`];
-    /// [`Kind::Usage`] if it is neither a device nor a file.
-    pub fn examine(path: &Path, size: ByteLen) -> Result<Self> {
+    /// [`Kind::Unusable`]; [`Kind::Usage`] if it is neither a device nor a file.
+    pub fn examine(path: &Path, fit: &Fit, allow_unusable: bool) -> Result<Self> {
+        let size = fit.size();
         let node = match Node::of(path) {
             Ok(node) => node,
             Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
@@ -64,6 +72,7 @@ impl Candidate {
                     path: path.to_owned(),
                     existing: None,
                     size,
+                    room: size,
                 });
             }
             Err(error) => return Err(error.into()),
@@ -89,23 +98,23 @@ impl Candidate {
             return Err(Error::new(Kind::InUse, "the target is read-only").on(path));
         }
         let room = ByteLen(geometry.size);
-        if room < size {
-            let what = format!(
-                "the target is too small: {room} ({} bytes), needed are {size} ({} bytes)",
-                room.0, size.0
-            );
-            return Err(Error::new(Kind::TooSmall, what).on(path));
-        }
+        fit.check(path, &geometry, allow_unusable)?;
         Ok(Self {
             path: path.to_owned(),
             existing: Some(node.kind),
             size,
+            room,
         })
     }
 
     /// Whether something is there that would be overwritten.
     pub fn exists(&self) -> bool {
         self.existing.is_some()
+    }
+
+    /// Bytes that it has, or will have.
+    pub fn room(&self) -> ByteLen {
+        self.room
     }
 
     /// Takes the target: opens or creates it, and removes every signature.
@@ -132,15 +141,18 @@ impl Candidate {
             }
             _ => (None, Disk::open(&self.path, Access::ReadWrite)?),
         };
-        let end = Offset(self.size.0);
-        let head_end = Offset(HEAD.min(self.size).0);
+        // What a shorter target has no room for is zeros that nobody needs.
+        let end = Offset(self.size.min(self.room).0);
+        let head_end = end.min(Offset(HEAD.0));
         let tail_start = Offset(end.0.saturating_sub(TAIL.0))
             .align_down(BLOCK)
             .max(head_end);
-        let target = Target {
+        let mut target = Target {
             disk,
             claimed,
-            size: self.size,
+            size: ByteLen(end.0),
+            volume: self.size,
+            stale: Vec::new(),
             is_new: self.existing.is_none(),
             is_done: false,
             tail: Held::new(Extent::between(tail_start, end)),
@@ -149,6 +161,7 @@ impl Candidate {
         if discard {
             target.disk.discard_all()?;
         }
+        target.stale = signatures::find(&target.disk);
         target.clear_signatures()?;
         Ok(target)
     }
@@ -207,7 +220,12 @@ pub struct Target {
     disk: Disk,
     /// `Some` for a block device.
     claimed: Option<Claimed>,
+    /// What is written of the volume: all of it, or as much as there is room for.
     size: ByteLen,
+    /// The volume.
+    volume: ByteLen,
+    /// Signatures outside of its first MiB that were there before.
+    stale: Vec<Found>,
     is_new: bool,
     is_done: bool,
     tail: Held,
@@ -260,8 +278,28 @@ impl Target {
         if room > self.size {
             let tail = TAIL.min(room - self.size);
             self.disk.zero_range((room - tail).0, tail.0)?;
+            let behind = HEAD.min(room) - HEAD.min(self.size);
+            self.disk.zero_range(self.size.0, behind.0)?;
+        }
+        for found in signatures::find(&self.disk) {
+            let block = found.block();
+            let len = ByteLen(BLOCK).min(room - ByteLen(block.0));
+            self.disk.zero_range(block.0, len.0)?;
         }
         Ok(self.disk.sync()?)
+    }
+
+    /// Old signatures that were cleared and that the volume itself does not have in their places; for
+    /// people.
+    pub fn cleared(&self) -> Vec<String> {
+        let is_gone = |found: &&Found| match found.at.0 < self.size.0 {
+            true => !found.is_on(self),
+            false => true,
+        };
+        let gone = self.stale.iter().filter(is_gone);
+        let path = self.path().display();
+        gone.map(|found| format!("an old signature was cleared on {path}: {found}"))
+            .collect()
     }
 
     /// What is written at once.
@@ -269,12 +307,14 @@ impl Target {
         Extent::between(self.head.extent.end(), self.tail.extent.start)
     }
 
-    /// Writes bytes of the volume. Those of its first and last MiB are kept back.
+    /// Writes bytes of the volume. Those of its first and last MiB are kept back. Zeros that a shorter target
+    /// has no room for are left out.
     ///
     /// # Errors
     /// If the range lies behind the volume's end, or the device refuses.
     pub fn write(&self, offset: Offset, bytes: &[u8]) -> Result<()> {
-        check_range(self.size, offset, ByteLen(bytes.len() as u64))?;
+        check_range(self.volume, offset, ByteLen(bytes.len() as u64))?;
+        let bytes = self.without_tail(offset, bytes)?;
         let extent = Extent::new(offset.0, bytes.len() as u64);
         for held in [&self.head, &self.tail] {
             held.with(extent, |part, at| {
@@ -290,12 +330,45 @@ impl Target {
             .map_err(|error| Error::from(error).at(rest.start))
     }
 
+    /// What there is room for; the rest has to be zeros.
+    fn without_tail<'a>(&self, offset: Offset, bytes: &'a [u8]) -> Result<&'a [u8]> {
+        let room = self.size.0.saturating_sub(offset.0);
+        let (fitting, rest) = bytes.split_at(room.min(bytes.len() as u64) as usize);
+        match is_zero(rest) {
+            true => Ok(fitting),
+            false => Err(Error::new(
+                Kind::TooSmall,
+                "the target is too small: there is content past its end",
+            )
+            .on(self.disk.path())
+            .at(Offset(self.size.0))),
+        }
+    }
+
+    /// Makes sure that what was written to a target that is shorter than the volume ends where the target
+    /// does, at the latest. A filesystem that was in use may have grown after it was first looked at.
+    fn check_end(&self) -> Result<()> {
+        if self.size == self.volume {
+            return Ok(());
+        }
+        match fs::end_of_content(self) {
+            None => Ok(()),
+            Some(Some(end)) if end <= self.size => Ok(()),
+            _ => Err(Error::new(
+                Kind::TooSmall,
+                "the target is too small: the filesystem on it does not end where the target does",
+            )
+            .on(self.disk.path())
+            .hint(format!("{} bytes are enough", self.volume.0))),
+        }
+    }
+
     /// Writes zeros, really.
     ///
     /// # Errors
     /// As [`write`](Self::write).
     pub fn zero(&self, extent: Extent) -> Result<()> {
-        check_range(self.size, extent.start, extent.len)?;
+        check_range(self.volume, extent.start, extent.len)?;
         for held in [&self.head, &self.tail] {
             held.with(extent, |part, _| part.fill(0));
         }
@@ -331,6 +404,7 @@ impl Target {
     }
 
     fn complete(&mut self, compare: bool) -> Result<()> {
+        self.check_end()?;
         self.disk.sync()?;
         self.write_held()?;
         match compare {

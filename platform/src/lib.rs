@@ -23,6 +23,7 @@ pub mod exclusive;
 pub mod freeze;
 pub mod fsmap;
 pub mod guard;
+pub mod identity;
 pub mod in_use;
 pub mod lock;
 pub mod loop_device;

@@ -321,6 +321,10 @@ pub(super) struct RestoreArgs {
     /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
     #[arg(long, conflicts_with = "allow_twin")]
     new_ids: bool,
+    /// Write the copy even where it could not be used: its partition table or filesystem is for other
+    /// sectors than the target has, or has to end where its device does
+    #[arg(long)]
+    allow_unusable: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -367,6 +371,7 @@ impl RestoreArgs {
             targets,
             discard: self.discard,
             verify: self.verify,
+            allow_unusable: self.allow_unusable,
             allow_twin: self.allow_twin,
             new_ids: self.new_ids,
             salvage: self.salvage,
@@ -396,6 +401,10 @@ pub(super) struct CloneArgs {
     /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
     #[arg(long, conflicts_with = "allow_twin")]
     new_ids: bool,
+    /// Write the copy even where it could not be used: its partition table or filesystem is for other
+    /// sectors than the target has, or has to end where its device does
+    #[arg(long)]
+    allow_unusable: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -418,6 +427,7 @@ impl CloneArgs {
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,
             verify: self.verify,
+            allow_unusable: self.allow_unusable,
             allow_twin: self.allow_twin,
             new_ids: self.new_ids,
             hooks: self.freeze.hooks(),
