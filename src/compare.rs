@@ -19,8 +19,10 @@ use crate::units::{ByteLen, Offset};
 pub struct Comparison {
     disk: Disk,
     volume: u32,
-    /// Nothing outside is compared.
-    within: Extent,
+    /// The volume, as far as the disk has room for it.
+    volume_extent: Extent,
+    /// What is not compared.
+    without: ExtentSet,
     differing: Mutex<ExtentSet>,
 }
 
@@ -41,14 +43,15 @@ impl Comparison {
         Ok(Self {
             disk,
             volume,
-            within: Extent::new(0, size.0),
+            volume_extent: Extent::new(0, size.0),
+            without: ExtentSet::new(),
             differing: Mutex::default(),
         })
     }
 
-    /// The same, of nothing but `within`.
-    pub fn within(self, within: Extent) -> Self {
-        Self { within, ..self }
+    /// The same, except `without`.
+    pub fn without(self, without: ExtentSet) -> Self {
+        Self { without, ..self }
     }
 
     /// Takes what was found to differ so far.
@@ -64,9 +67,20 @@ impl Comparison {
 
     /// Compares block by block what the device has at `offset` with what `expected` says.
     fn compare(&self, extent: Extent, expected: impl Fn(usize, &[u8]) -> bool) -> Result<()> {
-        let Some(compared) = extent.intersect(self.within) else {
+        let Some(compared) = extent.intersect(self.volume_extent) else {
             return Ok(());
         };
+        self.without
+            .gaps(compared)
+            .try_for_each(|compared| self.compare_part(extent, compared, &expected))
+    }
+
+    fn compare_part(
+        &self,
+        extent: Extent,
+        compared: Extent,
+        expected: &impl Fn(usize, &[u8]) -> bool,
+    ) -> Result<()> {
         let mut found = Buffer::new(compared.len.0.min(COMPARED_AT_ONCE) as usize);
         let mut at = compared.start;
         while at < compared.end() {

@@ -7,6 +7,7 @@
 
 use std::fmt;
 
+use crate::extent::{Extent, ExtentSet};
 use crate::image::format::BLOCK;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset, SECTOR};
@@ -240,6 +241,19 @@ impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at byte {}", self.name, self.at.0)
     }
+}
+
+/// The blocks of a volume in which signatures may lie. ZFS is left out: at the end, it is always found in the
+/// last MiB.
+pub(crate) fn blocks(size: ByteLen) -> ExtentSet {
+    let places = ALL.iter().flat_map(|signature| {
+        let places = signature.places.iter();
+        places.filter_map(|place| place.on(size)?.checked_add(signature.at))
+    });
+    let blocks = places.map(|at| Extent::new(Offset(at).align_down(BLOCK).0, BLOCK));
+    blocks
+        .filter_map(|block| block.intersect(Extent::new(0, size.0)))
+        .collect()
 }
 
 /// The signatures on a device, except those in its first MiB.

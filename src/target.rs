@@ -4,7 +4,8 @@
 //! containers have their signatures) are zeroed; what belongs there is kept in memory, and written
 //! only after everything else has reached stable storage and all checks have passed: the very first block,
 //! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
-//! nothing that a system would mount, neither the new volume nor the one that was there.
+//! nothing that a system would mount, neither the new volume nor the one that was there. The few signatures
+//! that lie elsewhere ([`signatures`](crate::signatures)) are cleared, and held back, in the same way.
 
 mod unsettled;
 
@@ -13,6 +14,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +25,7 @@ use holdstill_platform::node::{BlockDevice, FileId, Kind as NodeKind, Node};
 
 use crate::compare::Comparison;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::fit::Fit;
 use crate::fs;
 use crate::image::content::is_zero;
@@ -157,7 +159,10 @@ impl Candidate {
             is_done: false,
             tail: Held::new(Extent::between(tail_start, end)),
             head: Held::new(Extent::between(Offset::ZERO, head_end)),
+            late: Vec::new(),
+            held: ExtentSet::new(),
         };
+        target.hold_back(signatures::blocks(ByteLen(end.0)));
         if discard {
             target.disk.discard_all()?;
         }
@@ -230,6 +235,10 @@ pub struct Target {
     is_done: bool,
     tail: Held,
     head: Held,
+    /// Blocks between them where signatures may lie.
+    late: Vec<Held>,
+    /// All of these.
+    held: ExtentSet,
 }
 
 /// A part of the volume that is written last: zeros, until something else is known.
@@ -237,6 +246,8 @@ pub struct Target {
 struct Held {
     extent: Extent,
     bytes: Mutex<Vec<u8>>,
+    /// The volume says something of it.
+    is_known: AtomicBool,
 }
 
 impl Held {
@@ -244,11 +255,20 @@ impl Held {
         Self {
             extent,
             bytes: Mutex::new(vec![0; extent.len.as_usize()]),
+            is_known: AtomicBool::new(false),
         }
     }
 
     fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is held of `extent`, as [`with`](Self::with).
+    fn change(&self, extent: Extent, change: impl FnOnce(&mut [u8], usize)) {
+        self.with(extent, |part, at| {
+            self.is_known.store(true, Ordering::Relaxed);
+            change(part, at);
+        });
     }
 
     /// Hands out what is held of `extent`, and where in `extent` that is.
@@ -302,9 +322,22 @@ impl Target {
             .collect()
     }
 
-    /// What is written at once.
-    fn middle(&self) -> Extent {
-        Extent::between(self.head.extent.end(), self.tail.extent.start)
+    /// All parts that are written last.
+    fn parts(&self) -> impl Iterator<Item = &Held> {
+        [&self.head, &self.tail].into_iter().chain(&self.late)
+    }
+
+    /// The blocks between head and tail that the volume says something of: others stay as they are.
+    fn known_late(&self) -> impl Iterator<Item = &Held> {
+        let late = self.late.iter();
+        late.filter(|held| held.is_known.load(Ordering::Relaxed))
+    }
+
+    /// Holds back head, tail, and those of `blocks` that lie between them.
+    fn hold_back(&mut self, blocks: ExtentSet) {
+        let middle = Extent::between(self.head.extent.end(), self.tail.extent.start);
+        self.late = blocks.intersect(middle).map(Held::new).collect();
+        self.held = self.parts().map(|part| part.extent).collect();
     }
 
     /// Writes bytes of the volume. Those of its first and last MiB are kept back. Zeros that a shorter target
@@ -316,18 +349,18 @@ impl Target {
         check_range(self.volume, offset, ByteLen(bytes.len() as u64))?;
         let bytes = self.without_tail(offset, bytes)?;
         let extent = Extent::new(offset.0, bytes.len() as u64);
-        for held in [&self.head, &self.tail] {
-            held.with(extent, |part, at| {
+        for held in self.parts() {
+            held.change(extent, |part, at| {
                 part.copy_from_slice(&bytes[at..at + part.len()]);
             });
         }
-        let Some(rest) = extent.intersect(self.middle()) else {
-            return Ok(());
-        };
-        let at = rest.start.since(offset).as_usize();
-        self.disk
-            .write_all_at(&bytes[at..at + rest.len.as_usize()], rest.start.0)
-            .map_err(|error| Error::from(error).at(rest.start))
+        for rest in self.held.gaps(extent) {
+            let at = rest.start.since(offset).as_usize();
+            self.disk
+                .write_all_at(&bytes[at..at + rest.len.as_usize()], rest.start.0)
+                .map_err(|error| Error::from(error).at(rest.start))?;
+        }
+        Ok(())
     }
 
     /// What there is room for; the rest has to be zeros.
@@ -369,15 +402,18 @@ impl Target {
     /// As [`write`](Self::write).
     pub fn zero(&self, extent: Extent) -> Result<()> {
         check_range(self.volume, extent.start, extent.len)?;
-        for held in [&self.head, &self.tail] {
-            held.with(extent, |part, _| part.fill(0));
-        }
-        let Some(rest) = extent.intersect(self.middle()) else {
+        let Some(extent) = extent.intersect(Extent::new(0, self.size.0)) else {
             return Ok(());
         };
-        self.disk
-            .zero_range(rest.start.0, rest.len.0)
-            .map_err(|error| Error::from(error).at(rest.start))
+        for held in self.parts() {
+            held.change(extent, |part, _| part.fill(0));
+        }
+        for rest in self.held.gaps(extent) {
+            self.disk
+                .zero_range(rest.start.0, rest.len.0)
+                .map_err(|error| Error::from(error).at(rest.start))?;
+        }
+        Ok(())
     }
 
     /// Brings everything written so far to stable storage, to be compared with what volume `volume`
@@ -388,7 +424,7 @@ impl Target {
     pub fn comparison(&self, volume: u32) -> Result<Comparison> {
         self.disk.sync()?;
         let disk = self.disk.try_clone()?;
-        Ok(Comparison::new(volume, self.size, disk)?.within(self.middle()))
+        Ok(Comparison::new(volume, self.size, disk)?.without(self.held.clone()))
     }
 
     /// Makes the volume whole: everything written so far reaches stable storage, and then what was
@@ -432,6 +468,9 @@ impl Target {
         let (first, rest) = head.split_at(head.len().min(BLOCK as usize));
         let start = self.head.extent.start.0;
         self.disk.write_all_at(&tail, self.tail.extent.start.0)?;
+        for late in self.known_late() {
+            self.disk.write_all_at(&late.bytes(), late.extent.start.0)?;
+        }
         self.disk.write_all_at(rest, start + first.len() as u64)?;
         self.disk.sync()?;
         self.disk.write_all_at(first, start)?;
@@ -439,12 +478,12 @@ impl Target {
     }
 
     fn compare_held(&self) -> Result<()> {
-        for held in [&self.tail, &self.head] {
+        for held in self.known_late().chain([&self.tail, &self.head]) {
             let start = held.extent.start;
             let found = self.disk.read_vec_at(start, held.extent.len)?;
             if *held.bytes() != found {
                 self.clear_signatures()?;
-                let what = "what was written reads back as something else, within 1 MiB";
+                let what = "what was written reads back as something else, in what is written last";
                 return Err(Error::new(Kind::Mismatch, what)
                     .on(self.disk.path())
                     .at(start));
@@ -463,13 +502,13 @@ impl ReadAt for Target {
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         let extent = Extent::new(offset.0, buf.len() as u64);
         check_range(self.size, extent.start, extent.len)?;
-        if let Some(rest) = extent.intersect(self.middle()) {
+        for rest in self.held.gaps(extent) {
             let at = rest.start.since(offset).as_usize();
             self.disk
                 .read_exact_at(&mut buf[at..at + rest.len.as_usize()], rest.start.0)
                 .map_err(|error| Error::from(error).at(rest.start))?;
         }
-        for held in [&self.head, &self.tail] {
+        for held in self.parts() {
             held.with(extent, |part, at| {
                 buf[at..at + part.len()].copy_from_slice(part);
             });

@@ -4,7 +4,15 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use holdstill::error::Kind;
+use holdstill::fit::Fit;
+use holdstill::fs::Needs;
+use holdstill::target::Candidate;
+use holdstill::units::{ByteLen, Offset};
+use holdstill_platform::device::{Access, Disk};
+
 use crate::common::holdstill::{Run, run};
+use crate::common::scene::assert_no_signature;
 use crate::common::volume::{digests, ext4, poisoned_file};
 use crate::common::{LoopDevice, Mount, needs_root, run as tool, sparse_file, temp_dir};
 
@@ -298,6 +306,34 @@ fn privileged_a_target_that_holds_all_of_the_filesystem_is_large_enough() {
     let (file, device) = scene.device(SIZE - 512, 512);
     scene.is_refused(&file, device.path(), "too small");
     run(verify.into_iter().chain([device.path()])).expect(4);
+}
+
+/// A filesystem in use may have grown after the image said how small a target may be.
+#[test]
+fn a_filesystem_that_does_not_end_with_its_target_is_not_made_visible() {
+    let dir = temp_dir();
+    let [source, target] = ["source", "target"].map(|part| dir.path().join(part));
+    ext4(&source, SIZE, "", None);
+    let geometry = Disk::open(&source, Access::Read).unwrap().geometry();
+    let needs = Needs {
+        sector: None,
+        smallest: ByteLen(SIZE - 8192),
+        largest: None,
+    };
+    let fit = Fit::of_source(&geometry, None, needs);
+    poisoned_file(&target, SIZE - 4096);
+    let candidate = Candidate::examine(&target, &fit, false).unwrap();
+    let written = candidate.open(false).unwrap();
+    let content = std::fs::read(&source).unwrap();
+    for (piece, at) in content.chunks(1 << 20).zip((0..).step_by(1 << 20)) {
+        written.write(Offset(at), piece).unwrap();
+    }
+    // Content that there is no room for is not left out in silence.
+    let error = written.write(Offset(SIZE - 4096), &[1; 4096]).unwrap_err();
+    assert_eq!(error.kind(), Kind::TooSmall);
+    let error = written.finish(false).unwrap_err();
+    assert_eq!(error.kind(), Kind::TooSmall);
+    assert_no_signature(&target);
 }
 
 /// Nobody knows whose it is.

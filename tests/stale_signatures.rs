@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::common::holdstill::{command, run};
+use crate::common::holdstill::{command, run, same_bytes};
 use crate::common::volume::ext4;
 use crate::common::{output, run as tool, sparse_file, spawn, temp_dir};
 
@@ -176,6 +176,34 @@ fn past_the_end_of_a_small_volume_nothing_stays() {
     assert_ne!(blkid(&target), "Some(2) ");
     run([Path::new("clone"), &source, &target, Path::new("--yes")]).expect(0);
     assert_eq!(blkid(&target), blkid(&source));
+}
+
+/// What is restored has a signature of its own where others write at once: killed meanwhile, it must not look
+/// like a container that is complete.
+#[test]
+fn a_killed_restore_leaves_no_second_header_of_its_own() {
+    let dir = temp_dir();
+    let [image, target] = ["image", "target"].map(|part| dir.path().join(part));
+    luks2_second(dir.path(), 2 * MIB);
+    let source = dir.path().join("luks");
+    put(&source, 16 * MIB, &vec![7; 16 << 20]);
+    run([Path::new("backup"), &source, Path::new("-o"), &image]).expect(0);
+    sparse_file(&target, 32 * MIB);
+    let mut program = command([Path::new("restore"), &image, &target]);
+    program.args(["--yes", "--rate", "4M", "--threads", "1"]);
+    let mut child = spawn(&mut program);
+    let file = File::open(&target).unwrap();
+    let mut byte = [0];
+    while byte != [7] && child.try_wait().unwrap().is_none() {
+        file.read_exact_at(&mut byte, 18 * MIB).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().code(), None, "it was not killed");
+    assert_eq!(blkid(&target), "Some(2) ");
+    let args = [Path::new("restore"), &image, &target];
+    run(args.into_iter().chain(["--yes", "--verify"].map(Path::new))).expect(0);
+    assert!(same_bytes(&source, &target));
 }
 
 /// Killed while the copy is being written, nothing is there that looks like something, old or new.
