@@ -1,7 +1,7 @@
 //! `clone`: a source that holds still, straight to a device or raw file.
 
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::device::{Access, Disk};
@@ -16,6 +16,7 @@ use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
 use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
+use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
 use crate::pipeline::load::Receive;
@@ -97,9 +98,6 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
-/// Asked before something that exists is overwritten.
-pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
-
 /// What a clone would do; changes nothing.
 ///
 /// # Errors
@@ -165,7 +163,10 @@ pub fn run(
     let begun = std::time::Instant::now();
     let (plan, candidate) = plan(options)?;
     if candidate.exists() {
-        confirm(&options.target, &options.source)?;
+        confirm(&Question {
+            target: &options.target,
+            with: &options.source,
+        })?;
     }
     let new_uuid = options.new_ids.then(Uuid::new_v4);
     let note = new_uuid.map_or(String::new(), |new| format!(", {}", new_ids::note(new)));

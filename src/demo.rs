@@ -102,7 +102,7 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         expect_id: None,
         bounds: options.bounds,
     };
-    restore::run(&restore_options, &mut |_, _| Ok(()), progress)?;
+    restore::run(&restore_options, &mut |_| Ok(()), progress)?;
     Ok(Report {
         freeze: report.freeze,
         grade: report.grade,

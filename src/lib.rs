@@ -26,6 +26,7 @@ pub mod image;
 pub mod input;
 pub mod inspect;
 mod new_ids;
+pub mod overwritten;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

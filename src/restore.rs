@@ -19,6 +19,7 @@ use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeM
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
 use crate::new_ids;
+use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
@@ -87,9 +88,6 @@ pub struct TargetReport {
     /// The only subvolume that is in it, if it is not whole.
     pub subvolume: Option<Subvolume>,
 }
-
-/// Asked before something that exists is overwritten.
-pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
 
 /// What a restore would do.
 #[derive(Debug)]
@@ -263,7 +261,10 @@ pub fn run(
     for wanted in &planned.volumes {
         let WantedVolume { volume, path, .. } = wanted;
         if wanted.candidate.exists() {
-            confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
+            confirm(&Question {
+                target: path,
+                with: &format!("volume {} ({})", volume.n, volume.path),
+            })?;
         }
         let mut what = format!("volume {} to {}", volume.n, path.display());
         if let Some(new) = wanted.new_uuid {

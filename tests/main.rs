@@ -31,6 +31,7 @@ mod interrupt;
 mod memory;
 mod new_ids;
 mod probe;
+mod questions;
 mod refusals;
 mod restore;
 mod salvage;

@@ -182,17 +182,24 @@ impl FreezeArgs {
             "auto" => None,
             name => Some(name.parse()?),
         };
-        match (step == Some(Step::None), self.allow_inconsistent) {
-            (true, false) => Err(Error::new(
-                Kind::Inconsistent,
-                "with `--freeze none` a copy of a source in use is torn",
-            )
-            .hint("--allow-inconsistent makes it all the same")),
-            (false, true) => Err(Error::new(
+        match self.allow_inconsistent && step != Some(Step::None) {
+            true => Err(Error::new(
                 Kind::Usage,
                 "--allow-inconsistent is for --freeze none only",
             )),
-            _ => Ok(step),
+            false => Ok(step),
+        }
+    }
+
+    /// Refuses a torn copy that was not asked for: when all else that was typed makes sense.
+    fn refuse_torn(&self) -> Result<()> {
+        match self.step()? == Some(Step::None) && !self.allow_inconsistent {
+            true => Err(Error::new(
+                Kind::Inconsistent,
+                "with `--freeze none` a copy of a source in use is torn",
+            )
+            .hint("--allow-inconsistent makes it anyway")),
+            false => Ok(()),
         }
     }
 
@@ -237,7 +244,7 @@ enum ReadError {
 
 impl BackupArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<backup::Options> {
-        Ok(backup::Options {
+        let options = backup::Options {
             sources: self.sources.clone(),
             recursive: self.recursive,
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
@@ -251,7 +258,9 @@ impl BackupArgs {
             bounds: self.copying.bounds.or(Bounds::default()),
             hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
-        })
+        };
+        self.freeze.refuse_torn()?;
+        Ok(options)
     }
 }
 
@@ -417,7 +426,7 @@ pub(super) struct CloneArgs {
 
 impl CloneArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<clone::Options> {
-        Ok(clone::Options {
+        let options = clone::Options {
             source: self.source.clone(),
             target: self.target.clone(),
             freeze: self.freeze.step()?,
@@ -433,7 +442,9 @@ impl CloneArgs {
             hooks: self.freeze.hooks(),
             bounds: self.copying.bounds.or(Bounds::for_target()),
             run_id: run_id.to_owned(),
-        })
+        };
+        self.freeze.refuse_torn()?;
+        Ok(options)
     }
 }
 

@@ -172,6 +172,9 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
         if action.overwrites {
             line.push_str(", overwriting what is there");
         }
+        if let Some(now) = &action.now {
+            let _ = write!(line, " ({now})");
+        }
         if action.new_ids {
             line.push_str(", with a new UUID");
         }
