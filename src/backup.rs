@@ -204,6 +204,9 @@ pub fn plan(options: &Options) -> Result<Planned> {
     }
     if let Some(path) = &options.output {
         check_output(path, options.force, &planned.volumes)?;
+        for plan in &planned.volumes {
+            plan.refuse_output_on_source(path, options.no_freeze)?;
+        }
     }
     Ok(planned)
 }

@@ -125,6 +125,7 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     }
     let fit = fit(&plan)?;
     let candidate = Candidate::examine(&options.target, &fit, options.allow_unusable)?;
+    plan.refuse_output_on_source(&options.target, options.no_freeze)?;
     if options.new_ids {
         new_ids::refuse_others(fit.fs(), "the source")
             .map_err(|error| error.on(&plan.source.path))?;

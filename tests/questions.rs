@@ -199,6 +199,25 @@ fn privileged_every_refusal_of_a_target_comes_before_the_question() {
         "--no-freeze",
         no_freeze.into_iter().chain([mount.dir(), &file]),
     );
+    // A file of the very filesystem that would be frozen.
+    let inside = mount.dir().join("inside");
+    for name in ["inside", "new"] {
+        sparse_file(&inside, SIZE);
+        let target = mount.dir().join(name);
+        scene.refuses(
+            3,
+            "on the source",
+            [Path::new("clone"), mount.dir(), &target],
+        );
+        let dry = [
+            Path::new("clone"),
+            mount.dir(),
+            &target,
+            Path::new("--dry-run"),
+        ];
+        scene.refuses(3, "on the source", dry);
+    }
+    std::fs::remove_file(&inside).unwrap();
     let new_ids = ["clone", "--new-ids"].map(Path::new);
     scene.refuses(
         3,
