@@ -27,6 +27,7 @@ use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
 use crate::subvolume;
 use crate::target::{Candidate, Target};
+use crate::target_name;
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 
@@ -103,6 +104,18 @@ pub struct Report {
 /// # Errors
 /// As [`run`], as far as they can be known before.
 pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
+    examine(&resolved(options)?)
+}
+
+/// The same, of a target by its path.
+fn resolved(options: &Options) -> Result<Options> {
+    Ok(Options {
+        target: target_name::resolve(&options.target)?,
+        ..options.clone()
+    })
+}
+
+fn examine(options: &Options) -> Result<(Plan, Candidate)> {
     let plan = Plan::make(&options.source, options.freeze)?;
     plan.allow_freeze(options.no_freeze)?;
     if plan.is_same_as(&options.target) {
@@ -162,7 +175,8 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let (plan, candidate) = plan(options)?;
+    let options = &resolved(options)?;
+    let (plan, candidate) = examine(options)?;
     if candidate.exists() {
         confirm(&Question {
             target: &options.target,

@@ -121,6 +121,9 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
         step: None,
         passed_over: Vec::new(),
     };
+    let to_stdout = planned.to_stdout.iter();
+    let to_stdout =
+        to_stdout.map(|volume| action(format!("volume {}", volume.n), "-".to_owned(), false));
     let volumes = planned.volumes.iter().map(|wanted| {
         let mut what = format!("volume {}", wanted.volume.n);
         if let Some(subvolume) = &wanted.volume.subvolume {
@@ -132,7 +135,7 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
     let streams = planned.streams.iter();
     let streams =
         streams.map(|stream| action(format!("stream {}", stream.n), stream.target.clone(), false));
-    let actions = volumes.chain(streams);
+    let actions = to_stdout.chain(volumes).chain(streams);
     Ok(Report {
         dry_run: true,
         actions: actions.collect(),

@@ -38,6 +38,7 @@ pub mod source;
 mod subvolume;
 pub mod survey;
 pub mod target;
+mod target_name;
 mod twin;
 pub mod units;
 pub mod verify;

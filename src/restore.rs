@@ -1,5 +1,6 @@
 //! `restore`: a volume of an image back to a device or a raw file, a stream back into a pool.
 
+pub(crate) mod raw;
 mod stream;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::subvolume;
 use crate::target::{Candidate, Target};
+use crate::target_name;
 use crate::twin;
 use crate::units::Offset;
 use crate::verify;
@@ -92,6 +94,8 @@ pub struct TargetReport {
 /// What a restore would do.
 #[derive(Debug)]
 pub struct Planned {
+    /// The volume that goes to standard output.
+    pub to_stdout: Option<VolumeManifest>,
     /// Volumes, and where they go.
     pub volumes: Vec<WantedVolume>,
     /// Streams, and where they go.
@@ -118,7 +122,15 @@ pub struct WantedVolume {
 /// # Errors
 /// As [`run`], as far as they can be known before the image is read.
 pub fn plan(options: &Options) -> Result<Planned> {
+    raw::check_usage(options)?;
     let image = open(options, &Silent)?;
+    if options.is_to_stdout() {
+        return Ok(Planned {
+            to_stdout: Some(raw::volume(options, image.manifest())?),
+            volumes: Vec::new(),
+            streams: Vec::new(),
+        });
+    }
     examine(options, image.manifest())
 }
 
@@ -145,12 +157,14 @@ fn open<'a>(options: &Options, progress: &'a dyn Progress) -> Result<NamedImage<
 /// The chosen volumes and streams, and what their targets were found to be.
 fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
     let mut planned = Planned {
+        to_stdout: None,
         volumes: Vec::new(),
         streams: Vec::new(),
     };
     for (part, path) in choose(manifest, &options.targets)? {
         match part {
             Part::Volume(volume) => {
+                let path = target_name::resolve(&path)?;
                 refuse_image_as_target(&options.image, &path)?;
                 let fit = Fit::of_volume(volume);
                 let candidate = Candidate::examine(&path, &fit, options.allow_unusable)?;
@@ -255,8 +269,13 @@ pub fn run(
             "a stream cannot be read twice: --verify needs an image in a file",
         ));
     }
+    raw::check_usage(options)?;
     let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
+    if options.is_to_stdout() {
+        drop(image);
+        return raw::run(options, &manifest, progress);
+    }
     let planned = examine(options, &manifest)?;
     for wanted in &planned.volumes {
         let WantedVolume { volume, path, .. } = wanted;

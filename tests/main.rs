@@ -29,6 +29,7 @@ mod image;
 mod inspect;
 mod interrupt;
 mod memory;
+mod names;
 mod new_ids;
 mod probe;
 mod questions;

@@ -10,6 +10,7 @@ use crate::input::ExpectedId;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
+use crate::restore::raw;
 use crate::run::Hooks;
 use crate::units::ByteLen;
 use crate::{backup, clone, restore, verify};
@@ -102,16 +103,23 @@ impl Verb {
         }
     }
 
-    /// Whether standard output is taken by an image.
+    /// Whether standard output is taken by an image or a volume.
     pub(super) fn streams_to_stdout(&self) -> bool {
-        matches!(self, Self::Backup(args) if args.output.as_os_str() == "-")
+        match self {
+            Self::Backup(args) => args.output.as_os_str() == "-",
+            Self::Restore(args) => {
+                let is_target = args.target.as_deref().is_some_and(raw::is_stdout);
+                is_target || args.map.iter().any(|text| text.ends_with("=-"))
+            }
+            _ => false,
+        }
     }
 }
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
-    /// Block devices, mount points, volumes of LVM or ZFS (VG/LV, POOL/NAME), datasets of
-    /// ZFS, or files that hold a raw disk
+    /// Block devices (also LABEL=, UUID=, PARTLABEL=, PARTUUID=), mount points, volumes of LVM or ZFS (VG/LV,
+    /// POOL/NAME), datasets of ZFS, or files that hold a raw disk
     #[arg(required = true, value_name = "SOURCE")]
     sources: Vec<String>,
     /// The image to write; `-` streams it to standard output
@@ -308,7 +316,8 @@ impl BoundArgs {
 pub(super) struct RestoreArgs {
     /// The image; `-` reads a stream from standard input
     image: PathBuf,
-    /// A block device or raw file, a missing one of which is created; for a stream, a new dataset
+    /// A block device, a logical volume (VG/LV), a raw file (created if missing; if its name has a folder it
+    /// begins with / or ./), or `-`: the raw volume on standard output. For a stream, a new dataset
     /// (POOL/NAME)
     #[arg(required_unless_present = "map", conflicts_with = "map")]
     target: Option<PathBuf>,
@@ -394,7 +403,8 @@ impl RestoreArgs {
 pub(super) struct CloneArgs {
     /// A block device, a mount point, or a file that holds a raw disk
     source: String,
-    /// A block device or raw file; a missing file is created
+    /// A block device, a logical volume (VG/LV), or a raw file (created if missing; if its name has a
+    /// folder it begins with / or ./)
     target: PathBuf,
     #[command(flatten)]
     freeze: FreezeArgs,

@@ -263,6 +263,12 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
         Escaped(&report.trailer.instant),
         report.trailer.freeze_ms,
     );
+    if let Some(host) = &report.manifest.host {
+        let _ = write!(text, "\non host {}", Escaped(host));
+    }
+    if let Some(id) = &report.manifest.machine_id {
+        let _ = write!(text, "\nmachine id {}", Escaped(id));
+    }
     let _ = write!(text, "\nimage id {}", report.image_id);
     if let Some(content_id) = &report.trailer.content_id {
         let _ = write!(text, "\ncontent id {}", Escaped(content_id));
@@ -282,6 +288,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             ByteLen(achieved.used_bytes),
             achieved.grade.name(),
         );
+        if let Some(point) = &volume.mount_point {
+            let _ = write!(text, ", mounted at {}", Escaped(point));
+        }
         if let Some(subvolume) = &volume.subvolume {
             let _ = write!(text, ", only subvolume {}", Escaped(&subvolume.path));
         }

@@ -204,7 +204,9 @@ impl Run {
 
     fn is_stdout_taken(&self) -> bool {
         let output = |pair: &[OsString]| pair[0] == "-o" && pair[1] == "-";
-        self.args.windows(2).any(output)
+        let is_restore = self.args.first().is_some_and(|verb| verb == "restore");
+        let is_target = |arg: &OsString| arg == "-" || arg.to_string_lossy().ends_with("=-");
+        self.args.windows(2).any(output) || is_restore && self.args.iter().skip(2).any(is_target)
     }
 }
 
