@@ -5,7 +5,7 @@
 //! only after everything else has reached stable storage and all checks have passed: the very first block,
 //! without which hardly anything is recognized, at last and by itself. An interrupted restore leaves
 //! nothing that a system would mount, neither the new volume nor the one that was there. The few signatures
-//! that lie elsewhere ([`signatures`](crate::signatures)) are cleared, and held back, in the same way.
+//! that lie elsewhere (`signatures.rs` lists them) are cleared, and held back, in the same way.
 
 mod unsettled;
 

@@ -165,6 +165,27 @@ fn mirrors_of_an_old_btrfs_are_cleared() {
     }
 }
 
+/// From it, partitioning tools would bring back a table that is gone.
+#[test]
+fn a_backup_table_at_the_end_of_a_larger_target_is_cleared() {
+    let dir = temp_dir();
+    let [source, target] = ["source", "target"].map(|part| dir.path().join(part));
+    ext4(&source, SIZE, "", None);
+    for sector in [512, 4096] {
+        let at = LARGER - sector;
+        with(&target, LARGER, at, b"EFI PART");
+        run([Path::new("clone"), &source, &target, Path::new("--yes")])
+            .expect(0)
+            .says(&format!("backup GPT at byte {at}"));
+        let mut end = vec![1; sector as usize];
+        File::open(&target)
+            .unwrap()
+            .read_exact_at(&mut end, at)
+            .unwrap();
+        assert!(end.iter().all(|byte| *byte == 0));
+    }
+}
+
 /// A target that is larger than its volume: whatever is past the volume's end is of the time before.
 #[test]
 fn past_the_end_of_a_small_volume_nothing_stays() {

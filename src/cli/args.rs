@@ -19,7 +19,7 @@ const EXIT_CODES: &str = "Exit codes:
   0    done, and what was made is whole
   1    failed: I/O error, no space, no permission, missing source
   2    wrong usage, or a question would have to be answered
-  3    refused for safety: in use, too small, exists, or would be inconsistent
+  3    refused for safety: in use, too small, unusable there, exists, or would be inconsistent
   4    an image is damaged, cut off, too new or not the expected one; or a comparison differs
   5    done, but some source blocks could not be read
   130  interrupted; 143 asked to end: everything was thawed and cleaned up first";
