@@ -7,6 +7,7 @@ use std::time::Duration;
 use holdstill_platform::device::Geometry;
 use holdstill_platform::extents_below::Extents;
 use holdstill_platform::guard::LeftoverKind;
+use holdstill_platform::identity;
 use holdstill_platform::output::{Output, Slot};
 use holdstill_platform::zfs::Reach;
 use serde::Serialize;
@@ -222,6 +223,9 @@ pub fn plan(options: &Options) -> Result<Planned> {
                 return Err(exists(path));
             }
             planned.output = Some(slot);
+            for plan in &planned.volumes {
+                plan.refuse_output_on_source(path, options.no_freeze)?;
+            }
             written
         }
         None => Extents::of_open(std::io::stdout())?,
@@ -495,10 +499,16 @@ fn manifest(
             group: uuid.clone().filter(|_| !plan.siblings.is_empty()),
             subvolume: plan.source.subvolume.clone(),
             uuid,
+            mount_point: source
+                .mount
+                .as_ref()
+                .map(|mount| mount.point.display().to_string()),
             size: geometry.size,
             logical_sector: geometry.logical_sector,
             physical_sector: geometry.physical_sector,
-            smallest_target: geometry.size,
+            smallest_target: survey.needs.smallest.0.min(geometry.size),
+            largest_target: survey.needs.largest.map(|bytes| bytes.0),
+            sector_size: survey.needs.sector,
             blocks: survey.blocks,
             used_bytes: survey.bytes.0,
         }
@@ -508,6 +518,8 @@ fn manifest(
         created: jiff::Timestamp::now().to_string(),
         run_id: options.run_id.clone(),
         compress: options.compression.to_string(),
+        host: identity::host(),
+        machine_id: identity::machine_id(),
         parent: None,
         volumes: volumes.collect(),
         streams,

@@ -461,7 +461,12 @@ fn remove_part_file(part: &PartFile, report: &mut Report) -> Result<()> {
         let removed = folder.remove(name, is_ours);
         removed.map_err(|error| Error::io("cannot remove", error).on(&part.path))
     };
-    report.remove("part file", &part.path.display().to_string(), is_there, remove)
+    report.remove(
+        "part file",
+        &part.path.display().to_string(),
+        is_there,
+        remove,
+    )
 }
 
 /// Trace instances go on tracing after their run: those without a record are found by their name.

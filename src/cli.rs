@@ -9,7 +9,7 @@ mod manual;
 mod text;
 
 use std::ffi::OsString;
-use std::io::Write as _;
+use std::io::{IsTerminal, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -155,6 +155,10 @@ fn carry_out(verb: Verb, run_id: &str, console: &Console) -> Result<u8> {
         Some(throttled) => throttled,
         None => console,
     };
+    if verb.streams_to_stdout() && std::io::stdout().is_terminal() {
+        let what = "standard output is a terminal, and disks are not to be read there";
+        return Err(Error::new(Kind::Usage, what).hint("send it to a file or a pipe"));
+    }
     match verb {
         Verb::Backup(args) => {
             let mut options = args.options(run_id)?;

@@ -1,7 +1,7 @@
 //! `clone`: a source that holds still, straight to a device or raw file.
 
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use holdstill_platform::btrfs::Filesystem;
 use holdstill_platform::device::{Access, Disk};
@@ -13,10 +13,12 @@ use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_sha
 use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
+use crate::fit::Fit;
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
-use crate::fs;
+use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
+use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
 use crate::pipeline::load::Receive;
@@ -26,6 +28,7 @@ use crate::progress::{Event, Progress};
 use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
 use crate::subvolume;
+use crate::target_name;
 use crate::twin;
 use crate::units::{ByteLen, Offset};
 
@@ -50,6 +53,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Write a copy that could not be used on the target.
+    pub allow_unusable: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
     /// Give the copy a UUID of its own.
@@ -97,14 +102,23 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
-/// Asked before something that exists is overwritten.
-pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
-
 /// What a clone would do; changes nothing.
 ///
 /// # Errors
 /// As [`run`], as far as they can be known before.
 pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
+    examine(&resolved(options)?)
+}
+
+/// The same, of a target by its path.
+fn resolved(options: &Options) -> Result<Options> {
+    Ok(Options {
+        target: target_name::resolve(&options.target)?,
+        ..options.clone()
+    })
+}
+
+fn examine(options: &Options) -> Result<(Plan, Candidate)> {
     let plan = Plan::make(&options.source, options.freeze)?;
     plan.allow_freeze(options.no_freeze)?;
     if !plan.siblings.is_empty() {
@@ -122,12 +136,12 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         // What is not wanted is removed by the kernel.
         Filesystem::can_mount()?;
     }
-    let size = ByteLen(plan.geometries()?[0].size);
+    let fit = fit(&plan)?;
     let source = plan.extents()?;
     // First: whoever has the source open is also a user of a target that is the same.
     refuse_as_target(&options.target, &source, "the source")?;
     refuse_printing_on("the source", &source)?;
-    let candidate = Candidate::examine(&options.target, size)?;
+    let candidate = Candidate::examine(&options.target, &fit, options.allow_unusable)?;
     refuse_shared(
         "target",
         &options.target,
@@ -137,14 +151,10 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
     )?;
     refuse_printing_on("the target", candidate.extents())?;
     plan.refuse_cow_device(&options.cow, candidate.extents())?;
+    plan.refuse_output_on_source(&options.target, options.no_freeze)?;
     if options.new_ids {
-        let found = match plan.step {
-            // Its node cannot be read.
-            Step::Apfs => Some(fs::Kind::Apfs),
-            _ => fs::probe(&Disk::open(&plan.source.path, Access::Read)?)?.map(|info| info.kind),
-        };
-        let fs = found.map(fs::Kind::name);
-        new_ids::refuse_others(fs, "the source").map_err(|error| error.on(&plan.source.path))?;
+        new_ids::refuse_others(fit.fs(), "the source")
+            .map_err(|error| error.on(&plan.source.path))?;
     } else if !options.allow_twin
         && plan.step != Step::Apfs
         && let Some(member) = whole::member(&plan.source)?
@@ -152,6 +162,20 @@ pub fn plan(options: &Options) -> Result<(Plan, Candidate)> {
         twin::refuse(member.fsid, &options.target, &[&options.target])?;
     }
     Ok((plan, candidate))
+}
+
+/// What the source needs of its target.
+fn fit(plan: &Plan) -> Result<Fit> {
+    let geometry = plan.geometries()?[0];
+    if plan.step == Step::Apfs {
+        // Its node cannot be read.
+        let needs = Needs::unknown(ByteLen(geometry.size));
+        return Ok(Fit::of_source(&geometry, Some(fs::Kind::Apfs), needs));
+    }
+    let disk = Disk::open(&plan.source.path, Access::Read)?;
+    let kind = fs::probe(&disk)?.map(|info| info.kind);
+    let needs = Needs::of(&disk, geometry.logical_sector);
+    Ok(Fit::of_source(&geometry, kind, needs))
 }
 
 /// Clones a source.
@@ -164,11 +188,16 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
-    let (mut plan, candidate) = plan(options)?;
+    let options = &resolved(options)?;
+    let (mut plan, candidate) = examine(options)?;
     let exists = candidate.exists();
+    let warning = fit(&plan)?.warning(&options.target, candidate.room());
     let taken = candidate.take(options.discard)?;
     if exists {
-        confirm(&options.target, &options.source)?;
+        confirm(&Question {
+            target: &options.target,
+            with: &options.source,
+        })?;
     }
     let new_uuid = options.new_ids.then(Uuid::new_v4);
     let note = new_uuid.map_or(String::new(), |new| format!(", {}", new_ids::note(new)));
@@ -201,6 +230,7 @@ pub fn run(
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
     warnings.extend(survey.warnings.clone());
+    warnings.extend(warning);
     if !options.new_ids
         && let Some(uuid) = survey.info.as_ref().and_then(|info| info.uuid.as_ref())
     {
@@ -231,6 +261,10 @@ pub fn run(
         commit,
     } = still.finish(progress)?;
     progress.check()?;
+    for cleared in target.cleared() {
+        progress.warn(&cleared);
+        warnings.push(cleared);
+    }
     if let Some(wanted) = &plan.source.subvolume {
         subvolume::finish(vec![target], wanted, new_uuid, options.verify, progress)?;
     } else {

@@ -19,8 +19,10 @@ use crate::units::{ByteLen, Offset};
 pub struct Comparison {
     disk: Disk,
     volume: u32,
-    /// Nothing outside is compared.
-    within: Extent,
+    /// The volume, as far as the disk has room for it.
+    volume_extent: Extent,
+    /// What is not compared.
+    without: ExtentSet,
     /// What was trimmed must be zeros.
     is_copy: bool,
     differing: Mutex<ExtentSet>,
@@ -43,15 +45,16 @@ impl Comparison {
         Ok(Self {
             disk,
             volume,
-            within: Extent::new(0, size.0),
+            volume_extent: Extent::new(0, size.0),
+            without: ExtentSet::new(),
             is_copy: false,
             differing: Mutex::default(),
         })
     }
 
-    /// The same, of nothing but `within`.
-    pub fn within(self, within: Extent) -> Self {
-        Self { within, ..self }
+    /// The same, except `without`.
+    pub fn without(self, without: ExtentSet) -> Self {
+        Self { without, ..self }
     }
 
     /// The same with a copy that we made ourselves: what was trimmed is zeros there. On any other device
@@ -76,9 +79,20 @@ impl Comparison {
 
     /// Compares block by block what the device has at `offset` with what `expected` says.
     fn compare(&self, extent: Extent, expected: impl Fn(usize, &[u8]) -> bool) -> Result<()> {
-        let Some(compared) = extent.intersect(self.within) else {
+        let Some(compared) = extent.intersect(self.volume_extent) else {
             return Ok(());
         };
+        self.without
+            .gaps(compared)
+            .try_for_each(|compared| self.compare_part(extent, compared, &expected))
+    }
+
+    fn compare_part(
+        &self,
+        extent: Extent,
+        compared: Extent,
+        expected: &impl Fn(usize, &[u8]) -> bool,
+    ) -> Result<()> {
         let mut found = Buffer::try_new(compared.len.0.min(COMPARED_AT_ONCE) as usize)?;
         let mut at = compared.start;
         while at < compared.end() {
@@ -95,6 +109,19 @@ impl Comparison {
             at = at + ByteLen(piece as u64);
         }
         Ok(())
+    }
+
+    /// What is past the end of a device that is shorter than the volume has to be zeros.
+    fn check_behind(&self, extent: Extent, bytes: &[u8]) -> Result<()> {
+        let room = ReadAt::len(&self.disk).0;
+        let fitting = room.saturating_sub(extent.start.0).min(extent.len.0) as usize;
+        match is_zero(&bytes[fitting..]) {
+            true => Ok(()),
+            false => Err(self.mismatch(&ExtentSet::from_iter([Extent::between(
+                Offset(room.max(extent.start.0)),
+                extent.end(),
+            )]))),
+        }
     }
 
     fn note(&self, block: Extent, differs: bool) -> Result<()> {
@@ -169,6 +196,7 @@ impl Receive for Comparison {
             return Ok(());
         }
         let extent = Extent::new(offset.0, bytes.len() as u64);
+        self.check_behind(extent, bytes)?;
         self.compare(extent, |at, block| bytes[at..at + block.len()] == *block)
     }
 

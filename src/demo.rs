@@ -95,13 +95,14 @@ pub fn run(run_id: &str, progress: &dyn Progress) -> Result<Report> {
         targets: vec![(0, restored.clone())],
         discard: false,
         verify: true,
+        allow_unusable: false,
         allow_twin: false,
         new_ids: false,
         salvage: false,
         expect_id: None,
         bounds: options.bounds,
     };
-    restore::run(&restore_options, &mut |_, _| Ok(()), progress)?;
+    restore::run(&restore_options, &mut |_| Ok(()), progress)?;
     Ok(Report {
         freeze: report.freeze,
         grade: report.grade,

@@ -1,11 +1,14 @@
 //! `--dry-run`: what a verb would do, found out without changing anything.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use crate::backup;
 use crate::clone;
 use crate::error::Result;
 use crate::freeze::Step;
+use crate::overwritten::Overwritten;
 use crate::plan::{Plan, StepReport};
 use crate::restore;
 use crate::source::Source;
@@ -28,6 +31,9 @@ pub struct Action {
     pub target: String,
     /// Whether something is there that would be overwritten.
     pub overwrites: bool,
+    /// What that is, of a target of restore or clone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub now: Option<Overwritten>,
     /// Whether the copy would get UUIDs of its own.
     pub new_ids: bool,
     /// How the source would be made to hold still, where it has to be.
@@ -46,6 +52,7 @@ impl Action {
             source: source.path.display().to_string(),
             target,
             overwrites,
+            now: None,
             new_ids: false,
             step: Some(plan.step.name().to_owned()),
             passed_over: passed_over.collect(),
@@ -70,6 +77,7 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         source: wanted.name.clone(),
         target: target.clone(),
         overwrites,
+        now: None,
         new_ids: false,
         step: Some(Step::Zfs.name().to_owned()),
         passed_over: Vec::new(),
@@ -92,6 +100,7 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
         dry_run: true,
         actions: vec![Action {
             new_ids: options.new_ids,
+            now: candidate.exists().then(|| Overwritten::of(&options.target)),
             ..Action::new(&plan, &plan.source, target, candidate.exists())
         }],
     })
@@ -103,14 +112,18 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
 /// As [`backup()`].
 pub fn restore(options: &restore::Options) -> Result<Report> {
     let planned = restore::plan(options)?;
-    let action = |what: String, target: String, overwrites| Action {
+    let action = |what: String, target: String, overwrites: bool| Action {
         source: format!("{what} of {}", options.image.display()),
+        now: overwrites.then(|| Overwritten::of(Path::new(&target))),
         target,
         overwrites,
         new_ids: options.new_ids,
         step: None,
         passed_over: Vec::new(),
     };
+    let to_stdout = planned.to_stdout.iter();
+    let to_stdout =
+        to_stdout.map(|volume| action(format!("volume {}", volume.n), "-".to_owned(), false));
     let volumes = planned.volumes.iter().map(|wanted| {
         let mut what = format!("volume {}", wanted.volume.n);
         if let Some(subvolume) = &wanted.volume.subvolume {
@@ -122,7 +135,7 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
     let streams = planned.streams.iter();
     let streams =
         streams.map(|stream| action(format!("stream {}", stream.n), stream.target.clone(), false));
-    let actions = volumes.chain(streams);
+    let actions = to_stdout.chain(volumes).chain(streams);
     Ok(Report {
         dry_run: true,
         actions: actions.collect(),

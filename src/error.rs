@@ -44,6 +44,8 @@ pub enum Kind {
     InUse,
     /// The target is too small.
     TooSmall,
+    /// The copy could not be used on the target: other sectors, or another end.
+    Unusable,
     /// A filesystem would become visible twice that must not.
     Twin,
     /// The output exists already.
@@ -85,6 +87,7 @@ impl Kind {
             Self::Inconsistent
             | Self::InUse
             | Self::TooSmall
+            | Self::Unusable
             | Self::Twin
             | Self::Exists
             | Self::NotApplicable
@@ -115,6 +118,7 @@ impl Kind {
             Self::Inconsistent => "inconsistent",
             Self::InUse => "in_use",
             Self::TooSmall => "too_small",
+            Self::Unusable => "unusable",
             Self::Twin => "twin",
             Self::Exists => "exists",
             Self::NotApplicable => "not_applicable",

@@ -20,10 +20,14 @@ mod bitmap;
 pub(crate) mod btrfs;
 mod emit;
 mod ext4;
+mod last_use;
+mod needs;
 mod probe;
 mod xfs;
 
 pub use btrfs::{Member, member};
+pub use last_use::{LastUse, last_use};
+pub use needs::{Needs, end_of_content};
 pub use probe::probe;
 
 /// What a signature on a volume says it holds.

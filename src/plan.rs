@@ -1,7 +1,10 @@
 //! What a command line means: which source, and which step makes it hold still.
 
 use std::fmt;
+use std::fs::File;
+use std::path::Path;
 
+use holdstill_platform::beneath;
 use holdstill_platform::device::Geometry;
 use holdstill_platform::extents_below::Extents;
 use holdstill_platform::guard::Undo;
@@ -151,6 +154,47 @@ impl Plan {
             .on(&self.source.path)),
             false => Ok(()),
         }
+    }
+
+    /// Refuses an output that lies on a source which will be frozen: whoever writes it would wait for the thaw,
+    /// and the thaw for that. `output` need not exist yet.
+    ///
+    /// # Errors
+    /// [`Kind::NotApplicable`]; if /proc or /sys cannot be read.
+    pub fn refuse_output_on_source(&self, output: &Path, no_freeze: bool) -> Result<()> {
+        let is_frozen = match self.step {
+            Step::Track | Step::Hold | Step::Dm => true,
+            Step::Btrfs => !no_freeze,
+            Step::Zfs => self.source.mount.is_some(),
+            Step::Offline | Step::Lvm | Step::Apfs | Step::None => false,
+        };
+        // Only what can be opened without waiting for anybody; of others the step itself judges.
+        let place = match std::fs::metadata(output) {
+            Ok(metadata) if metadata.is_file() => output,
+            Ok(_) => return Ok(()),
+            Err(_) => match output.parent() {
+                Some(parent) if parent != Path::new("") => parent,
+                _ => Path::new("."),
+            },
+        };
+        let Ok(place) = File::open(place) else {
+            return Ok(());
+        };
+        for source in self.sources() {
+            if let Medium::Device(device) = &source.medium
+                && is_frozen
+                && beneath::file_rests_on(&place, device)?
+            {
+                let what = format!(
+                    "`{}` does not apply: the output lies on the source itself",
+                    self.step
+                );
+                return Err(Error::new(Kind::NotApplicable, what)
+                    .on(&source.path)
+                    .hint("write elsewhere, or to a pipe that does"));
+            }
+        }
+        Ok(())
     }
 
     /// Makes the source hold still, with one volume for each of [`sources`](Self::sources).

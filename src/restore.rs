@@ -1,5 +1,6 @@
 //! `restore`: a volume of an image back to a device or a raw file, a stream back into a pool.
 
+pub(crate) mod raw;
 mod stream;
 
 use std::path::{Path, PathBuf};
@@ -14,18 +15,21 @@ use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_sha
 use crate::destination::{Candidate, Taken, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
+use crate::fit::Fit;
 use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeManifest};
 use crate::image::reader::End;
 use crate::input::{self, ExpectedId, NamedImage};
 use crate::new_ids;
+use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
 use crate::pipeline::load::{Receive, load};
 use crate::progress::{Event, Progress, Silent};
 use crate::subvolume;
+use crate::target_name;
 use crate::twin;
-use crate::units::{ByteLen, Offset};
+use crate::units::Offset;
 use crate::verify;
 use stream::{Receiving, WantedStream};
 
@@ -40,6 +44,8 @@ pub struct Options {
     pub discard: bool,
     /// Read the target back and compare.
     pub verify: bool,
+    /// Write a copy that could not be used on the target.
+    pub allow_unusable: bool,
     /// Let a filesystem become visible twice that must not.
     pub allow_twin: bool,
     /// Give every filesystem a UUID of its own.
@@ -86,12 +92,11 @@ pub struct TargetReport {
     pub subvolume: Option<Subvolume>,
 }
 
-/// Asked before something that exists is overwritten.
-pub type Confirm<'a> = dyn FnMut(&Path, &str) -> Result<()> + 'a;
-
 /// What a restore would do.
 #[derive(Debug)]
 pub struct Planned {
+    /// The volume that goes to standard output.
+    pub to_stdout: Option<VolumeManifest>,
     /// Volumes, and where they go.
     pub volumes: Vec<WantedVolume>,
     /// Streams, and where they go.
@@ -107,6 +112,8 @@ pub struct WantedVolume {
     pub path: PathBuf,
     /// What was found there.
     pub candidate: Candidate,
+    /// What the user will have to do.
+    pub warning: Option<String>,
     /// The UUID that its filesystem will be given.
     pub new_uuid: Option<Uuid>,
 }
@@ -116,7 +123,15 @@ pub struct WantedVolume {
 /// # Errors
 /// As [`run`], as far as they can be known before the image is read.
 pub fn plan(options: &Options) -> Result<Planned> {
+    raw::check_usage(options)?;
     let image = open(options, &Silent)?;
+    if options.is_to_stdout() {
+        return Ok(Planned {
+            to_stdout: Some(raw::volume(options, image.manifest())?),
+            volumes: Vec::new(),
+            streams: Vec::new(),
+        });
+    }
     examine(options, image.manifest())
 }
 
@@ -146,6 +161,7 @@ fn open<'a>(options: &Options, progress: &'a dyn Progress) -> Result<NamedImage<
 /// The chosen volumes and streams, and what their targets were found to be.
 fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
     let mut planned = Planned {
+        to_stdout: None,
         volumes: Vec::new(),
         streams: Vec::new(),
     };
@@ -154,8 +170,10 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
     for (part, path) in choose(manifest, &options.targets)? {
         match part {
             Part::Volume(volume) => {
+                let path = target_name::resolve(&path)?;
+                let fit = Fit::of_volume(volume);
                 refuse_as_target(&path, &image, "the image")?;
-                let candidate = Candidate::examine(&path, ByteLen(volume.size))?;
+                let candidate = Candidate::examine(&path, &fit, options.allow_unusable)?;
                 let own = candidate.extents();
                 refuse_shared("target", &path, own, "the image", &image)?;
                 refuse_printing_on("the target", own)?;
@@ -165,6 +183,7 @@ fn examine(options: &Options, manifest: &Manifest) -> Result<Planned> {
                 }
                 planned.volumes.push(WantedVolume {
                     volume: volume.clone(),
+                    warning: fit.warning(&path, candidate.room()),
                     path,
                     candidate,
                     new_uuid: None,
@@ -263,12 +282,18 @@ pub fn run(
             "a stream cannot be read twice: --verify needs an image in a file",
         ));
     }
+    raw::check_usage(options)?;
     let mut image = open(options, progress)?;
     let manifest = image.manifest().clone();
+    if options.is_to_stdout() {
+        drop(image);
+        return raw::run(options, &manifest, progress);
+    }
     let planned = examine(options, &manifest)?;
     let reports = planned.reports();
     let mut notes: Vec<_> = planned.volumes.iter().filter_map(twin_warning).collect();
     notes.extend(part_warning(&planned, &manifest));
+    notes.extend(planned.volumes.iter().filter_map(|it| it.warning.clone()));
     // All are taken before the first is asked for, and long before the first is written to.
     let mut taken = Vec::new();
     for wanted in planned.volumes {
@@ -285,7 +310,10 @@ pub fn run(
     for wanted in &taken {
         let TakenVolume { volume, path, .. } = wanted;
         if wanted.exists {
-            confirm(path, &format!("volume {} ({})", volume.n, volume.path))?;
+            confirm(&Question {
+                target: path,
+                with: &format!("volume {} ({})", volume.n, volume.path),
+            })?;
         }
         let mut what = format!("volume {} to {}", volume.n, path.display());
         if let Some(new) = wanted.new_uuid {
@@ -353,6 +381,8 @@ pub fn run(
         );
         filesystems.iter_mut().for_each(|it| it.subvolume = None);
     }
+    let written = targets.volumes.iter();
+    notes.extend(written.flat_map(|(_, target)| target.cleared()));
     let volumes = targets.volumes.into_iter().map(|(_, target)| target);
     finish(volumes.zip(filesystems).collect(), options.verify, progress)?;
     let received = targets.streams.into_iter().map(Receiving::finish);

@@ -413,7 +413,8 @@ impl Run {
         let mut state = state.unwrap_or_else(PoisonError::into_inner);
         state.is_owed = false;
         if state.has_failed {
-            let what = "the post-freeze command failed when it was tried, so the target was not touched";
+            let what =
+                "the post-freeze command failed when it was tried, so the target was not touched";
             return Err(Error::new(Kind::Tool, what));
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! What the user named as a source: a device, a mount point, a logical volume, or a file with a raw disk
 //! in it.
 
+pub mod tag;
 pub mod whole;
 
 use std::path::{Path, PathBuf};
@@ -79,7 +80,7 @@ impl Source {
 }
 
 impl Named {
-    /// Finds out what `text` names: a path to a block device, a mount point, a subvolume or a regular file; else a
+    /// Finds out what `text` names: `LABEL=`, `UUID=`, `PARTLABEL=` or `PARTUUID=`; a path to a block device, a mount point, a subvolume or a regular file; else a
     /// logical volume, `VG/LV`, or a volume of ZFS, `POOL/NAME`; said plainly, `lvm:VG/LV` and
     /// `zfs:POOL/NAME`.
     ///
@@ -99,6 +100,16 @@ impl Named {
         }
         let path = Path::new(text);
         let node = Node::of(path).map_err(Error::from);
+        if let Some(tag) = tag::Tag::parse(text) {
+            if node.is_ok() {
+                return Err(Error::new(Kind::Usage, "a file has this name")
+                    .on(text)
+                    .hint(format!("say ./{text}, or name the device")));
+            }
+            let device = tag.resolve(text)?;
+            let path = device.path();
+            return Source::device(text, device, path).map(Self::blocks);
+        }
         if !text.starts_with(['/', '.']) {
             let volume = volume_of_name(text)?;
             let named = zfs::find(text)?;

@@ -7,7 +7,7 @@ use holdstill_platform::mounts::Mount;
 
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::fs::{self, Condition, DirtyReason, Filesystem, Info, Opened};
+use crate::fs::{self, Condition, DirtyReason, Filesystem, Info, Needs, Opened};
 use crate::image::manifest::{Blocks, Grade};
 use crate::image::tables::{Content, Run};
 use crate::read_at::ReadAt;
@@ -18,6 +18,8 @@ use crate::units::{ByteLen, Offset};
 pub struct Survey {
     /// What is on it, if it was recognized.
     pub info: Option<Info>,
+    /// What its content needs of a target.
+    pub needs: Needs,
     /// `Some` if its map says truly which blocks are in use, and only those shall be copied.
     filesystem: Option<Box<dyn Filesystem>>,
     /// `Some` if all else is known to be zeros, without reading it.
@@ -70,6 +72,7 @@ impl Survey {
     pub fn of_mounted(disk: &Disk) -> Result<Self> {
         Ok(Self {
             info: fs::probe(disk)?,
+            needs: needs(disk),
             filesystem: None,
             provisioned: None,
             blocks: Blocks::Used,
@@ -117,8 +120,13 @@ impl Survey {
         grade: Grade,
         warning: String,
     ) -> Result<Self> {
+        let needs = match info {
+            Some(_) => needs(disk),
+            None => Needs::unknown(ReadAt::len(disk)),
+        };
         Ok(Self {
             info,
+            needs,
             filesystem: None,
             provisioned: None,
             blocks: Blocks::All,
@@ -150,6 +158,7 @@ impl Survey {
     ) -> Result<Self> {
         let mut survey = Self {
             info: None,
+            needs: needs(disk),
             filesystem: None,
             provisioned: None,
             blocks: Blocks::All,
@@ -347,6 +356,10 @@ fn not_frozen(disk: &Disk, why: &str) -> Error {
     Error::new(Kind::Inconsistent, what)
         .on(disk.path())
         .hint("try again; if that does not help, find out who else freezes and thaws it")
+}
+
+fn needs(disk: &Disk) -> Needs {
+    Needs::of(disk, disk.geometry().logical_sector)
 }
 
 /// Offline only what was unmounted is trusted, or has no log. An XFS that was frozen once, and then copied or

@@ -16,6 +16,7 @@ use crate::input::{self, ExpectedId};
 use crate::pipeline::Bounds;
 use crate::pipeline::load::{Discard, Receive, load};
 use crate::progress::Progress;
+use crate::read_at::ReadAt;
 use crate::units::ByteLen;
 
 /// What to verify.
@@ -82,7 +83,10 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         Some(path) => {
             let volume = volume_of(&image.manifest().volumes, options.volume)?;
             let disk = Disk::open(path, Access::Read)?;
-            Some(Comparison::new(volume.n, ByteLen(volume.size), disk)?)
+            // What a shorter target has no room for is zeros.
+            let room = ReadAt::len(&disk).max(ByteLen(volume.smallest_target));
+            let size = ByteLen(volume.size).min(room);
+            Some(Comparison::new(volume.n, size, disk)?)
         }
         None => None,
     };

@@ -49,6 +49,9 @@ fn manifest(sizes: &[usize]) -> Manifest {
         logical_sector: 512,
         physical_sector: 4096,
         smallest_target: *size as u64,
+        largest_target: None,
+        sector_size: None,
+        mount_point: None,
         blocks: Blocks::Used,
         used_bytes: *size as u64,
         group: None,
@@ -60,6 +63,8 @@ fn manifest(sizes: &[usize]) -> Manifest {
         run_id: "0123456789abcdef".into(),
         compress: "zstd:1".into(),
         parent: None,
+        host: None,
+        machine_id: None,
         volumes: (1..).zip(sizes).map(volume).collect(),
         streams: Vec::new(),
     }

@@ -30,6 +30,8 @@ fn manifest(size: u64) -> Manifest {
         run_id: "test".into(),
         compress: "zstd:1".into(),
         parent: None,
+        host: None,
+        machine_id: None,
         streams: Vec::new(),
         volumes: vec![VolumeManifest {
             n: 1,
@@ -41,6 +43,9 @@ fn manifest(size: u64) -> Manifest {
             logical_sector: 512,
             physical_sector: 512,
             smallest_target: size,
+            largest_target: None,
+            sector_size: None,
+            mount_point: None,
             blocks: Blocks::Used,
             used_bytes: size,
             group: None,

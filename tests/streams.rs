@@ -30,6 +30,8 @@ fn manifest(streams: u32) -> Manifest {
         created: "2026-01-01T00:00:00Z".into(),
         run_id: "test".into(),
         compress: "zstd:1".into(),
+        host: None,
+        machine_id: None,
         parent: None,
         volumes: Vec::new(),
         streams: (1..=streams).map(stream).collect(),

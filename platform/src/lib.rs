@@ -24,6 +24,7 @@ pub mod extents_below;
 pub mod freeze;
 pub mod fsmap;
 pub mod guard;
+pub mod identity;
 pub mod in_use;
 pub mod located;
 pub mod lock;

@@ -10,6 +10,7 @@ pub(crate) mod counters;
 pub(crate) mod device;
 pub(crate) mod exclusive;
 pub(crate) mod guard;
+pub(crate) mod identity;
 pub(crate) mod in_use;
 pub(crate) mod linux_only;
 pub(crate) mod located;

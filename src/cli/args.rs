@@ -10,6 +10,7 @@ use crate::input::ExpectedId;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
+use crate::restore::raw;
 use crate::run::Hooks;
 use crate::units::ByteLen;
 use crate::{backup, clone, restore, verify};
@@ -18,7 +19,7 @@ const EXIT_CODES: &str = "Exit codes:
   0    done, and what was made is whole
   1    failed: I/O error, no space, no permission, missing source
   2    wrong usage, or a question would have to be answered
-  3    refused for safety: in use, too small, exists, or would be inconsistent
+  3    refused for safety: in use, too small, unusable there, exists, or would be inconsistent
   4    an image is damaged, cut off, too new or not the expected one; or a comparison differs
   5    done, but some source blocks could not be read
   6    done, and what was made is whole, but the --post-freeze command failed
@@ -106,16 +107,23 @@ impl Verb {
         }
     }
 
-    /// Whether standard output is taken by an image.
+    /// Whether standard output is taken by an image or a volume.
     pub(super) fn streams_to_stdout(&self) -> bool {
-        matches!(self, Self::Backup(args) if args.output.as_os_str() == "-")
+        match self {
+            Self::Backup(args) => args.output.as_os_str() == "-",
+            Self::Restore(args) => {
+                let is_target = args.target.as_deref().is_some_and(raw::is_stdout);
+                is_target || args.map.iter().any(|text| text.ends_with("=-"))
+            }
+            _ => false,
+        }
     }
 }
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
-    /// Block devices, mount points, volumes of LVM or ZFS (VG/LV, POOL/NAME), datasets of
-    /// ZFS, or files that hold a raw disk
+    /// Block devices (also LABEL=, UUID=, PARTLABEL=, PARTUUID=), mount points, volumes of LVM or ZFS (VG/LV,
+    /// POOL/NAME), datasets of ZFS, or files that hold a raw disk
     #[arg(required = true, value_name = "SOURCE")]
     sources: Vec<String>,
     /// The image to write; `-` streams it to standard output
@@ -191,17 +199,24 @@ impl FreezeArgs {
             "auto" => None,
             name => Some(name.parse()?),
         };
-        match (step == Some(Step::None), self.allow_inconsistent) {
-            (true, false) => Err(Error::new(
-                Kind::Inconsistent,
-                "with `--freeze none` a copy of a source in use is torn",
-            )
-            .hint("--allow-inconsistent makes it all the same")),
-            (false, true) => Err(Error::new(
+        match self.allow_inconsistent && step != Some(Step::None) {
+            true => Err(Error::new(
                 Kind::Usage,
                 "--allow-inconsistent is for --freeze none only",
             )),
-            _ => Ok(step),
+            false => Ok(step),
+        }
+    }
+
+    /// Refuses a torn copy that was not asked for: when all else that was typed makes sense.
+    fn refuse_torn(&self) -> Result<()> {
+        match self.step()? == Some(Step::None) && !self.allow_inconsistent {
+            true => Err(Error::new(
+                Kind::Inconsistent,
+                "with `--freeze none` a copy of a source in use is torn",
+            )
+            .hint("--allow-inconsistent makes it anyway")),
+            false => Ok(()),
         }
     }
 
@@ -247,7 +262,7 @@ enum ReadError {
 
 impl BackupArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<backup::Options> {
-        Ok(backup::Options {
+        let options = backup::Options {
             sources: self.sources.clone(),
             recursive: self.recursive,
             output: (self.output.as_os_str() != "-").then(|| self.output.clone()),
@@ -261,7 +276,9 @@ impl BackupArgs {
             bounds: self.copying.bounds.or(Bounds::default()),
             hooks: self.freeze.hooks(),
             run_id: run_id.to_owned(),
-        })
+        };
+        self.freeze.refuse_torn()?;
+        Ok(options)
     }
 }
 
@@ -317,7 +334,8 @@ impl BoundArgs {
 pub(super) struct RestoreArgs {
     /// The image; `-` reads a stream from standard input
     image: PathBuf,
-    /// A block device or raw file, a missing one of which is created; for a stream, a new dataset
+    /// A block device, a logical volume (VG/LV), a raw file (created if missing; if its name has a folder it
+    /// begins with / or ./), or `-`: the raw volume on standard output. For a stream, a new dataset
     /// (POOL/NAME)
     #[arg(required_unless_present = "map", conflicts_with = "map")]
     target: Option<PathBuf>,
@@ -339,6 +357,10 @@ pub(super) struct RestoreArgs {
     /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
     #[arg(long, conflicts_with = "allow_twin")]
     new_ids: bool,
+    /// Write the copy even where it could not be used: its partition table or filesystem is for other
+    /// sectors than the target has, or has to end where its device does
+    #[arg(long)]
+    allow_unusable: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -385,6 +407,7 @@ impl RestoreArgs {
             targets,
             discard: self.discard,
             verify: self.verify,
+            allow_unusable: self.allow_unusable,
             allow_twin: self.allow_twin,
             new_ids: self.new_ids,
             salvage: self.salvage,
@@ -398,7 +421,8 @@ impl RestoreArgs {
 pub(super) struct CloneArgs {
     /// A block device, a mount point, or a file that holds a raw disk
     source: String,
-    /// A block device or raw file; a missing file is created
+    /// A block device, a logical volume (VG/LV), or a raw file (created if missing; if its name has a
+    /// folder it begins with / or ./)
     target: PathBuf,
     #[command(flatten)]
     freeze: FreezeArgs,
@@ -414,6 +438,10 @@ pub(super) struct CloneArgs {
     /// Give a btrfs a new UUID (as `btrfstune -m` does), so that it can be used beside the original
     #[arg(long, conflicts_with = "allow_twin")]
     new_ids: bool,
+    /// Write the copy even where it could not be used: its partition table or filesystem is for other
+    /// sectors than the target has, or has to end where its device does
+    #[arg(long)]
+    allow_unusable: bool,
     /// Let a btrfs become visible twice on this machine, which may mix up both
     #[arg(long)]
     allow_twin: bool,
@@ -426,7 +454,7 @@ pub(super) struct CloneArgs {
 
 impl CloneArgs {
     pub(super) fn options(&self, run_id: &str) -> Result<clone::Options> {
-        Ok(clone::Options {
+        let options = clone::Options {
             source: self.source.clone(),
             target: self.target.clone(),
             freeze: self.freeze.step()?,
@@ -436,12 +464,15 @@ impl CloneArgs {
             on_read_error: self.freeze.on_read_error(),
             discard: self.discard,
             verify: self.verify,
+            allow_unusable: self.allow_unusable,
             allow_twin: self.allow_twin,
             new_ids: self.new_ids,
             hooks: self.freeze.hooks(),
             bounds: self.copying.bounds.or(Bounds::for_target()),
             run_id: run_id.to_owned(),
-        })
+        };
+        self.freeze.refuse_torn()?;
+        Ok(options)
     }
 }
 

@@ -1,29 +1,33 @@
 //! The question before something that exists is overwritten.
 
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::Path;
 
 use crate::error::{Error, Escaped, IoContext, Kind, Result};
+use crate::overwritten::{Overwritten, Question};
 
 /// Asks on the terminal, unless `yes` answers for all; without a terminal `--yes` is needed.
-pub(super) fn confirmation(yes: bool) -> impl FnMut(&Path, &str) -> Result<()> {
-    move |target, what| {
+pub(super) fn confirmation(yes: bool) -> impl FnMut(&Question<'_>) -> Result<()> {
+    move |question| {
         if yes {
             return Ok(());
         }
+        let target = question.target;
+        let now = Overwritten::of(target);
         let stdin = std::io::stdin();
         if !stdin.is_terminal() {
             return Err(Error::new(
                 Kind::Confirm,
-                "everything on the target would be overwritten",
+                format!("everything on the target would be overwritten ({now})"),
             )
             .on(target)
             .hint("--yes says that this is wanted"));
         }
+        let name = target.display().to_string();
+        let name = Escaped(&name);
         eprint!(
-            "Everything on {} will be overwritten with {}. Type `yes` to go on: ",
-            Escaped(&target.display().to_string()),
-            Escaped(what),
+            "{name} now: {now}\n\
+             Everything on {name} will be overwritten with {}. Type `yes` to go on: ",
+            Escaped(question.with),
         );
         std::io::stderr()
             .flush()

@@ -395,11 +395,26 @@ pub(super) fn usage_error(error: &Error, arguments: &[OsString], run_id: &str) {
         let is_stdout_taken = arguments
             .windows(2)
             .any(|pair| (pair[0] == "-o" || pair[0] == "--output") && pair[1] == "-")
-            || arguments.iter().any(|argument| argument == "--output=-");
+            || arguments.iter().any(|argument| argument == "--output=-")
+            || is_restore_to_stdout(arguments);
         error_line(is_stdout_taken, error, run_id);
     } else {
         error_text(error);
     }
+}
+
+/// Whether a volume was to go to standard output: `-` stands somewhere after the image.
+fn is_restore_to_stdout(arguments: &[OsString]) -> bool {
+    let mut rest = arguments
+        .iter()
+        .skip_while(|argument| *argument != "restore");
+    rest.next();
+    let mut places = rest.filter(|argument| {
+        let argument = argument.to_string_lossy();
+        argument == "-" || argument.ends_with("=-") || !argument.starts_with('-')
+    });
+    places.next();
+    places.any(|argument| argument == "-" || argument.to_string_lossy().ends_with("=-"))
 }
 
 pub(super) fn error_text(error: &Error) {

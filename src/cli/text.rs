@@ -172,6 +172,9 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
         if action.overwrites {
             line.push_str(", overwriting what is there");
         }
+        if let Some(now) = &action.now {
+            let _ = write!(line, " ({now})");
+        }
         if action.new_ids {
             line.push_str(", with a new UUID");
         }
@@ -270,6 +273,12 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
         Escaped(&report.trailer.instant),
         report.trailer.freeze_ms,
     );
+    if let Some(host) = &report.manifest.host {
+        let _ = write!(text, "\non host {}", Escaped(host));
+    }
+    if let Some(id) = &report.manifest.machine_id {
+        let _ = write!(text, "\nmachine id {}", Escaped(id));
+    }
     let _ = write!(text, "\nimage id {}", report.image_id);
     if let Some(content_id) = &report.trailer.content_id {
         let _ = write!(text, "\ncontent id {}", Escaped(content_id));
@@ -289,6 +298,9 @@ fn inspect_image(report: &inspect::ImageReport) -> String {
             ByteLen(achieved.used_bytes),
             achieved.grade.name(),
         );
+        if let Some(point) = &volume.mount_point {
+            let _ = write!(text, ", mounted at {}", Escaped(point));
+        }
         if let Some(subvolume) = &volume.subvolume {
             let _ = write!(text, ", only subvolume {}", Escaped(&subvolume.path));
         }

@@ -16,6 +16,8 @@ use holdstill_platform::node::{BlockDevice, DeviceNumber, FileId, Kind as NodeKi
 
 use super::{Claimed, Hold, Target};
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::fit::Fit;
+use crate::signatures;
 use crate::units::ByteLen;
 
 /// How long udev may keep a disk locked.
@@ -30,23 +32,28 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct Candidate {
     located: Located,
     size: ByteLen,
+    /// Bytes that the target has; of a missing file those that it will have.
+    room: ByteLen,
     extents: Extents,
 }
 
 impl Candidate {
-    /// Examines a target for a volume of `size` bytes. Changes nothing.
+    /// Examines a target for a volume, which may be one that cannot be used there with `allow_unusable`.
+    /// Changes nothing.
     ///
     /// # Errors
     /// [`Kind::InUse`] if it is mounted, held, open for writing or read-only; [`Kind::TooSmall`];
-    /// [`Kind::NotApplicable`] for a device that does not exist; [`Kind::Usage`] if it is neither a
+    /// [`Kind::Unusable`]; [`Kind::NotApplicable`] for a device that does not exist; [`Kind::Usage`] if it is neither a
     /// device nor a file.
-    pub fn examine(path: &Path, size: ByteLen) -> Result<Self> {
+    pub fn examine(path: &Path, fit: &Fit, allow_unusable: bool) -> Result<Self> {
+        let size = fit.size();
         let located = Located::of(path).map_err(refusal)?;
         let Some(node) = located.node() else {
             located.refuse_among_devices().map_err(refusal)?;
             return Ok(Self {
                 located,
                 size,
+                room: size,
                 extents: Extents::default(),
             });
         };
@@ -70,16 +77,11 @@ impl Candidate {
             return Err(Error::new(Kind::InUse, "the target is read-only").on(path));
         }
         let room = ByteLen(geometry.size);
-        if room < size {
-            let what = format!(
-                "the target is too small: {room} ({} bytes), needed are {size} ({} bytes)",
-                room.0, size.0
-            );
-            return Err(Error::new(Kind::TooSmall, what).on(path));
-        }
+        fit.check(path, &geometry, allow_unusable)?;
         Ok(Self {
             located,
             size,
+            room,
             extents,
         })
     }
@@ -87,6 +89,11 @@ impl Candidate {
     /// Whether something is there that would be overwritten.
     pub fn exists(&self) -> bool {
         self.located.node().is_some()
+    }
+
+    /// Bytes that it has, or will have.
+    pub fn room(&self) -> ByteLen {
+        self.room
     }
 
     /// The bytes that would be overwritten.
@@ -237,11 +244,13 @@ impl Taken {
     /// # Errors
     /// What the device says.
     pub fn begin(self) -> Result<Target> {
+        let mut target = self.target;
         if self.discard {
-            self.target.disk.discard_all()?;
+            target.disk.discard_all()?;
         }
-        self.target.clear_signatures()?;
-        Ok(self.target)
+        target.stale = signatures::find(&target.disk);
+        target.clear_signatures()?;
+        Ok(target)
     }
 }
 

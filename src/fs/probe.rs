@@ -68,6 +68,11 @@ pub(super) fn signatures(source: &dyn ReadAt) -> Result<Signatures> {
     })
 }
 
+/// Whether the superblock of an md array is at the start of a volume: versions 1.1 and 1.2.
+pub(super) fn is_md_at_start(source: &dyn ReadAt) -> bool {
+    Volume::read(source).is_ok_and(|volume| containers::md(&volume).is_some())
+}
+
 /// A function that knows one signature.
 type Matcher = fn(&Volume) -> Option<Info>;
 

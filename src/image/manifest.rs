@@ -46,6 +46,12 @@ pub struct Manifest {
     pub created: String,
     /// The run that made it.
     pub run_id: String,
+    /// Name of the machine that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Its id, as `/etc/machine-id` has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
     /// How payloads are compressed: `zstd:LEVEL` or `none`.
     pub compress: String,
     /// The image that this one builds upon; only with the feature bit for it.
@@ -80,14 +86,24 @@ pub struct VolumeManifest {
     pub label: Option<String>,
     /// Its UUID, as its own tools print it.
     pub uuid: Option<String>,
+    /// Where it was mounted, as the program saw it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount_point: Option<String>,
     /// Size in bytes.
     pub size: u64,
     /// Logical sector in bytes.
     pub logical_sector: u32,
     /// Physical sector in bytes.
     pub physical_sector: u32,
-    /// The smallest target it fits on, in bytes.
+    /// The smallest target it fits on, in bytes: what lies behind that is zeros, and not needed.
     pub smallest_target: u64,
+    /// The largest target on which it can be used, in bytes, where there is such a bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub largest_target: Option<u64>,
+    /// The unit its content counts in, in bytes: a target's logical sector must not be larger, and for a
+    /// partition table it must be just that. Absent where it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sector_size: Option<u32>,
     /// Whether only used blocks were read (`used`) or all of them (`all`).
     pub blocks: Blocks,
     /// About how many bytes that is: what a reader's progress goes by. The trailer has the exact

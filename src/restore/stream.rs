@@ -306,6 +306,8 @@ mod tests {
             run_id: String::new(),
             compress: String::new(),
             parent: None,
+            host: None,
+            machine_id: None,
             volumes: Vec::new(),
             streams: (1..)
                 .zip(datasets)

@@ -207,7 +207,14 @@ impl Run {
 
     fn is_stdout_taken(&self) -> bool {
         let output = |pair: &[OsString]| pair[0] == "-o" && pair[1] == "-";
-        self.args.windows(2).any(output)
+        let is_restore = self.args.first().is_some_and(|verb| verb == "restore");
+        let is_place = |arg: &&OsString| !arg.to_string_lossy().starts_with("--");
+        // The verb, the image, the target.
+        let target = self.args.iter().filter(is_place).nth(2);
+        let is_target = |arg: &OsString| arg.to_string_lossy().ends_with("=-");
+        let is_to_stdout = target.is_some_and(|target| target == "-");
+        let is_raw = is_restore && (is_to_stdout || self.args.iter().any(is_target));
+        self.args.windows(2).any(output) || is_raw
     }
 }
 

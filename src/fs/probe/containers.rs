@@ -14,7 +14,7 @@ pub(super) const ALL: &[Matcher] = &[
 const MD_MAGIC: [u8; 4] = 0xa92b_4efc_u32.to_le_bytes();
 
 /// md, versions 1.1 and 1.2: at the start, or 4 KiB behind it.
-fn md(volume: &Volume) -> Option<Info> {
+pub(super) fn md(volume: &Volume) -> Option<Info> {
     let at = [0, 4096]
         .into_iter()
         .find(|&at| volume.has(at, &MD_MAGIC) && volume.le32(at + 4) == Some(1))?;
