@@ -287,12 +287,12 @@ impl Survey {
 }
 
 /// How a filesystem that we freeze is mounted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// For writing: a freeze empties its log.
-    Writable,
     /// Read-only: a freeze leaves it as it is, be that as a power cut left it.
     ReadOnly,
+    /// For writing: a freeze empties its log.
+    Writable,
 }
 
 /// Whether the map of a filesystem that we hold frozen can be trusted.
@@ -309,9 +309,14 @@ enum Settled {
 impl Mode {
     /// The mode of a mount; none is taken for writable, whose freeze must show.
     pub fn of(mount: Option<&Mount>) -> Self {
-        match mount {
-            Some(mount) if mount.is_stopped() => Self::ReadOnly,
-            _ => Self::Writable,
+        Self::read_only(mount.is_some_and(Mount::is_stopped))
+    }
+
+    /// Read-only or not.
+    pub fn read_only(is_so: bool) -> Self {
+        match is_so {
+            true => Self::ReadOnly,
+            false => Self::Writable,
         }
     }
 

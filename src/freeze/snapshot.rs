@@ -27,13 +27,7 @@ impl Users {
             match user {
                 User::Mount { read_only, .. } if freezes(&user) => {
                     // One mount for writing is enough.
-                    if frozen.is_none() || !read_only {
-                        frozen = Some(if read_only {
-                            Mode::ReadOnly
-                        } else {
-                            Mode::Writable
-                        });
-                    }
+                    frozen = frozen.max(Some(Mode::read_only(read_only)));
                 }
                 user if user.may_write() => return Ok(Self::Others(user.to_string())),
                 _ => {}

@@ -100,7 +100,7 @@ impl Log<'_> {
         if is_unmount(&last.record, &body) {
             return Ok(State::Clean);
         }
-        self.from_tail(&last, head)
+        self.judge_tail(&last, head)
     }
 
     /// The block where the next record would go; `None` if the log makes no sense.

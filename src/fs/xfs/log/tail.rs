@@ -39,7 +39,7 @@ const MAX_BLOCKS: u64 = (4 << 20) / SECTOR;
 
 impl Log<'_> {
     /// Judges what lies between the tail, as the last record tells it, and `head`.
-    pub(super) fn from_tail(&self, last: &Found, head: u64) -> Result<State> {
+    pub(super) fn judge_tail(&self, last: &Found, head: u64) -> Result<State> {
         let tail_lsn = last.record.tail_lsn.get();
         let tail = tail_lsn & u64::from(u32::MAX);
         if tail >= self.blocks {
