@@ -27,7 +27,10 @@ pub(super) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 fn remember(panic: &PanicHookInfo<'_>) {
-    let what = panic.payload_as_str().unwrap_or("something unknown");
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    let what = text.unwrap_or("something unknown");
     let place = panic.location().map(|place| format!(" ({place})"));
     if let Ok(mut first) = FIRST.try_lock() {
         first.get_or_insert_with(|| format!("{what}{}", place.unwrap_or_default()));

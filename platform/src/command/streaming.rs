@@ -32,7 +32,7 @@ pub fn unnamed_file() -> Result<File> {
     os::streaming::file_in_memory().context("cannot make", "a file in memory")
 }
 
-/// The first [`MOST_SAID`] bytes of such a file.
+/// What was written to such a file, its first 64 KiB.
 ///
 /// # Errors
 /// If it cannot be read.
