@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::destination::apart::{refuse_printing_on, refuse_shared};
 use crate::destination::refusal;
 use crate::error::{Error, Kind, Result};
+use crate::estimate;
 use crate::extent::Extent;
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
 use crate::freeze::{Context, CowRoom, Proof, Step, Still};
@@ -32,7 +33,7 @@ use crate::pipeline::stream::store_stream;
 use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, PartFile, Run, Watched};
-use crate::source::Named;
+use crate::source::{Named, Source};
 use crate::units::ByteLen;
 
 /// What to back up, and how.
@@ -161,6 +162,13 @@ pub struct Planned {
     pub output: Option<Slot>,
 }
 
+impl Planned {
+    /// Whether the image becomes a regular file.
+    pub fn is_file(&self) -> bool {
+        self.output.as_ref().is_some_and(Slot::is_file)
+    }
+}
+
 /// Says what a backup would do; changes nothing.
 ///
 /// # Errors
@@ -250,6 +258,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     for wanted in &planned.datasets {
         progress.event(&Event::Plan(&wanted.to_string()));
     }
+    warn_of_shortage(options, &planned, progress)?;
     let run = begin(options, &planned)?;
     run.warn_of_shared_group(progress);
     let output = match &planned.output {
@@ -280,10 +289,14 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
     let mut warnings = Vec::new();
     let mut stills = Vec::new();
     for plan in &mut planned.volumes {
-        let (still, mut of_it) = plan.hold_still_somehow(&context)?;
-        let surveys = still.surveys().iter();
-        of_it.extend(surveys.flat_map(|survey| survey.warnings.clone()));
-        for warning in of_it {
+        let (still, of_it) = plan.hold_still_somehow(&context)?;
+        let about =
+            |source: &Source, warning: &String| format!("{}: {warning}", source.path.display());
+        let mut named: Vec<_> = of_it.iter().map(|it| about(&plan.source, it)).collect();
+        for (source, survey) in plan.sources().zip(still.surveys()) {
+            named.extend(survey.warnings.iter().map(|it| about(source, it)));
+        }
+        for warning in named {
             progress.warn(&warning);
             warnings.push(warning);
         }
@@ -380,6 +393,19 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         streams: stream_reports(manifest.streams, trailer.streams),
         commits: trailer.commits,
     })
+}
+
+/// Tells before the copy if the image may not find room.
+fn warn_of_shortage(options: &Options, planned: &Planned, progress: &dyn Progress) -> Result<()> {
+    let Some(path) = options.output.as_ref().filter(|_| planned.is_file()) else {
+        return Ok(());
+    };
+    let sources = planned.volumes.iter().flat_map(Plan::sources);
+    let most = sources.filter_map(estimate::used_bytes).sum();
+    if let Some(warning) = estimate::shortage(path, most, estimate::free_bytes(path)?) {
+        progress.warn(&warning);
+    }
+    Ok(())
 }
 
 /// Begins the run, with a guard if something will be frozen, or if the image will have a name before

@@ -26,6 +26,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
+use crate::freeze::write_trace::NUMBER;
 use crate::progress::Progress;
 use crate::run::{FreezeRecord, PartFile, RunRecord};
 
@@ -212,9 +213,10 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     for freeze in &record.freezes {
         thaw(freeze, report)?;
     }
-    if let Some(instance) = &record.trace_instance
-        && let Ok(tracefs) = Tracefs::open()
-    {
+    for instance in &record.trace_instances {
+        let Ok(tracefs) = Tracefs::open() else {
+            break;
+        };
         let is_there = || Ok(tracefs.leftovers()?.contains(instance));
         let remove = || Ok(tracefs.remove(instance)?);
         report.remove("trace instance", instance, is_there, remove)?;
@@ -475,7 +477,8 @@ fn remove_stray_instances(report: &mut Report) -> Result<()> {
         return Ok(());
     };
     for name in tracefs.leftovers()? {
-        let run_id = name.strip_prefix(PREFIX).unwrap_or_default();
+        let id = name.strip_prefix(PREFIX).unwrap_or_default();
+        let run_id = id.split(NUMBER).next().unwrap_or_default();
         // Whatever does not look like a run of ours is none.
         if !is_dead(run_id) || report.removed.contains(&name) {
             continue;

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::backup;
 use crate::clone;
 use crate::error::Result;
+use crate::estimate::{free_bytes, used_bytes};
 use crate::freeze::Step;
 use crate::overwritten::Overwritten;
 use crate::plan::{Plan, StepReport};
@@ -36,6 +37,10 @@ pub struct Action {
     pub now: Option<Overwritten>,
     /// Whether the copy would get UUIDs of its own.
     pub new_ids: bool,
+    /// About how many bytes would be copied, if that can be told. An image is no larger than that.
+    pub used_bytes: Option<u64>,
+    /// How many bytes are free where a file would be written.
+    pub free_bytes: Option<u64>,
     /// How the source would be made to hold still, where it has to be.
     pub step: Option<String>,
     /// Steps that come earlier, and why they do not apply.
@@ -54,6 +59,8 @@ impl Action {
             overwrites,
             now: None,
             new_ids: false,
+            used_bytes: used_bytes(source).map(|bytes| bytes.0),
+            free_bytes: None,
             step: Some(plan.step.name().to_owned()),
             passed_over: passed_over.collect(),
         }
@@ -79,13 +86,21 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         overwrites,
         now: None,
         new_ids: false,
+        used_bytes: None,
+        free_bytes: None,
         step: Some(Step::Zfs.name().to_owned()),
         passed_over: Vec::new(),
     });
-    let actions = volumes.chain(datasets);
+    let mut actions: Vec<Action> = volumes.chain(datasets).collect();
+    if let Some(path) = output.filter(|_| planned.is_file()) {
+        let free = free_bytes(path)?;
+        actions
+            .iter_mut()
+            .for_each(|it| it.free_bytes = Some(free.0));
+    }
     Ok(Report {
         dry_run: true,
-        actions: actions.collect(),
+        actions,
     })
 }
 
@@ -101,6 +116,10 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
         actions: vec![Action {
             new_ids: options.new_ids,
             now: candidate.exists().then(|| Overwritten::of(&options.target)),
+            free_bytes: match candidate.exists() {
+                true => None,
+                false => Some(free_bytes(&options.target)?.0),
+            },
             ..Action::new(&plan, &plan.source, target, candidate.exists())
         }],
     })
@@ -112,7 +131,12 @@ pub fn clone(options: &clone::Options) -> Result<Report> {
 /// As [`backup()`].
 pub fn restore(options: &restore::Options) -> Result<Report> {
     let planned = restore::plan(options)?;
-    let action = |what: String, target: String, overwrites: bool| Action {
+    let action = |what: String, used: Option<u64>, target: String, overwrites: bool| Action {
+        used_bytes: used,
+        free_bytes: (!overwrites && used.is_some() && target != "-")
+            .then(|| free_bytes(Path::new(&target)).ok())
+            .flatten()
+            .map(|free| free.0),
         source: format!("{what} of {}", options.image.display()),
         now: overwrites.then(|| Overwritten::of(Path::new(&target))),
         target,
@@ -122,19 +146,28 @@ pub fn restore(options: &restore::Options) -> Result<Report> {
         passed_over: Vec::new(),
     };
     let to_stdout = planned.to_stdout.iter();
-    let to_stdout =
-        to_stdout.map(|volume| action(format!("volume {}", volume.n), "-".to_owned(), false));
+    let to_stdout = to_stdout.map(|volume| {
+        let used = Some(volume.used_bytes);
+        action(format!("volume {}", volume.n), used, "-".to_owned(), false)
+    });
     let volumes = planned.volumes.iter().map(|wanted| {
         let mut what = format!("volume {}", wanted.volume.n);
         if let Some(subvolume) = &wanted.volume.subvolume {
             what = format!("subvolume {} from {what}", subvolume.path);
         }
         let target = wanted.path.display().to_string();
-        action(what, target, wanted.candidate.exists())
+        let used = Some(wanted.volume.used_bytes);
+        action(what, used, target, wanted.candidate.exists())
     });
     let streams = planned.streams.iter();
-    let streams =
-        streams.map(|stream| action(format!("stream {}", stream.n), stream.target.clone(), false));
+    let streams = streams.map(|stream| {
+        action(
+            format!("stream {}", stream.n),
+            None,
+            stream.target.clone(),
+            false,
+        )
+    });
     let actions = to_stdout.chain(volumes).chain(streams);
     Ok(Report {
         dry_run: true,

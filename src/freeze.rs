@@ -17,7 +17,7 @@ mod snapshot;
 mod stale;
 pub mod track;
 mod watch;
-mod write_trace;
+pub(crate) mod write_trace;
 pub mod zfs;
 
 use std::fmt;

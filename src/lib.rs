@@ -18,6 +18,7 @@ pub mod dry_run;
 
 pub mod damage;
 pub mod error;
+pub mod estimate;
 pub mod extent;
 pub mod fit;
 pub mod freeze;

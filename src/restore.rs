@@ -67,7 +67,7 @@ pub struct Report {
     pub image_id: String,
     /// The id of its content, if it says one.
     pub content_id: Option<String>,
-    /// The image's grade.
+    /// The worst grade of what was restored.
     pub grade: Grade,
     /// Where volumes went.
     pub targets: Vec<TargetReport>,
@@ -399,7 +399,10 @@ pub fn run(
         .map_err(|error| error.on(input::name(&options.image)))?;
     // Without damage there is an end.
     let end = end.ok_or_else(|| Error::new(Kind::Truncated, "the image has no end"))?;
-    let mut warnings = verify::grade_warnings(&end.trailer);
+    // What nobody restores says nothing of what is.
+    let is_restored = |n| reports.iter().any(|report| report.n == n);
+    let mut warnings = verify::grade_warnings(&end.trailer, is_restored);
+    let grade = verify::grade_of(&end.trailer, is_restored);
     warnings.extend(notes);
     for warning in &warnings {
         progress.warn(warning);
@@ -408,7 +411,7 @@ pub fn run(
         image: options.image.display().to_string(),
         image_id: to_hex(&image.image_id()),
         content_id: end.trailer.content_id,
-        grade: end.trailer.grade,
+        grade,
         targets: reports,
         verified: options.verify,
         elapsed_s: begun.elapsed().as_secs_f64(),

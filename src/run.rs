@@ -53,9 +53,11 @@ pub struct RunRecord {
     /// When it began (RFC 3339).
     pub begun: String,
     /// Freezes that are under way: written down before a freeze begins, and gone once it has ended.
+    #[serde(default)]
     pub freezes: Vec<FreezeRecord>,
-    /// Write-tracking instance, if any.
-    pub trace_instance: Option<String>,
+    /// Write-tracking instances.
+    #[serde(default)]
+    pub trace_instances: Vec<String>,
     /// Files that are not whole yet.
     #[serde(default)]
     pub parts: Vec<PartFile>,

@@ -162,7 +162,8 @@ impl Survey {
             filesystem: None,
             provisioned: None,
             blocks: Blocks::All,
-            grade: Grade::Crash,
+            // What nothing here can read is not known to be in order.
+            grade: best.max(Grade::Unknown),
             bytes: ByteLen::ZERO,
             warnings: Vec::new(),
         };
@@ -208,6 +209,7 @@ impl Survey {
     ) -> Result<()> {
         let condition = filesystem.condition();
         if !is_settled(condition) {
+            self.grade = Grade::Crash;
             let why = match condition {
                 Condition::Dirty { reason } => reason.to_string(),
                 _ => "it was frozen and never unmounted".to_owned(),

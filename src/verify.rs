@@ -112,7 +112,7 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         Ok((end, content_id))
     };
     let (end, content_id) = check().map_err(|error: Error| error.on(name))?;
-    let warnings = grade_warnings(&end.trailer);
+    let warnings = grade_warnings(&end.trailer, |_| true);
     for warning in &warnings {
         progress.warn(warning);
     }
@@ -163,20 +163,23 @@ pub fn compare(
     targets.iter().try_for_each(Comparison::finish)
 }
 
-/// What must be said aloud of an image: a grade below `clean`, and what its source could not give.
-pub fn grade_warnings(trailer: &Trailer) -> Vec<String> {
-    let below = trailer
-        .volumes
-        .iter()
-        .filter(|volume| volume.grade > Grade::Clean);
-    let grades = below.map(|volume| match volume.grade {
-        Grade::Torn => format!("volume {} is torn: it was read while it changed", volume.n),
-        _ => format!(
-            "volume {} is graded crash: it is as a power cut would have left it",
-            volume.n
-        ),
+/// What must be said of the volumes for which `is_meant` holds: a grade below `clean`, and what their
+/// sources could not give.
+pub fn grade_warnings(trailer: &Trailer, is_meant: impl Fn(u32) -> bool) -> Vec<String> {
+    let volumes = || trailer.volumes.iter().filter(|volume| is_meant(volume.n));
+    let below = volumes().filter(|volume| volume.grade > Grade::Clean);
+    let grades = below.map(|volume| {
+        let n = volume.n;
+        match volume.grade {
+            Grade::Torn => format!("volume {n} is torn: it may have changed while it was read"),
+            Grade::Unknown => format!(
+                "volume {n} is graded unknown: nobody wrote to it meanwhile, but whether it was in order \
+                 cannot be told"
+            ),
+            _ => format!("volume {n} is graded crash: it is as a power cut would have left it"),
+        }
     });
-    let unreadable = trailer.volumes.iter().filter_map(|volume| {
+    let unreadable = volumes().filter_map(|volume| {
         let lens = volume.unreadable.iter().map(|(_, len)| *len);
         let bytes = ByteLen(lens.fold(0, u64::saturating_add));
         (bytes > ByteLen::ZERO).then(|| {
@@ -188,6 +191,20 @@ pub fn grade_warnings(trailer: &Trailer) -> Vec<String> {
         })
     });
     grades.chain(unreadable).collect()
+}
+
+/// The worst grade of the volumes and streams for which `is_meant` holds; of none, that of the image.
+pub fn grade_of(trailer: &Trailer, is_meant: impl Fn(u32) -> bool) -> Grade {
+    let volumes = trailer
+        .volumes
+        .iter()
+        .map(|volume| (volume.n, volume.grade));
+    let streams = trailer
+        .streams
+        .iter()
+        .map(|stream| (stream.n, stream.grade));
+    let meant = volumes.chain(streams).filter(|(n, _)| is_meant(*n));
+    meant.map(|(_, grade)| grade).max().unwrap_or(trailer.grade)
 }
 
 fn volume_of(volumes: &[VolumeManifest], number: u32) -> Result<VolumeManifest> {

@@ -85,8 +85,9 @@ fn privileged_cleanup_says_what_it_does_for_whom_and_before_it_does() {
     let (id, begun) = ("dryrun0123", "2026-01-02T03:04:05Z");
     let record = records.join(format!("{id}.json"));
     let content = serde_json::json!({
-        "pid": 1, "begun": begun, "mount_points": [dir.path().join("gone")],
-        "trace_instance": null, "part_files": [&part],
+        "pid": 1, "begun": begun,
+        "freezes": [{"point": dir.path().join("gone"), "device": "7:1000", "boot": null}],
+        "parts": [{"path": &part, "inode": null}],
     });
     std::fs::write(&record, content.to_string()).unwrap();
     // With records of its own: no other run's are seen.

@@ -323,7 +323,7 @@ fn a_filesystem_that_does_not_end_with_its_target_is_not_made_visible() {
     let fit = Fit::of_source(&geometry, None, needs);
     poisoned_file(&target, SIZE - 4096);
     let candidate = Candidate::examine(&target, &fit, false).unwrap();
-    let written = candidate.open(false).unwrap();
+    let written = candidate.take(false).unwrap().begin().unwrap();
     let content = std::fs::read(&source).unwrap();
     for (piece, at) in content.chunks(1 << 20).zip((0..).step_by(1 << 20)) {
         written.write(Offset(at), piece).unwrap();

@@ -38,6 +38,7 @@ pub mod open_files;
 pub mod output;
 pub mod privilege;
 pub mod records;
+pub mod room;
 pub mod signals;
 pub mod stack;
 pub mod stream;

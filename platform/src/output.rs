@@ -320,6 +320,12 @@ impl Slot {
         node.is_some_and(|node| node.kind == NodeKind::Regular)
     }
 
+    /// Whether the output becomes a regular file, not a stream.
+    pub fn is_file(&self) -> bool {
+        let node = self.located.node();
+        node.is_none_or(|node| node.kind == NodeKind::Regular)
+    }
+
     /// The bytes that are there.
     ///
     /// # Errors

@@ -169,6 +169,12 @@ pub(super) fn dry_run(report: &dry_run::Report) -> String {
         if let Some(step) = &action.step {
             let _ = write!(line, ", step `{step}`");
         }
+        if let Some(used) = action.used_bytes {
+            let _ = write!(line, ", about {}", ByteLen(used));
+        }
+        if let Some(free) = action.free_bytes {
+            let _ = write!(line, " ({} are free there)", ByteLen(free));
+        }
         if action.overwrites {
             line.push_str(", overwriting what is there");
         }
@@ -424,7 +430,10 @@ fn grade(grade: Grade) -> &'static str {
     match grade {
         Grade::Frozen => "grade frozen: exactly one instant of a filesystem in use",
         Grade::Clean => "grade clean: offline and cleanly unmounted",
+        Grade::Unknown => {
+            "grade unknown: nobody wrote meanwhile; whether it was in order cannot be told"
+        }
         Grade::Crash => "grade CRASH: one instant, as a power cut would have left it",
-        Grade::Torn => "grade TORN: it changed while it was read",
+        Grade::Torn => "grade TORN: it may have changed while it was read",
     }
 }

@@ -28,6 +28,9 @@ const PAUSE_FROZEN: Duration = Duration::from_millis(20);
 const MOST_TRACE_KIB: u32 = 128 << 10;
 const LEAST_TRACE_KIB: u32 = 1 << 10;
 
+/// Between the id of a run and the number of its trace instance, from the second on.
+pub(crate) const NUMBER: char = ':';
+
 /// A balance taken in a freeze; it may have found no pause there.
 pub(super) type InFreeze = std::result::Result<Balance, TraceError>;
 
@@ -58,8 +61,16 @@ impl WriteTrace {
         run: &Run,
         stale: &Arc<DirtyMap>,
     ) -> Result<Self> {
-        let name = instance_name(run.id());
-        run.note(|record| record.trace_instance = Some(name.clone()))?;
+        // The sources of one run have an instance each.
+        let mut id = run.id().to_owned();
+        run.note(|record| {
+            let others = record.trace_instances.len();
+            if others > 0 {
+                id = format!("{id}{NUMBER}{others}");
+            }
+            record.trace_instances.push(instance_name(&id));
+        })?;
+        let name = instance_name(&id);
         let tracefs = Tracefs::open()?;
         let leftover = run.register(tracefs.instances(), &name, LeftoverKind::Folder)?;
         let layers = match device.is_request_based() {
@@ -74,7 +85,7 @@ impl WriteTrace {
         let share = MOST_TRACE_KIB / u32::try_from(processors).unwrap_or(u32::MAX);
         options.buffer_kib = options.buffer_kib.min(share.max(LEAST_TRACE_KIB));
         let marks = Arc::clone(stale);
-        let tracker = Tracker::start(tracefs, run.id(), &options, move |write| {
+        let tracker = Tracker::start(tracefs, &id, &options, move |write| {
             marks.mark(write.sector, write.sectors);
         })?;
         Ok(Self {

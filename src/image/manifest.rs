@@ -19,6 +19,9 @@ pub enum Grade {
     Frozen,
     /// It was offline, cleanly unmounted, and nobody wrote meanwhile.
     Clean,
+    /// Nobody wrote meanwhile, but whether its content was in order cannot be told: nothing here reads its
+    /// map or log.
+    Unknown,
     /// One instant, but a log would have to be replayed, as after a power cut.
     Crash,
     /// Read while it changed: no instant at all.
@@ -31,6 +34,7 @@ impl Grade {
         match self {
             Self::Frozen => "frozen",
             Self::Clean => "clean",
+            Self::Unknown => "unknown",
             Self::Crash => "crash",
             Self::Torn => "torn",
         }

@@ -1,0 +1,37 @@
+//! How full a mounted filesystem is (statvfs(3)).
+
+use std::path::Path;
+
+use nix::sys::statvfs::statvfs;
+
+use crate::error::{Context, Result};
+
+/// Bytes of a filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// In use.
+    pub used: u64,
+    /// That this process may still write.
+    pub free: u64,
+}
+
+impl Room {
+    /// Of the filesystem that `path` lies on.
+    ///
+    /// # Errors
+    /// What `statvfs(3)` says.
+    pub fn at(path: &Path) -> Result<Self> {
+        let found = statvfs(path).context("cannot examine", path)?;
+        #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
+        // their width differs between systems
+        let bytes = |blocks: u64| blocks.saturating_mul(found.fragment_size() as u64);
+        #[allow(clippy::unnecessary_cast)]
+        let (all, free) = (found.blocks() as u64, found.blocks_free() as u64);
+        #[allow(clippy::unnecessary_cast)]
+        let available = found.blocks_available() as u64;
+        Ok(Self {
+            used: bytes(all.saturating_sub(free)),
+            free: bytes(available),
+        })
+    }
+}
