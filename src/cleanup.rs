@@ -17,7 +17,7 @@ use holdstill_platform::located::Folder;
 use holdstill_platform::lock;
 use holdstill_platform::lvm::{self, MetadataSnapshot};
 use holdstill_platform::mounts;
-use holdstill_platform::node::{BlockDevice, DeviceNumber, FileId};
+use holdstill_platform::node::{BlockDevice, DeviceNumber, FileId, disk_sequence};
 use holdstill_platform::records::{self, Records};
 use holdstill_platform::signals;
 use holdstill_platform::trace::{PREFIX, Tracefs};
@@ -269,8 +269,14 @@ fn thaw(freeze: &FreezeRecord, report: &mut Report) -> Result<()> {
     let Ok(device) = freeze.device.parse::<DeviceNumber>() else {
         return Err(Error::new(Kind::Failed, "a run record cannot be read").on(&freeze.point));
     };
+    if disk_sequence(device) != freeze.sequence {
+        // Another device has its number by now, and nothing is mounted of the one that was meant.
+        return Ok(());
+    }
     let all = mounts::of_this_process()?;
-    let elsewhere = mounts::uncovered(&all, |mount| mount.device == device);
+    let elsewhere = mounts::uncovered(&all, |mount| {
+        freeze.sequence.is_some() && mount.device == device
+    });
     let points = std::iter::once(&freeze.point).chain(elsewhere.map(|mount| &mount.point));
     for point in points {
         if let Ok(open) = MountPoint::open_on(point, device) {

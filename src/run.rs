@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use holdstill_platform::command::{self, Ending, Output, Tool};
 use holdstill_platform::guard::{Config, Guard, Hook, HookEnd, Leftover, LeftoverKind, Owed, Undo};
-use holdstill_platform::node::DeviceNumber;
+use holdstill_platform::node::{DeviceNumber, disk_sequence};
 use holdstill_platform::records::{self, Record, Records};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +89,8 @@ pub struct FreezeRecord {
     /// The device of the filesystem (`st_dev` of the mount point), as `7:0`. A path alone may lead
     /// elsewhere by the time somebody reads this.
     pub device: String,
+    /// What tells this device from whatever has its number later, where the system says.
+    pub sequence: Option<String>,
     /// Since which start of the machine, where the system says: after the next one nothing is frozen.
     pub boot: Option<String>,
 }
@@ -99,6 +101,7 @@ impl FreezeRecord {
         Self {
             point: point.to_owned(),
             device: device.to_string(),
+            sequence: disk_sequence(device),
             boot: records::this_boot(),
         }
     }

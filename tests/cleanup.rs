@@ -86,7 +86,7 @@ fn privileged_cleanup_says_what_it_does_for_whom_and_before_it_does() {
     let record = records.join(format!("{id}.json"));
     let content = serde_json::json!({
         "pid": 1, "begun": begun,
-        "freezes": [{"point": dir.path().join("gone"), "device": "7:1000", "boot": null}],
+        "freezes": [{"point": dir.path().join("gone"), "device": "7:1000", "sequence": null, "boot": null}],
         "parts": [{"path": &part, "inode": null}],
     });
     std::fs::write(&record, content.to_string()).unwrap();

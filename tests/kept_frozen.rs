@@ -285,6 +285,49 @@ fn privileged_a_log_on_the_source_is_no_reason_to_refuse() {
     assert_eq!(verified["grade"], "frozen");
 }
 
+/// A loop device that was attached by its number.
+struct Attached(PathBuf);
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let _ = output("losetup", [Path::new("-d"), &self.0]);
+    }
+}
+
+/// The record of a run that died while it had this filesystem frozen.
+fn leftover_of(dir: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    let device = fs::metadata(dir).unwrap().dev();
+    let device = format!("{}:{}", libc::major(device), libc::minor(device));
+    let sequence = fs::read_to_string(format!("/sys/dev/block/{device}/diskseq"));
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    serde_json::json!({
+        "pid": 1, "begun": "2026-01-02T03:04:05Z",
+        "freezes": [{
+            "point": dir, "device": device,
+            "sequence": sequence.ok().map(|it| it.trim().to_owned()),
+            "boot": boot.trim(),
+        }],
+    })
+    .to_string()
+}
+
+fn freeze_of_another_stays(device: Attached, point: &Path, record: &str) {
+    run("mkfs.ext4", ["-q", device.0.to_str().unwrap()]);
+    let mounted = Mount::new(&device.0, point, "ext4", "");
+    run("fsfreeze", [Path::new("-f"), mounted.dir()]);
+    let name = "/var/lib/holdstill/reused0123.json";
+    fs::write(name, record).unwrap();
+    let cleaned = program::run(["cleanup"]);
+    let still = output("fsfreeze", [Path::new("-u"), mounted.dir()]);
+    cleaned.expect(0);
+    assert!(
+        still.status.success(),
+        "a freeze of another filesystem was ended"
+    );
+    assert!(!Path::new(name).exists());
+}
+
 #[test]
 fn privileged_cleanup_thaws_what_the_run_froze_and_nothing_else() {
     needs_root!();
@@ -301,7 +344,20 @@ fn privileged_cleanup_thaws_what_the_run_froze_and_nothing_else() {
     program::run(["cleanup"]).expect(0);
     let again = output("fsfreeze", [Path::new("-u"), elsewhere.dir()]);
     assert!(!again.status.success(), "it was frozen still");
-    drop((elsewhere, device, dir));
+    // The same number, and another filesystem: a record of the one that is gone is not for it.
+    let number = device.path().to_owned();
+    let record = leftover_of(elsewhere.dir());
+    drop((elsewhere, device));
+    let other = dir.path().join("other");
+    sparse_file(&other, SIZE);
+    // Another test may have been faster to take the number.
+    if output("losetup", [number.as_path(), other.as_path()])
+        .status
+        .success()
+    {
+        freeze_of_another_stays(Attached(number), &dir.path().join("m"), &record);
+    }
+    drop(dir);
 
     // What lies below the mount point is another filesystem, and its freeze is the administrator's.
     let below = Volume::new();

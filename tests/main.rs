@@ -19,6 +19,7 @@ mod clone;
 mod common;
 mod console;
 mod damage;
+mod dry_runs;
 mod events;
 mod ext4;
 mod failures;

@@ -87,6 +87,20 @@ impl FileId {
     }
 }
 
+/// What tells a device from whatever has its number later: a counter that grows with every disk and every
+/// attached loop file (`diskseq` of Documentation/ABI/stable/sysfs-block, Linux 5.15). `None` where the
+/// system does not say, and for numbers of filesystems without a device.
+pub fn disk_sequence(device: DeviceNumber) -> Option<String> {
+    let folder = PathBuf::from(format!("/sys/dev/block/{device}"));
+    let read = |path: PathBuf| std::fs::read_to_string(path).ok();
+    // A partition has that of its disk.
+    let found = read(folder.join("diskseq")).or_else(|| {
+        let partition = std::fs::canonicalize(&folder).ok()?;
+        read(partition.parent()?.join("diskseq"))
+    });
+    found.map(|sequence| sequence.trim().to_owned())
+}
+
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
