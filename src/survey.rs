@@ -162,8 +162,7 @@ impl Survey {
             filesystem: None,
             provisioned: None,
             blocks: Blocks::All,
-            // What nothing here can read is not known to be in order.
-            grade: best.max(Grade::Unknown),
+            grade: Grade::Crash,
             bytes: ByteLen::ZERO,
             warnings: Vec::new(),
         };
@@ -184,13 +183,17 @@ impl Survey {
                     "all blocks are copied, and whether it was left in order is not known: \
                      the used blocks of {kind} cannot be read yet"
                 ));
+                survey.grade = unread(best);
                 survey.info = Some(info);
             }
-            Opened::Unknown => survey.warnings.push(
-                "all blocks are copied, and whether it was left in order is not known: \
-                 no filesystem was recognized"
-                    .to_owned(),
-            ),
+            Opened::Unknown => {
+                survey.grade = unread(best);
+                survey.warnings.push(
+                    "all blocks are copied, and whether it was left in order is not known: \
+                     no filesystem was recognized"
+                        .to_owned(),
+                );
+            }
         }
         if survey.filesystem.is_none() {
             survey.bytes = data_bytes(disk, None)?;
@@ -209,7 +212,6 @@ impl Survey {
     ) -> Result<()> {
         let condition = filesystem.condition();
         if !is_settled(condition) {
-            self.grade = Grade::Crash;
             let why = match condition {
                 Condition::Dirty { reason } => reason.to_string(),
                 _ => "it was frozen and never unmounted".to_owned(),
@@ -367,6 +369,14 @@ fn not_frozen(disk: &Disk, why: &str) -> Error {
 
 fn needs(disk: &Disk) -> Needs {
     Needs::of(disk, disk.geometry().logical_sector)
+}
+
+/// The grade of content that nothing here can read: offline, nobody writes to it.
+fn unread(best: Grade) -> Grade {
+    match best {
+        Grade::Clean => Grade::Unknown,
+        _ => Grade::Crash,
+    }
 }
 
 /// Offline only what was unmounted is trusted, or has no log. An XFS that was frozen once, and then copied or
