@@ -298,7 +298,8 @@ impl Target {
         for entry in std::fs::read_dir(dir.join("fd"))? {
             let fd = entry?.file_name();
             let link = dir.join("fd").join(&fd);
-            if self.leads_here(&link)? && is_open_for_writing(&dir.join("fdinfo").join(&fd)) {
+            // In this order: what is only read is not looked up, whoever serves it may be gone.
+            if is_open_for_writing(&dir.join("fdinfo").join(&fd)) && self.leads_here(&link)? {
                 let path = std::fs::read_link(&link).unwrap_or(link);
                 return Ok(Some(writer(path, false)));
             }
