@@ -14,7 +14,13 @@ use crate::units::ByteLen;
 /// mounted, its map. `None` if that cannot be told.
 pub fn used_bytes(source: &Source) -> Option<ByteLen> {
     if let Some(mount) = &source.mount {
-        return Room::at(&mount.point).ok().map(|room| ByteLen(room.used));
+        let room = Room::at(&mount.point).ok()?;
+        let size = source.geometry().ok()?.size;
+        // A btrfs has other devices and copies of its own.
+        return Some(ByteLen(match mount.fs_type.as_str() {
+            "btrfs" => room.used,
+            _ => size.saturating_sub(room.unused),
+        }));
     }
     let disk = Disk::open(&source.path, Access::Read).ok()?;
     let survey = Survey::of_offline(&disk, &[], false);

@@ -112,7 +112,10 @@ fn privileged_devices_are_imaged_together_or_by_themselves() {
     while !last.contains("\"error\"") {
         last = next();
     }
-    assert!(last.contains("somebody may have written to the source"), "{last}");
+    assert!(
+        last.contains("somebody may have written to the source"),
+        "{last}"
+    );
     assert_eq!(child.wait().unwrap().code(), Some(3));
 
     // One is missing: what is named is copied whole, and said not to be whole.

@@ -45,11 +45,8 @@ fn privileged_a_dry_run_refuses_what_the_run_would_and_tells_how_much_there_is()
     assert!(planned["actions"][0]["free_bytes"].as_u64().unwrap() > 0);
     let made = run(args).expect(0).last();
     let used = made["used_bytes"].as_u64().unwrap();
-    // The journal and tables are not in what statvfs(3) calls used.
-    assert!(
-        about > 8 << 20 && about <= used + (1 << 20),
-        "{about} of {used}"
-    );
+    // What the filesystem calls free does not count, and little else is not copied.
+    assert!(about > used / 2 && about < used * 2, "{about} of {used}");
     // Of a device that is not mounted, its map tells.
     drop(mounted);
     let args = [

@@ -97,7 +97,7 @@ fn privileged_every_event_has_its_fields() {
         "backup",
         source,
         "--freeze",
-        "hold",
+        "track",
         "--rate",
         "4M",
         "--json",

@@ -499,7 +499,13 @@ fn privileged_what_is_deleted_before_the_instant_does_not_reach_a_target() {
         (0..1000).for_each(|n| file.write_all_at(&mark, n << 12).unwrap());
         file.sync_all().unwrap();
     };
-    let hook = format!("rm {}", secret.display());
+    // A clone onto an existing target tries the hook once before: that must not be the one that deletes.
+    let hook = format!(
+        "if [ -e {0}.tried ] || [ ! -e {1} ]; then rm {2}; else touch {0}.tried; fi",
+        path("hook").display(),
+        path("cloned").display(),
+        secret.display()
+    );
     let live = mount.dir().to_str().unwrap();
     let options = ["--freeze", "track", "--json", "--pre-freeze", &hook];
     let is_marked = |path: &Path| {
@@ -531,6 +537,7 @@ fn privileged_what_is_deleted_before_the_instant_does_not_reach_a_target() {
     let again = holdstill(again.chain([&*path("again")])).expect(0).last();
     assert_eq!(again["content_id"], report["content_id"]);
     for verify in [&["--yes"][..], &["--yes", "--verify"]] {
+        let _ = std::fs::remove_file(path("hook.tried"));
         doomed();
         poisoned_file(&cloned, 128 << 20);
         let args = ["clone", live, cloned.to_str().unwrap()];

@@ -9,8 +9,10 @@ use crate::error::{Context, Result};
 /// Bytes of a filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// In use.
+    /// In use, without what the filesystem needs for itself.
     pub used: u64,
+    /// Not in use, including what is set aside for the administrator.
+    pub unused: u64,
     /// That this process may still write.
     pub free: u64,
 }
@@ -31,6 +33,7 @@ impl Room {
         let available = found.blocks_available() as u64;
         Ok(Self {
             used: bytes(all.saturating_sub(free)),
+            unused: bytes(free),
             free: bytes(available),
         })
     }

@@ -198,7 +198,7 @@ impl Witness {
         {
             return Ok(true);
         }
-        Ok(self.stamps()? == self.files.before)
+        Ok(self.files.stamps()? == self.files.before)
     }
 
     /// Size and times of the files behind loop devices below, as they are now. Allocates nothing: for
@@ -207,13 +207,33 @@ impl Witness {
     /// # Errors
     /// What `stat(2)` says.
     pub fn stamps(&self) -> io::Result<Stamps> {
-        self.files.stamps()
+        let disk = self.disk.as_ref().map(|disk| disk.disk.read());
+        Ok(Stamps {
+            files: self.files.stamps()?,
+            disk: disk
+                .transpose()?
+                .map(|counted| counted.changed_sectors_since(&Counters::default())),
+        })
     }
 }
 
 /// Size and times of files at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stamps([Option<Stamp>; MOST_FILES]);
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamps {
+    files: FileStamps,
+    /// Of a partition: what its disk had counted.
+    disk: Option<u64>,
+}
+
+type FileStamps = [Option<Stamp>; MOST_FILES];
+
+impl Stamps {
+    /// Whether a file was changed since `earlier`, other than by what was written to neighbours of a
+    /// partition: where there was any of that, the file tells nothing.
+    pub fn tell_of_writing_since(&self, earlier: &Self) -> bool {
+        self.files != earlier.files && self.disk == earlier.disk
+    }
+}
 
 /// What a device lies on.
 #[derive(Debug, Default)]
@@ -258,7 +278,7 @@ impl Below {
 struct Files {
     open: Vec<(File, PathBuf)>,
     watch: Option<CloseWatch>,
-    before: Stamps,
+    before: FileStamps,
     blind_spot: Option<String>,
 }
 
@@ -267,7 +287,7 @@ impl Files {
         let mut files = Self {
             open: Vec::new(),
             watch: CloseWatch::new().ok(),
-            before: Stamps::default(),
+            before: FileStamps::default(),
             blind_spot: None,
         };
         let overlays = mounts::of_this_process().unwrap_or_default();
@@ -312,12 +332,12 @@ impl Files {
         }
     }
 
-    fn stamps(&self) -> io::Result<Stamps> {
+    fn stamps(&self) -> io::Result<FileStamps> {
         let mut stamps = [None; MOST_FILES];
         for (stamp, (file, _)) in stamps.iter_mut().zip(&self.open) {
             *stamp = Some(Stamp::of(&file.metadata()?));
         }
-        Ok(Stamps(stamps))
+        Ok(stamps)
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) enum Expect {
 }
 
 /// What the kernel tells of a device at one moment. Later it must tell the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Look {
     written: u64,
     discarded: u64,
@@ -336,8 +336,8 @@ impl Ice {
                 Expect::Discards => now.discarded = then.discarded,
                 Expect::Anything => now = then,
             }
-            if then != now {
-                return Err(did_not_hold(&freezer.source).because(how_it_changed(&then, &now)));
+            if let Some(how) = now.change_since(&then) {
+                return Err(did_not_hold(&freezer.source).because(how));
             }
         }
         Ok(thawed)
@@ -353,12 +353,18 @@ fn did_not_hold(source: &Source) -> Error {
     .hint("the copy was discarded; find out who writes to the device, or thaws it, and try again")
 }
 
-fn how_it_changed(then: &Look, now: &Look) -> String {
-    let written = now.written.wrapping_sub(then.written);
-    let discarded = now.discarded.wrapping_sub(then.discarded);
-    match (written, discarded) {
-        (0, 0) => "the file below it was changed".to_owned(),
-        _ => format!("{written} sectors were written and {discarded} discarded"),
+impl Look {
+    /// How it shows that something was written since `then`; `None` if nothing was.
+    fn change_since(&self, then: &Self) -> Option<String> {
+        let written = self.written.wrapping_sub(then.written);
+        let discarded = self.discarded.wrapping_sub(then.discarded);
+        if (written, discarded) != (0, 0) {
+            return Some(format!(
+                "{written} sectors were written and {discarded} discarded"
+            ));
+        }
+        let changed = self.stamps.tell_of_writing_since(&then.stamps);
+        changed.then(|| "the file below it was changed".to_owned())
     }
 }
 
