@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use crate::common::holdstill::{command, finish, run};
+use crate::common::holdstill::run;
 use crate::common::scene::{SIZE, Scene};
 use crate::common::volume::{copy, ext4};
 use crate::common::{LoopDevice, Mount, command as tool_command, needs_root, spawn, temp_dir};
