@@ -634,6 +634,21 @@ fn privileged_an_xfs_whose_log_goes_on_under_our_freeze_is_refused() {
     assert_eq!((survey.grade, survey.blocks), (Grade::Crash, Blocks::All));
 }
 
+/// The kernel covers such a log without writing to it, or not: it can end in anything.
+#[test]
+fn without_lazy_counters_a_log_does_not_show_a_freeze() {
+    let dir = common::temp_dir();
+    let image = dir.path().join("image");
+    sparse_file(&image, SIZE);
+    let options = ["-q", "-m", "crc=0", "-l", "lazy-count=0"].map(Path::new);
+    run("mkfs.xfs", options.into_iter().chain([&*image]));
+    assert_eq!(if_not(&image), Condition::Clean);
+    let reason = DirtyReason::Unproven;
+    assert_eq!(if_frozen(&image), Condition::Dirty { reason });
+    let survey = survey(&image, Mode::Writable).unwrap();
+    assert_eq!((survey.grade, survey.blocks), (Grade::Crash, Blocks::All));
+}
+
 /// Sets bits of the superblock of an ext4 without checksums.
 fn set_bits(image: &Path, offset: u64, bits: u8) {
     let file = OpenOptions::new()
