@@ -102,10 +102,10 @@ impl Place {
 /// The mounts by which a filesystem can be reached, out of `all` mounts of this process: those of
 /// `candidates` that no other mount covers, be it at their own mount point or at a folder above it.
 /// Only the list is looked at, so nothing here waits for a server that is gone.
-pub fn uncovered<'a>(
-    all: &'a [Mount],
+pub fn uncovered(
+    all: &[Mount],
     candidates: impl Fn(&Mount) -> bool,
-) -> impl Iterator<Item = &'a Mount> {
+) -> impl Iterator<Item = &Mount> {
     all.iter()
         .filter(move |mount| candidates(mount) && seen_at(all, &mount.point) == Some(mount.id))
 }
