@@ -265,6 +265,7 @@ fn swap(
         };
         return Ok((instant, times));
     };
+    freezer.sync(progress)?;
     let mut frozen = freezer.freeze(DEADLINE, progress)?;
     let instant = jiff::Timestamp::now();
     frozen.settle();

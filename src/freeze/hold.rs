@@ -87,6 +87,7 @@ impl Hold {
             return Err(no(why.to_owned()));
         }
         run.before_freeze(progress)?;
+        freezer.sync(progress)?;
         let mut frozen = freezer.freeze(LIMIT, progress)?;
         let instant = jiff::Timestamp::now();
         frozen.settle();

@@ -124,6 +124,14 @@ impl Freezer {
         })
     }
 
+    /// Writes out everything that is dirty.
+    ///
+    /// # Errors
+    /// As [`mounted::sync`].
+    pub(super) fn sync(&self, progress: &dyn Progress) -> Result<()> {
+        mounted::sync(&self.point, progress)
+    }
+
     /// The open mount point.
     pub(super) fn point(&self) -> &Arc<MountPoint> {
         &self.point
@@ -141,8 +149,8 @@ impl Freezer {
             })
     }
 
-    /// Freezes, after everything that is dirty was written out. Another run of holdstill that has it
-    /// frozen is waited for.
+    /// Freezes; what is dirty should have been written out just before, or the freeze takes as long.
+    /// Another run of holdstill that has it frozen is waited for.
     ///
     /// # Errors
     /// If that takes too long, somebody else has frozen it, or the guard is lost. Nothing is frozen then.
@@ -154,7 +162,6 @@ impl Freezer {
         self.run.check_guard()?;
         // On record before it happens, as long as it may.
         let under_way = UnderWay::begin(self)?;
-        mounted::sync_within_budget(&self.point, &self.source, progress)?;
         let begin = Instant::now();
         let mut is_told = false;
         loop {

@@ -261,6 +261,7 @@ impl Track {
     /// The first freeze: an exact map, and a balance of the trace to compare the last one with.
     fn first_freeze(&mut self, progress: &dyn Progress) -> Result<()> {
         self.map.make_room();
+        self.freezer.sync(progress)?;
         let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
         let drained = self.trace.catch_up();
         let drain_ms = milliseconds(frozen.held());
@@ -388,6 +389,7 @@ impl Track {
         let done = read.with_readers(&disk, |readers| {
             // What of us was swapped out would be fetched while others wait.
             let _locked = LockedProcess::new()?;
+            mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
             let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
             instant = jiff::Timestamp::now();
             let drained = self.trace.catch_up();

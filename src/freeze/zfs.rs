@@ -216,6 +216,7 @@ fn freeze_and_snapshot(
         made.map_err(|error| failed(error, run))?;
         return Ok((jiff::Timestamp::now(), None));
     };
+    freezer.sync(progress)?;
     let mut frozen = freezer.freeze(DEADLINE, progress)?;
     let instant = jiff::Timestamp::now();
     frozen.settle();
