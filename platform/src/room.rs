@@ -24,13 +24,15 @@ impl Room {
     /// What `statvfs(3)` says.
     pub fn at(path: &Path) -> Result<Self> {
         let found = statvfs(path).context("cannot examine", path)?;
-        #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
-        // their width differs between systems
-        let bytes = |blocks: u64| blocks.saturating_mul(found.fragment_size() as u64);
-        #[allow(clippy::unnecessary_cast)]
-        let (all, free) = (found.blocks() as u64, found.blocks_free() as u64);
-        #[allow(clippy::unnecessary_cast)]
-        let available = found.blocks_available() as u64;
+        // The widths of all these differ between systems.
+        #[allow(clippy::unnecessary_cast, clippy::cast_lossless)]
+        let [unit, all, free, available] = [
+            found.fragment_size() as u64,
+            found.blocks() as u64,
+            found.blocks_free() as u64,
+            found.blocks_available() as u64,
+        ];
+        let bytes = |blocks: u64| blocks.saturating_mul(unit);
         Ok(Self {
             used: bytes(all.saturating_sub(free)),
             unused: bytes(free),
