@@ -570,7 +570,8 @@ fn at_random(step: &str, how: &str, seed: u64) -> bool {
         let done = program::wait(&backup, child);
         is_over.store(true, Ordering::Relaxed);
         let code = done.code();
-        assert!(matches!(code, Some(0 | 1 | 3)), "seed {seed}: {code:?}");
+        // 4: what was read while others changed it contradicts itself.
+        assert!(matches!(code, Some(0 | 1 | 3 | 4)), "seed {seed}: {code:?}");
     });
     if !image.exists() {
         return false;
