@@ -145,8 +145,8 @@ all_as_before
 rm $image
 
 echo "refused: where the store cannot be, what the run stands on, what is not as it should be"
-unmade 3 "in use" /run/volume --cow-device /dev/vdb
-unmade 3 "in use" /run/volume --cow-device $volume
+unmade 3 "both lie on /dev/vdb" /run/volume --cow-device /dev/vdb
+unmade 3 "both lie on" /run/volume --cow-device $volume
 mkfs.ext4 -q -F /dev/vdc
 mkdir -p /run/store
 mount /dev/vdc /run/store
