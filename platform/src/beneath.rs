@@ -23,29 +23,47 @@ use crate::os;
 /// # Errors
 /// If /proc or /sys cannot be read.
 pub fn rests_on(filesystem: DeviceNumber, source: &BlockDevice) -> Result<bool> {
-    let mounts = mounts::of_this_process()?;
-    let mut seen = BTreeSet::new();
-    let mut open = vec![filesystem];
-    while let Some(number) = open.pop() {
-        if number == source.number {
-            return Ok(true);
+    Ok(Below::of(filesystem)?.devices.contains(&source.number))
+}
+
+/// What a filesystem or device writes to, all the way down, itself included.
+#[derive(Clone, Debug, Default)]
+pub struct Below {
+    /// Filesystems, by their devices' numbers, and devices.
+    pub devices: BTreeSet<DeviceNumber>,
+    /// There is more, which cannot be seen: what a network or FUSE filesystem writes to.
+    pub is_hidden: bool,
+}
+
+impl Below {
+    /// Follows down the filesystem numbered so, or the device.
+    ///
+    /// # Errors
+    /// If /proc or /sys cannot be read.
+    pub fn of(filesystem: DeviceNumber) -> Result<Self> {
+        let mounts = mounts::of_this_process()?;
+        let mut found = Self::default();
+        let mut open = vec![filesystem];
+        while let Some(number) = open.pop() {
+            if !found.devices.insert(number) {
+                continue;
+            }
+            if !os::mounts::is_of_device(number) {
+                let on_it = mounts.iter().filter(|mount| mount.device == number);
+                let below: Vec<_> = on_it.filter_map(below_mount).collect();
+                found.is_hidden |= below.is_empty();
+                open.extend(below);
+                continue;
+            }
+            match BlockDevice::of(number) {
+                Ok(device) => open.extend(below_device(&device)?),
+                // A number that sysfs does not know has nothing below it that could be frozen.
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
-        if !seen.insert(number) {
-            continue;
-        }
-        if !os::mounts::is_of_device(number) {
-            let on_it = mounts.iter().filter(|mount| mount.device == number);
-            open.extend(on_it.filter_map(below_mount));
-            continue;
-        }
-        match BlockDevice::of(number) {
-            Ok(device) => open.extend(below_device(&device)?),
-            // A number that sysfs does not know has nothing below it that could be frozen.
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+        Ok(found)
     }
-    Ok(false)
 }
 
 /// The same for an open file, block device, pipe or terminal; the last two rest on nothing.

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -362,33 +362,61 @@ impl Guard {
         mount: &Arc<MountPoint>,
         deadline: Duration,
     ) -> std::result::Result<Frozen, FreezeError> {
+        self.ready()
+            .map_err(FreezeError::Failed)?
+            .freeze(mount, deadline)
+    }
+
+    /// Makes ready all that a freeze needs memory for: to be called before anything is frozen.
+    ///
+    /// # Errors
+    /// If no thread can be started.
+    pub fn ready(&self) -> io::Result<Ready> {
+        Ok(Ready {
+            guard: Arc::clone(&self.0),
+            heart: Heart::start(&self.0)?,
+        })
+    }
+}
+
+/// All that one freeze needs.
+#[derive(Debug)]
+pub struct Ready {
+    guard: Arc<Inner>,
+    heart: Heart,
+}
+
+impl Ready {
+    /// As [`Guard::freeze`]; starts no thread.
+    ///
+    /// # Errors
+    /// Nothing is frozen then.
+    pub fn freeze(
+        self,
+        mount: &Arc<MountPoint>,
+        deadline: Duration,
+    ) -> std::result::Result<Frozen, FreezeError> {
+        let Self { guard, heart } = self;
         let deadline = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
         let deadline = wire::monotonic().saturating_add(deadline);
         let mut request = Request::new(Ask::Arm);
         request.value = next_beat(deadline);
-        let slot = match self.0.ask(&request, Some(mount.as_fd()), PATIENCE) {
+        let slot = match guard.ask(&request, Some(mount.as_fd()), PATIENCE) {
             Ok(reply) => reply.id,
             Err(error) => return Err(FreezeError::GuardLost(error)),
         };
-        // Before the freeze, for a thread needs memory.
-        let heart = match Heart::start(&self.0, slot, deadline) {
-            Ok(heart) => heart,
-            Err(error) => {
-                let _ = self.0.disarm(slot);
-                return Err(FreezeError::Failed(error));
-            }
-        };
+        heart.beat(slot, deadline);
         let no_stop = NoStop::begin();
         let begin = Instant::now();
         let frozen = mount.freeze();
         let since = Instant::now();
         if let Err(errno) = frozen {
             // At once: until then the guard would thaw somebody else's freeze if we died.
-            let _ = self.0.disarm(slot);
+            let _ = guard.disarm(slot);
             return Err(FreezeError::from_freeze(errno));
         }
         Ok(Frozen {
-            guard: self.0.clone(),
+            guard,
             mount: mount.clone(),
             slot,
             begin,
@@ -536,8 +564,19 @@ impl Frozen {
 /// process that was stopped, or whose control group was frozen, does not, and the guard thaws soon.
 #[derive(Debug)]
 struct Heart {
-    is_over: Arc<AtomicBool>,
+    pulse: Arc<Pulse>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread is told.
+#[derive(Debug, Default)]
+struct Pulse {
+    /// It has a freeze to speak for.
+    is_beating: AtomicBool,
+    is_over: AtomicBool,
+    slot: AtomicU32,
+    /// CLOCK_MONOTONIC, nanoseconds.
+    deadline: AtomicU64,
 }
 
 /// How often the guard is told, and how long it waits for that.
@@ -551,31 +590,45 @@ fn next_beat(deadline: u64) -> u64 {
 }
 
 impl Heart {
-    fn start(guard: &Arc<Inner>, slot: u32, deadline: u64) -> io::Result<Self> {
+    /// Starts the thread, which rests until the first [`beat`](Self::beat).
+    fn start(guard: &Arc<Inner>) -> io::Result<Self> {
         let guard = Arc::clone(guard);
-        let is_over = Arc::new(AtomicBool::new(false));
-        let stop = Arc::clone(&is_over);
-        let beat = move || {
-            while !stop.load(Ordering::Acquire) {
+        let pulse = Arc::<Pulse>::default();
+        let told = Arc::clone(&pulse);
+        let run = move || {
+            while !told.is_over.load(Ordering::Acquire) {
                 std::thread::park_timeout(BEAT);
+                if told.is_over.load(Ordering::Acquire) {
+                    return;
+                }
+                if !told.is_beating.load(Ordering::Acquire) {
+                    continue;
+                }
                 let mut request = Request::new(Ask::Beat);
-                request.id = slot;
-                request.value = next_beat(deadline);
-                if stop.load(Ordering::Acquire) || guard.ask(&request, None, PATIENCE).is_err() {
+                request.id = told.slot.load(Ordering::Relaxed);
+                request.value = next_beat(told.deadline.load(Ordering::Relaxed));
+                if guard.ask(&request, None, PATIENCE).is_err() {
                     return;
                 }
             }
         };
         let thread = std::thread::Builder::new().name("holdstill-beat".to_owned());
         Ok(Self {
-            thread: Some(thread.spawn(beat)?),
-            is_over,
+            thread: Some(thread.spawn(run)?),
+            pulse,
         })
+    }
+
+    /// From now on the guard is told that the freeze in this slot goes on, until its deadline.
+    fn beat(&self, slot: u32, deadline: u64) {
+        self.pulse.slot.store(slot, Ordering::Relaxed);
+        self.pulse.deadline.store(deadline, Ordering::Relaxed);
+        self.pulse.is_beating.store(true, Ordering::Release);
     }
 
     /// No more beats. Does not wait for the thread.
     fn rest(&self) {
-        self.is_over.store(true, Ordering::Release);
+        self.pulse.is_over.store(true, Ordering::Release);
         if let Some(thread) = &self.thread {
             thread.thread().unpark();
         }

@@ -107,6 +107,9 @@ struct Slot {
     fd: RawFd,
     /// CLOCK_MONOTONIC, nanoseconds.
     deadline: u64,
+    /// Counts up with each freeze that was announced. What lies on something else is frozen before that and
+    /// must be thawed after it: its thaw writes.
+    order: u64,
     /// We ended it.
     thawed: bool,
 }
@@ -123,6 +126,8 @@ struct Entry {
 struct Child<'a> {
     socket: RawFd,
     slots: [Slot; SLOTS],
+    /// How many freezes were announced so far.
+    armed: u64,
     entries: [Entry; ENTRIES],
     hook: Option<&'a Prepared>,
     hook_owed: bool,
@@ -148,8 +153,10 @@ pub(super) fn run(
         slots: [Slot {
             fd: -1,
             deadline: 0,
+            order: 0,
             thawed: false,
         }; SLOTS],
+        armed: 0,
         entries: [Entry {
             folder: -1,
             name: [0; MAX_NAME + 1],
@@ -222,9 +229,11 @@ impl Child<'_> {
             Ask::Arm => {
                 let fd = fd.ok_or(Errno::EBADF)?;
                 let (id, slot) = find(&mut self.slots, |slot| slot.fd < 0)?;
+                self.armed += 1;
                 *slot = Slot {
                     fd,
                     deadline: request.value,
+                    order: self.armed,
                     thawed: false,
                 };
                 Ok(id)
@@ -276,41 +285,49 @@ impl Child<'_> {
         }
     }
 
-    /// Thaws what is past its deadline; how long the guard may sleep then, in milliseconds.
+    /// Thaws everything once anything is past its deadline: the thaw of one alone may wait for that of what
+    /// it lies on. How long the guard may sleep then, in milliseconds.
     fn thaw_overdue(&mut self) -> i32 {
+        let open = |slot: &&Slot| slot.fd >= 0 && !slot.thawed;
+        let Some(first) = self.slots.iter().filter(open).map(|it| it.deadline).min() else {
+            return -1;
+        };
         let now = wire::monotonic();
-        let mut sleep = -1;
-        for slot in &mut self.slots {
-            if slot.fd < 0 || slot.thawed {
-                continue;
-            }
-            let wait = if now < slot.deadline {
-                i32::try_from((slot.deadline - now).div_ceil(1_000_000)).unwrap_or(i32::MAX)
-            } else if freeze::thaw(slot.fd).is_ok() {
+        if now < first {
+            return i32::try_from((first - now).div_ceil(1_000_000)).unwrap_or(i32::MAX);
+        }
+        self.thaw_all();
+        match self.slots.iter().any(|slot| open(&slot)) {
+            // Not frozen yet: the run was stopped before its FIFREEZE, or that takes long.
+            true => RETRY_MS,
+            false => -1,
+        }
+    }
+
+    /// Thaws whatever is frozen, the latest first.
+    fn thaw_all(&mut self) {
+        let mut before = u64::MAX;
+        loop {
+            let slots = self.slots.iter_mut();
+            let left = slots.filter(|slot| slot.fd >= 0 && !slot.thawed && slot.order < before);
+            let Some(slot) = left.max_by_key(|slot| slot.order) else {
+                return;
+            };
+            before = slot.order;
+            if freeze::thaw(slot.fd).is_ok() {
                 slot.thawed = true;
                 self.done.thawed += 1;
-                continue;
-            } else {
-                // Not frozen yet: the run was stopped before its FIFREEZE, or that takes long.
-                RETRY_MS
-            };
-            if sleep < 0 || wait < sleep {
-                sleep = wait;
             }
         }
-        sleep
     }
 
     /// The run is over, one way or the other: thaw, run the hook, remove, undo.
     fn finish(&mut self) {
+        // The run's descriptors were closed after its last system call returned, so everything is
+        // either frozen now or will not be. A signal cannot interrupt: all are ignored.
+        self.thaw_all();
         for slot in &mut self.slots {
-            if slot.fd >= 0 && !slot.thawed {
-                // The run's descriptors were closed after its last system call returned, so it is
-                // either frozen now or will not be. A signal cannot interrupt: all are ignored.
-                if freeze::thaw(slot.fd).is_ok() {
-                    slot.thawed = true;
-                    self.done.thawed += 1;
-                }
+            if slot.fd >= 0 {
                 close(slot.fd);
                 slot.fd = -1;
             }
