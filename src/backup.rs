@@ -1,5 +1,6 @@
 //! `backup`: sources that hold still, into one image.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,8 +18,9 @@ use crate::destination::refusal;
 use crate::error::{Error, Kind, Result};
 use crate::estimate;
 use crate::extent::Extent;
+use crate::freeze::stills::{Copier, Held, copy_all, expect_hooks};
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
-use crate::freeze::{Context, CowRoom, Proof, Step, Still};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Step, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
     Blocks, CommitProof, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer,
@@ -34,7 +36,6 @@ use crate::plan::Plan;
 use crate::progress::{Event, Progress};
 use crate::run::{Hooks, PartFile, Run, Watched};
 use crate::source::{Named, Source};
-use crate::units::ByteLen;
 
 /// What to back up, and how.
 #[derive(Clone, Debug)]
@@ -117,6 +118,8 @@ pub struct StreamReport {
     pub len: u64,
     /// Its grade.
     pub grade: Grade,
+    /// The instant it shows (RFC 3339).
+    pub instant: String,
 }
 
 /// One volume of a [`Report`].
@@ -138,6 +141,8 @@ pub struct VolumeReport {
     pub used_bytes: u64,
     /// Its grade.
     pub grade: Grade,
+    /// The instant it shows (RFC 3339).
+    pub instant: String,
     /// What could not be read: offset and length in bytes.
     pub unreadable: Vec<(u64, u64)>,
 }
@@ -271,12 +276,18 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
             parts.for_each(|noted| noted.inode = Some(part.inode));
         })?;
     }
+    let steps = planned.volumes.iter().map(|plan| plan.step);
+    let steps: Vec<Step> = steps
+        .chain(planned.datasets.iter().map(|_| Step::Zfs))
+        .collect();
+    let hooks_around_copy = expect_hooks(&run, &steps, options.no_freeze);
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
         output_path: options.output.as_deref(),
         cow: &options.cow,
         no_freeze: options.no_freeze,
+        hooks_around_copy,
         all_blocks: options.all_blocks,
         compare: false,
         on_read_error: options.on_read_error,
@@ -321,26 +332,16 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         max_plain,
         &manifest,
     )?;
-    let mut volumes = Vec::new();
     let mut streams = Vec::new();
-    let mut proofs = Vec::new();
-    for still in stills {
-        let first = 1 + volumes.len() as u32;
-        let (proof, copied) = copy(first, still, options, &mut image, progress)?;
-        for (n, Copied { used, unreadable }) in (first..).zip(copied) {
-            volumes.push(VolumeTrailer {
-                n,
-                grade: proof.grade,
-                instant: proof.instant.to_string(),
-                used_bytes: used.0,
-                unreadable: unreadable
-                    .iter()
-                    .map(|extent| (extent.start.0, extent.len.0))
-                    .collect(),
-            });
-        }
-        proofs.push(proof);
-    }
+    let mut copier = IntoImage {
+        options,
+        image: &mut image,
+        progress,
+        volumes: Volumes::of(&stills),
+    };
+    let held = copy_all(stills, &run, &mut copier, progress)?;
+    let volumes = copier.volumes.trailers(&held);
+    let mut proofs: Vec<Proof> = held.into_iter().map(|held| held.proof).collect();
     let mut numbers = manifest.streams.iter().map(|stream| stream.n);
     for group in datasets {
         // In this order: the other way round it would take a number too many.
@@ -362,6 +363,10 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
             proofs.push(proof);
         }
         group.finish(progress);
+    }
+    if let Some(warning) = instants_apart(&manifest, &volumes, &streams) {
+        progress.warn(&warning);
+        warnings.push(warning);
     }
     let content_id = image.content_id()?.map(|id| to_hex(&id));
     let trailer = Trailer {
@@ -414,7 +419,6 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
     let mut watched = Watched::of(&planned.volumes, &options.run_id)?;
     for wanted in &planned.datasets {
         watched.is_guarded = true;
-        watched.freezes += 1;
         watched.undo.extend(dataset::undo(wanted, &options.run_id)?);
     }
     let freezes = watched.is_guarded;
@@ -443,49 +447,83 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
     Ok(run)
 }
 
-/// What was copied of a volume.
-#[derive(Debug, Default)]
+/// What was copied of each volume of the image.
+struct Volumes {
+    /// The number of the first volume of each source, in their order, and one more.
+    first: Vec<u32>,
+    copied: Vec<Copied>,
+}
+
+#[derive(Clone, Debug, Default)]
 struct Copied {
-    /// Bytes its map called used.
-    used: ByteLen,
+    /// How many passes went over it.
+    passes: u32,
     /// What could not be read.
     unreadable: Vec<Extent>,
 }
 
-/// Copies all passes of a source whose volumes are numbered from `first`, then lets it go.
-fn copy(
-    first: u32,
-    mut still: Box<dyn Still>,
-    options: &Options,
-    image: &mut ImageWriter<OutputSink<'_>>,
-    progress: &dyn Progress,
-) -> Result<(Proof, Vec<Copied>)> {
-    let mut volumes: Vec<(u32, Copied)> = Vec::new();
-    volumes.resize_with(still.surveys().len(), Default::default);
-    while let Some(pass) = still.next_pass(progress)? {
-        let (pass_number, copied) = &mut volumes[pass.volume];
+impl Volumes {
+    fn of(stills: &[Box<dyn Still>]) -> Self {
+        let mut first = vec![1];
+        let mut next = 1;
+        for still in stills {
+            next += still.surveys().len() as u32;
+            first.push(next);
+        }
+        Self {
+            copied: vec![Copied::default(); next as usize - 1],
+            first,
+        }
+    }
+
+    /// What is said of them at the end, by what their sources are worth.
+    fn trailers(self, held: &[Held]) -> Vec<VolumeTrailer> {
+        let of_each = held
+            .iter()
+            .flat_map(|held| held.used.iter().map(move |used| (held, used)));
+        let volumes = (1..).zip(of_each).zip(self.copied);
+        let volumes = volumes.map(|((n, (held, used)), copied)| VolumeTrailer {
+            n,
+            grade: held.proof.grade,
+            instant: held.proof.instant.to_string(),
+            used_bytes: used.0,
+            unreadable: copied
+                .unreadable
+                .iter()
+                .map(|extent| (extent.start.0, extent.len.0))
+                .collect(),
+        });
+        volumes.collect()
+    }
+}
+
+/// Copies the passes of all sources into the image.
+struct IntoImage<'a, 'b> {
+    options: &'a Options,
+    image: &'a mut ImageWriter<OutputSink<'b>>,
+    progress: &'a dyn Progress,
+    volumes: Volumes,
+}
+
+impl Copier for IntoImage<'_, '_> {
+    fn pass(&mut self, still: usize, pass: Pass<'_>) -> Result<()> {
+        let volume = self.volumes.first[still] + pass.volume as u32;
+        let copied = &mut self.volumes.copied[volume as usize - 1];
         let job = Job {
             reading: Reading {
                 source: pass.source,
-                volume: first + pass.volume as u32,
-                on_read_error: options.on_read_error,
-                bounds: options.bounds,
+                volume,
+                on_read_error: self.options.on_read_error,
+                bounds: self.options.bounds,
             },
-            pass: *pass_number,
-            compression: options.compression,
+            pass: copied.passes,
+            compression: self.options.compression,
         };
-        let stored = store(&job, pass.walk, image, progress)?;
+        let stored = store(&job, pass.walk, self.image, self.progress)?;
         copied.unreadable.extend(stored.unreadable);
-        *pass_number += 1;
+        copied.passes += 1;
+        Ok(())
     }
-    let mut copied = Vec::new();
-    for ((_, volume), survey) in volumes.into_iter().zip(still.surveys()) {
-        copied.push(Copied {
-            used: survey.bytes,
-            ..volume
-        });
-    }
-    Ok((still.finish(progress)?, copied))
 }
 
 fn manifest(
@@ -552,6 +590,30 @@ fn manifest(
     }
 }
 
+/// What the user should know if not all is of one instant.
+fn instants_apart(
+    manifest: &Manifest,
+    volumes: &[VolumeTrailer],
+    streams: &[StreamTrailer],
+) -> Option<String> {
+    let paths = manifest.volumes.iter().map(|volume| &volume.path);
+    let paths = paths.chain(manifest.streams.iter().map(|stream| &stream.path));
+    let instants = volumes.iter().map(|volume| &volume.instant);
+    let instants: Vec<_> = instants
+        .chain(streams.iter().map(|stream| &stream.instant))
+        .collect();
+    let first = instants.first()?;
+    if instants.iter().all(|instant| instant == first) {
+        return None;
+    }
+    let of_each = paths.zip(&instants);
+    let of_each: Vec<_> = of_each.map(|(path, at)| format!("{path} {at}")).collect();
+    Some(format!(
+        "the sources are not of one instant: {}",
+        of_each.join(", ")
+    ))
+}
+
 /// All of a trailer but for its volumes and streams.
 fn trailer(
     planned: &Planned,
@@ -585,10 +647,7 @@ fn trailer(
         grade,
         freeze: steps.join(", "),
         instant: instant.to_string(),
-        // Not `sum`: that of no numbers is minus zero.
-        freeze_ms: freezes
-            .iter()
-            .fold(0.0, |all, freeze| all + freeze.freeze_ms),
+        freeze_ms: blocked_ms(proofs),
         freezes,
         content_id,
         warnings,
@@ -599,6 +658,23 @@ fn trailer(
             .filter_map(|proof| proof.commit.clone())
             .collect(),
     })
+}
+
+/// How long writers were blocked, in milliseconds: freezes at one instant count once.
+fn blocked_ms(proofs: &[Proof]) -> f64 {
+    let mut alone = 0.0;
+    let mut at_instants = BTreeMap::new();
+    for proof in proofs {
+        let is_last = |freeze: &&FreezeTimes| freeze.purpose == "final";
+        let (last, others): (Vec<_>, Vec<_>) = proof.freezes.iter().partition(is_last);
+        let sum = |freezes: &[&FreezeTimes]| freezes.iter().fold(0.0, |all, it| all + it.freeze_ms);
+        alone += sum(&others);
+        let longest: &mut f64 = at_instants.entry(proof.instant).or_default();
+        *longest = longest.max(sum(&last));
+    }
+    at_instants
+        .values()
+        .fold(alone, |all, longest| all + longest)
 }
 
 fn stream_reports(
@@ -612,6 +688,7 @@ fn stream_reports(
         kind: stream.kind,
         len: trailer.len,
         grade: trailer.grade,
+        instant: trailer.instant,
     })
     .collect()
 }
@@ -630,6 +707,7 @@ fn volume_reports(
         size: volume.size,
         used_bytes: trailer.used_bytes,
         grade: trailer.grade,
+        instant: trailer.instant,
         unreadable: trailer.unreadable,
     })
     .collect()

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
-use crate::freeze::write_trace::NUMBER;
+use crate::freeze::track::write_trace::NUMBER;
 use crate::progress::Progress;
 use crate::run::{FreezeRecord, PartFile, RunRecord};
 

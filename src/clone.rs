@@ -14,7 +14,8 @@ use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fit::Fit;
-use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still};
+use crate::freeze::stills::{Copier, copy_all, expect_hooks};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still, Turn};
 use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
@@ -213,19 +214,21 @@ pub fn run(
         Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
     run.warn_of_shared_group(progress);
+    let hooks_around_copy = expect_hooks(&run, &[plan.step], options.no_freeze);
     let context = Context {
         run: &run,
         output: Some(taken.as_target().as_fd()),
         output_path: Some(&options.target),
         cow: &options.cow,
         no_freeze: options.no_freeze,
+        hooks_around_copy,
         all_blocks: options.all_blocks,
         compare: options.verify,
         on_read_error: options.on_read_error,
         memory: options.bounds.memory,
         progress,
     };
-    let (mut still, mut warnings) = plan.hold_still_somehow(&context)?;
+    let (still, mut warnings) = plan.hold_still_somehow(&context)?;
     let [survey] = still.surveys() else {
         return Err(Error::new(Kind::NotApplicable, "it is not one volume").on(&plan.source.path));
     };
@@ -242,24 +245,30 @@ pub fn run(
         progress.warn(warning);
     }
     let bytes = survey.bytes;
-    if exists && plan.step.runs_hooks_late() {
+    if exists && still.turn() == Turn::Shared {
         run.rehearse_hooks(progress)?;
     }
     progress.check()?;
     let target = taken.begin()?;
     progress.total(if options.verify { bytes + bytes } else { bytes });
-    let unreadable = copy_passes(&mut *still, &target, options, progress)?;
-    let used = still
-        .surveys()
-        .iter()
-        .map(|survey| survey.bytes)
-        .sum::<ByteLen>();
+    let mut passes = Passes {
+        target: &target,
+        options,
+        progress,
+        comparison: None,
+        compared: None,
+        unreadable: Vec::new(),
+    };
+    let held = copy_all(vec![still], &run, &mut passes, progress)?;
+    let unreadable = passes.finish()?;
+    let used: ByteLen = held.iter().flat_map(|held| &held.used).copied().sum();
+    let missing = || Error::new(Kind::Failed, "nothing was copied");
     let Proof {
         grade,
         instant,
         freezes,
         commit,
-    } = still.finish(progress)?;
+    } = held.into_iter().next().ok_or_else(missing)?.proof;
     progress.check()?;
     for cleared in target.cleared() {
         progress.warn(&cleared);
@@ -297,44 +306,59 @@ pub fn run(
     })
 }
 
-/// Copies all passes of a source, and compares what there is to compare. Returns what could not be
-/// read.
-fn copy_passes(
-    still: &mut dyn Still,
-    target: &Target,
-    options: &Options,
-    progress: &dyn Progress,
-) -> Result<Vec<Extent>> {
-    let mut unreadable = Vec::new();
-    // From the pass to compare on, what is written is read back at once.
-    let mut comparison = None;
-    loop {
-        let Some(pass) = still.next_pass(progress)? else {
-            break;
-        };
+/// Copies passes, and compares what there is to compare.
+struct Passes<'a> {
+    target: &'a Target,
+    options: &'a Options,
+    progress: &'a dyn Progress,
+    /// From the pass to compare on, what is written is read back at once.
+    comparison: Option<Comparison>,
+    /// How the pass to compare ended, until that was judged.
+    compared: Option<Result<()>>,
+    /// What could not be read.
+    unreadable: Vec<Extent>,
+}
+
+impl Copier for Passes<'_> {
+    fn pass(&mut self, _: usize, pass: Pass<'_>) -> Result<()> {
         match pass.purpose {
             Purpose::Copy => {
-                let whole = Whole(target, comparison.as_ref());
-                unreadable.extend(run_pass(pass, &whole, options, progress)?);
+                let whole = Whole(self.target, self.comparison.as_ref());
+                let read = run_pass(pass, &whole, self.options, self.progress)?;
+                self.unreadable.extend(read);
             }
             Purpose::Compare => {
-                let begun = comparison.insert(target.comparison(VOLUME)?);
-                let compared = run_pass(pass, begun, options, progress);
-                // Asked also if the comparison was given up: too many differences are no fault of
-                // the copy if all of them were written meanwhile.
-                let differing = begun.take_differing();
-                if !differing.is_empty() && !still.has_rewritten(&differing)? {
-                    return Err(begun.mismatch(&differing));
-                }
-                compared.map_err(|error| match error.kind() {
-                    Kind::Mismatch => too_busy_to_compare(options),
-                    _ => error,
-                })?;
+                let begun = self.comparison.insert(self.target.comparison(VOLUME)?);
+                self.compared = Some(run_pass(pass, begun, self.options, self.progress).map(drop));
             }
         }
+        Ok(())
     }
-    comparison.map_or(Ok(()), |comparison| comparison.finish())?;
-    Ok(unreadable)
+
+    fn passed(&mut self, still: &dyn Still) -> Result<()> {
+        let (Some(comparison), Some(compared)) = (&self.comparison, self.compared.take()) else {
+            return Ok(());
+        };
+        // Asked also if the comparison was given up: too many differences are no fault of
+        // the copy if all of them were written meanwhile.
+        let differing = comparison.take_differing();
+        if !differing.is_empty() && !still.has_rewritten(&differing)? {
+            return Err(comparison.mismatch(&differing));
+        }
+        compared.map_err(|error| match error.kind() {
+            Kind::Mismatch => too_busy_to_compare(self.options),
+            _ => error,
+        })
+    }
+}
+
+impl Passes<'_> {
+    /// Ends the comparison. Returns what could not be read.
+    fn finish(self) -> Result<Vec<Extent>> {
+        self.comparison
+            .map_or(Ok(()), |comparison| comparison.finish())?;
+        Ok(self.unreadable)
+    }
 }
 
 fn too_busy_to_compare(options: &Options) -> Error {

@@ -6,18 +6,18 @@ pub mod apfs;
 pub mod btrfs;
 pub mod dm;
 mod final_read;
+mod freezer;
 pub mod hold;
+mod ice;
 mod instant;
-mod live_map;
 pub mod lvm;
 mod mounted;
 pub mod none;
 pub mod offline;
 mod snapshot;
-mod stale;
+pub mod stills;
 pub mod track;
 mod watch;
-pub(crate) mod write_trace;
 pub mod zfs;
 
 use std::fmt;
@@ -28,6 +28,7 @@ use std::str::FromStr;
 use holdstill_platform::apple::System;
 use holdstill_platform::device::{Disk, Geometry};
 
+use self::instant::AtInstant;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
@@ -76,9 +77,15 @@ impl Step {
         }
     }
 
-    /// Whether the pre-freeze command runs only when all was copied once, just before the last freeze.
-    pub fn runs_hooks_late(self) -> bool {
-        matches!(self, Self::Track | Self::Btrfs)
+    /// When a source is copied that holds still by it.
+    pub fn turn(self, no_freeze: bool) -> Turn {
+        match self {
+            Self::Offline | Self::None => Turn::Unused,
+            Self::Track => Turn::Shared,
+            Self::Btrfs if !no_freeze => Turn::Shared,
+            Self::Hold => Turn::Held,
+            Self::Btrfs | Self::Zfs | Self::Lvm | Self::Apfs | Self::Dm => Turn::Snapshot,
+        }
     }
 
     /// All steps of this version. Those in no ladder are taken only when named.
@@ -157,6 +164,9 @@ pub struct Context<'a> {
     pub cow: &'a CowRoom,
     /// Freeze nothing.
     pub no_freeze: bool,
+    /// The hooks stand around the copy of this source, though nothing of it is frozen: nothing else of the
+    /// run is either.
+    pub hooks_around_copy: bool,
     /// Copy unallocated blocks too.
     pub all_blocks: bool,
     /// Give a pass to compare the copy with as well.
@@ -232,6 +242,12 @@ impl OnePass {
     }
 }
 
+impl<'a> From<Option<Pass<'a>>> for Next<'a> {
+    fn from(pass: Option<Pass<'a>>) -> Self {
+        pass.map_or(Self::Over, Self::Pass)
+    }
+}
+
 impl<'a> Pass<'a> {
     /// A pass over the disk of a volume, by its survey.
     fn over(volume: usize, disk: &'a Disk, survey: &'a Survey, purpose: Purpose) -> Self {
@@ -244,6 +260,30 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// What a source that holds still asks for.
+#[allow(missing_debug_implementations, reason = "a pass has a closure")]
+pub enum Next<'a> {
+    /// To be copied, or compared.
+    Pass(Pass<'a>),
+    /// Nothing before the instant. Asked again, it may have another pass for what has changed since.
+    Ready,
+    /// Nothing any more.
+    Over,
+}
+
+/// When a source is copied, among others of the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Turn {
+    /// First: writers wait all the while.
+    Held,
+    /// Before those that are in use: what is overwritten meanwhile takes room.
+    Snapshot,
+    /// At one instant with all others of this turn.
+    Shared,
+    /// Nobody writes to it, from its first read until it is [finished](Still::finish).
+    Unused,
+}
+
 /// A source that holds still.
 pub trait Still {
     /// What is on each of its volumes: several where a filesystem lives on several devices.
@@ -254,12 +294,30 @@ pub trait Still {
         None
     }
 
-    /// The next pass over one of them; `None` when nothing is left to read. What a later pass gives
-    /// supersedes what an earlier one gave.
+    /// What comes next. What a later pass over a volume gives supersedes what an earlier one gave.
     ///
     /// # Errors
     /// If it moved after all, or reading fails.
-    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>>;
+    fn next(&mut self, progress: &dyn Progress) -> Result<Next<'_>>;
+
+    /// Right before the instant, when the pre-freeze command has run: writes out what is dirty, and gives
+    /// what that changed, as a pass. Only of one that has an [instant](Self::at_instant) to share.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    fn last_round(&mut self, _progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        Ok(None)
+    }
+
+    /// What it does at the instant; `None` if it needs none, or has one of its own.
+    fn at_instant(&mut self) -> Option<&mut dyn AtInstant> {
+        None
+    }
+
+    /// When it is copied.
+    fn turn(&self) -> Turn {
+        Turn::Snapshot
+    }
 
     /// Whether nothing but a later write to the source can be why these blocks differed in a pass to
     /// compare: then a pass that is still to come gives them again.

@@ -139,9 +139,6 @@ pub struct Watched {
     pub is_guarded: bool,
     /// What the guard may have to undo.
     pub undo: Vec<Undo>,
-    /// How often something is frozen or held for the last time: after so many the post-freeze command
-    /// runs.
-    pub freezes: usize,
 }
 
 impl Watched {
@@ -154,7 +151,6 @@ impl Watched {
         Ok(Self {
             is_guarded: plans.iter().any(|plan| plan.step.needs_guard()),
             undo: undo.collect::<Result<Vec<_>>>()?.concat(),
-            freezes: plans.len(),
         })
     }
 }
@@ -200,7 +196,6 @@ impl Run {
     /// If the guard cannot be started, or the record not be written.
     pub fn begin(id: &str, hooks: Hooks, sources: &[String], watched: Watched) -> Result<Self> {
         let sources_text = sources.join("\n");
-        let freezes = watched.freezes;
         let guarded = if watched.is_guarded || hooks.post.is_some() {
             Some(Guarded::begin(id, &hooks, &sources_text, watched.undo)?)
         } else {
@@ -212,7 +207,7 @@ impl Run {
             sources: sources_text,
             guarded,
             hook_state: Mutex::new(HookState {
-                freezes_left: freezes,
+                freezes_left: 1,
                 is_owed: false,
                 has_failed: false,
             }),
@@ -335,6 +330,13 @@ impl Run {
             .has_failed
     }
 
+    /// After so many freezes (or last reads, where nothing is frozen) the post-freeze command runs. The pair
+    /// of commands runs again for freezes after that.
+    pub fn expect_freezes(&self, freezes: usize) {
+        let state = self.0.hook_state.lock();
+        state.unwrap_or_else(PoisonError::into_inner).freezes_left = freezes;
+    }
+
     /// To be called right before a source's (final) freeze: runs the pre-freeze hook, once.
     ///
     /// # Errors
@@ -399,6 +401,7 @@ impl Run {
         if state.freezes_left > 0 || !state.is_owed {
             return;
         }
+        state.is_owed = false;
         drop(state);
         self.run_post_hook(progress);
     }

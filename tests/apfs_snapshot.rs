@@ -13,7 +13,7 @@ use std::time::Duration;
 use holdstill::cleanup;
 use holdstill::error::{Error, Kind, Result};
 use holdstill::freeze::apfs::{self, Volume, raw};
-use holdstill::freeze::{Context, CowRoom, Proof, Step};
+use holdstill::freeze::{Context, CowRoom, Next, Proof, Step};
 use holdstill::image::manifest::Grade;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::progress::{Event, Progress, Silent, Stop};
@@ -181,7 +181,6 @@ impl Mac {
         let watched = Watched {
             is_guarded: true,
             undo: vec![apfs::undo_by(DATA, self.undo_words(run_id))],
-            freezes: 1,
         };
         let run = Run::begin(run_id, Hooks::default(), &[], watched)?;
         println!("\nguard {}", run.guard()?.pid());
@@ -192,6 +191,7 @@ impl Mac {
             output_path: None,
             cow: &cow,
             no_freeze: false,
+            hooks_around_copy: false,
             all_blocks: false,
             compare: false,
             on_read_error: OnReadError::Fail,
@@ -208,7 +208,7 @@ impl Mac {
             size: still.geometry(0).unwrap().size,
             read: Vec::new(),
         };
-        while let Some(pass) = still.next_pass(progress)? {
+        while let Next::Pass(pass) = still.next(progress)? {
             (pass.walk)(&mut |run| {
                 let mut bytes = vec![0; run.extent.len.0 as usize];
                 pass.source.read_exact_at(&mut bytes, run.extent.start)?;

@@ -22,6 +22,7 @@ pub(crate) use random::Rng;
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -37,8 +38,9 @@ use ::holdstill::units::{ByteLen, Offset};
 /// Where Debian keeps the tools, also those of the administrator.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Waits until the filesystem at `dir` is frozen, without freezing it: a writer in there gets stuck.
-pub(crate) fn wait_until_frozen(dir: &Path) {
+/// Waits until the filesystem at `dir` is frozen by this run, without freezing it: a writer in there gets
+/// stuck.
+pub(crate) fn wait_until_frozen(dir: &Path, run: &mut Child) {
     let file = dir.join(".holdstill-test-canary");
     let beats = Arc::new(AtomicU64::new(0));
     let writer = Arc::clone(&beats);
@@ -58,6 +60,14 @@ pub(crate) fn wait_until_frozen(dir: &Path) {
         std::thread::sleep(Duration::from_millis(700));
         if beats.load(Ordering::Relaxed) == before {
             break;
+        }
+        if let Some(status) = run.try_wait().expect("a child") {
+            let mut said = String::new();
+            let stderr = run
+                .stderr
+                .as_mut()
+                .map(|stderr| stderr.read_to_string(&mut said));
+            panic!("it ended before it froze anything: {status}: {said} ({stderr:?})");
         }
         assert!(Instant::now() < end, "it is never frozen");
     }

@@ -58,7 +58,7 @@ impl Volume {
         // Read, or it would wait for us.
         let mut output = child.stdout.take().unwrap();
         std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-        common::wait_until_frozen(self.mount.dir());
+        common::wait_until_frozen(self.mount.dir(), &mut child);
         child
     }
 

@@ -65,7 +65,7 @@ impl Volume {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = spawn(&mut command);
         let output = child.stdout.take().unwrap();
-        wait_until_frozen(self.dir());
+        wait_until_frozen(self.dir(), &mut child);
         Held { child, output }
     }
 

@@ -38,6 +38,7 @@ mod limits;
 mod memory;
 mod names;
 mod new_ids;
+mod one_instant;
 mod plan;
 mod probe;
 mod questions;

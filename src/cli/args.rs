@@ -176,7 +176,8 @@ struct FreezeArgs {
     cow_device: Option<PathBuf>,
     /// Run CMD by /bin/sh before the (final) freeze, to quiesce a database; if it fails or takes longer than
     /// 60 s, nothing is frozen. Its environment has HOLDSTILL_RUN_ID, HOLDSTILL_SOURCE (the sources as
-    /// given, one a line) and HOLDSTILL_PHASE (pre or post); what it prints goes to standard error. With
+    /// given, one a line) and HOLDSTILL_PHASE (pre or post); what it prints goes to standard error. Where
+    /// snapshots come first and a freeze of other sources later, both commands run around each. With
     /// `track` and `btrfs`, a clone onto an existing target runs both commands once more, before it touches
     /// the target
     #[arg(long, value_name = "CMD")]

@@ -31,7 +31,7 @@ use holdstill_platform::guard::{Owed, Undo, Way};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::offline::Offline;
-use crate::freeze::{Context, Pass, Proof, Still};
+use crate::freeze::{Context, Next, Proof, Still};
 use crate::image::manifest::Grade;
 use crate::progress::{Event, Progress};
 use crate::run::Run;
@@ -454,8 +454,8 @@ impl Still for Copied {
         self.offline.geometry_of(volume)
     }
 
-    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        self.offline.next_pass(progress)
+    fn next(&mut self, progress: &dyn Progress) -> Result<Next<'_>> {
+        self.offline.next(progress)
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

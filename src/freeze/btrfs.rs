@@ -43,11 +43,12 @@ use holdstill_platform::btrfs::{Filesystem, Key};
 use holdstill_platform::memory;
 use zerocopy::FromBytes;
 
-use super::instant::Freezer;
+use super::freezer::Freezer;
+use super::instant::AtInstant;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
-use crate::freeze::{Context, Pass, Proof, Purpose, Still};
+use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn};
 use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
 use crate::fs::btrfs::format::{self, BlockGroupItem};
@@ -62,7 +63,7 @@ use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 use checked::Checks;
 use devices::Devices;
-use moment::Moment;
+use moment::{Moment, View};
 use pins::Pins;
 use rounds::Round;
 use stream::Stream;
@@ -97,6 +98,8 @@ pub struct Live {
     volume: usize,
     round: Round,
     windows: u32,
+    /// A window under the freeze.
+    view: Option<View>,
     pins: Pins,
     /// Those of windows that did not hold.
     old_pins: Vec<Pins>,
@@ -203,6 +206,7 @@ impl Live {
             volume: 0,
             round,
             windows: 0,
+            view: None,
             pins: Pins::default(),
             old_pins: Vec::new(),
             moment: None,
@@ -272,6 +276,19 @@ impl Live {
             return Ok(Phase::Ready);
         }
         self.another_round(done)
+    }
+
+    /// Goes back to rounds: too much has changed.
+    fn begin_round(&mut self, done: u32) -> Result<()> {
+        self.phase = self.another_round(done)?;
+        self.volume = 0;
+        Ok(())
+    }
+
+    /// The moment is known: pinned data is next.
+    fn begin_data(&mut self) {
+        self.phase = Phase::Data;
+        self.volume = 0;
     }
 
     fn another_round(&mut self, done: u32) -> Result<Phase> {
@@ -344,18 +361,19 @@ impl Still for Live {
         &self.surveys
     }
 
-    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+    fn next(&mut self, progress: &dyn Progress) -> Result<Next<'_>> {
         loop {
             let has_passes = !matches!(self.phase, Phase::Ready | Phase::Over);
             if has_passes && self.volume < self.surveys.len() {
                 self.volume += 1;
-                return self.pass(self.volume - 1);
+                return Ok(self.pass(self.volume - 1)?.into());
             }
             self.volume = 0;
             self.phase = match self.phase {
                 Phase::Rounds { done } => self.after_round(done + 1)?,
                 Phase::Compare => self.another_round(1)?,
-                Phase::Ready => match self.open_window(progress)? {
+                Phase::Ready if self.freezes_it => return Ok(Next::Ready),
+                Phase::Ready => match self.look_unfrozen(progress)? {
                     true => Phase::Data,
                     false => self.another_round(0)?,
                 },
@@ -364,8 +382,22 @@ impl Still for Live {
                     self.count_copied()?;
                     Phase::Over
                 }
-                Phase::Over => return Ok(None),
+                Phase::Over => return Ok(Next::Over),
             };
+        }
+    }
+
+    fn turn(&self) -> Turn {
+        match self.freezes_it {
+            true => Turn::Shared,
+            false => Turn::Snapshot,
+        }
+    }
+
+    fn at_instant(&mut self) -> Option<&mut dyn AtInstant> {
+        match self.freezes_it {
+            true => Some(self),
+            false => None,
         }
     }
 

@@ -26,7 +26,7 @@ use holdstill_platform::in_use::User;
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::{lock, lvm, records};
 
-use super::instant::{Expect, Freezer};
+use super::freezer::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use super::watch::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};

@@ -1,8 +1,8 @@
-//! Reading the last stale blocks while the filesystem is frozen: into locked memory, with several
+//! Reading the last stale blocks of all sources while they are frozen: into locked memory, with several
 //! requests at once, by threads that were started before. Between the freeze and the thaw nothing
 //! here allocates.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use holdstill_platform::device::Disk;
 use holdstill_platform::memory::{Arena, touch_stack};
@@ -22,80 +22,114 @@ const REQUEST: u64 = 1 << 20;
 /// Most runs there is room for.
 const MOST_EXTENTS: usize = 128 << 10;
 
-/// What was read in the freeze. As a source it has just those blocks.
+/// A source that is read in the freeze.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub(super) disk: Arc<Disk>,
+    /// The most that can be read of it, in bytes.
+    pub(super) room: ByteLen,
+}
+
+/// What was read of all sources.
 #[derive(Debug)]
 pub(super) struct FinalRead {
     arena: Arena,
+    parts: Vec<Part>,
+}
+
+/// What was read of one of them.
+#[derive(Debug)]
+struct Part {
+    wanted: Wanted,
+    /// What to read, in the order it was found. Never grows beyond its capacity.
     extents: Vec<Extent>,
-    /// Where the bytes of each extent begin in the arena.
+    held: ByteLen,
+    /// Where the bytes of each extent begin in the arena, once they were read.
     places: Vec<usize>,
-    room: ByteLen,
-    /// Size of the volume.
-    size: ByteLen,
 }
 
 impl FinalRead {
-    /// Makes memory for `room` bytes ready.
+    /// Makes memory ready.
     ///
     /// # Errors
     /// If so much cannot be locked.
-    pub(super) fn prepare(room: ByteLen, size: ByteLen) -> Result<Self> {
-        Ok(Self {
-            arena: Arena::new(room.as_usize())?,
+    pub(super) fn prepare(wanted: Vec<Wanted>) -> Result<Self> {
+        let room: ByteLen = wanted.iter().map(|wanted| wanted.room).sum();
+        let part = |wanted| Part {
+            wanted,
             extents: Vec::with_capacity(MOST_EXTENTS),
+            held: ByteLen::ZERO,
             places: Vec::new(),
-            room,
-            size,
+        };
+        Ok(Self {
+            // Never nothing: that is no memory.
+            arena: Arena::new(room.as_usize().max(1))?,
+            parts: wanted.into_iter().map(part).collect(),
         })
-    }
-
-    /// The runs that were read, ascending.
-    pub(super) fn extents(&self) -> &[Extent] {
-        &self.extents
     }
 
     /// Starts the reading threads, runs `frozen` with them, and ends them.
     pub(super) fn with_readers<T>(
         &mut self,
-        disk: &Disk,
         frozen: impl FnOnce(&Readers<'_>) -> Result<T>,
     ) -> Result<T> {
-        self.extents.clear();
-        self.places.clear();
         let queue = Queue {
-            extents: std::mem::take(&mut self.extents),
-            room: self.room,
-            held: ByteLen::ZERO,
-            next: (0, 0),
+            parts: std::mem::take(&mut self.parts),
+            next: (0, 0, 0),
             rest: Some(self.arena.bytes_mut()),
             state: State::Filling,
             busy: 0,
             failure: None,
         };
         let readers = Readers {
+            disks: queue
+                .parts
+                .iter()
+                .map(|it| it.wanted.disk.clone())
+                .collect(),
             queue: Mutex::new(queue),
             changed: Condvar::new(),
-            size: self.size,
         };
         let outcome = std::thread::scope(|scope| {
             // Whatever happens, the threads must be told to end, or the scope would wait for ever.
             let _end = EndOnDrop(&readers);
             for _ in 0..READERS {
-                thread::spawn(scope, || readers.work(disk))?;
+                thread::spawn(scope, || readers.work())?;
             }
             frozen(&readers)
         });
-        let queue = readers
-            .queue
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.extents = queue.extents;
+        let queue = readers.queue.into_inner();
+        self.parts = queue.unwrap_or_else(PoisonError::into_inner).parts;
         let mut place = 0;
-        self.places.extend(self.extents.iter().map(|extent| {
-            place += extent.len.as_usize();
-            place - extent.len.as_usize()
-        }));
+        for part in &mut self.parts {
+            part.places.extend(part.extents.iter().map(|extent| {
+                place += extent.len.as_usize();
+                place - extent.len.as_usize()
+            }));
+        }
         outcome
+    }
+}
+
+/// What was read of one source. As a source it has just those blocks.
+#[derive(Clone, Debug)]
+pub struct ReadPart {
+    read: Arc<FinalRead>,
+    part: usize,
+}
+
+impl ReadPart {
+    /// Of the source of that number.
+    pub(super) fn of(read: &Arc<FinalRead>, part: usize) -> Self {
+        Self {
+            read: Arc::clone(read),
+            part,
+        }
+    }
+
+    /// The runs that were to be read, ascending.
+    pub(super) fn extents(&self) -> &[Extent] {
+        &self.read.parts[self.part].extents
     }
 }
 
@@ -104,17 +138,14 @@ impl FinalRead {
 pub(super) struct Readers<'a> {
     queue: Mutex<Queue<'a>>,
     changed: Condvar,
-    size: ByteLen,
+    disks: Vec<Arc<Disk>>,
 }
 
 #[derive(Debug)]
 struct Queue<'a> {
-    /// What to read. Never grows beyond its capacity.
-    extents: Vec<Extent>,
-    room: ByteLen,
-    held: ByteLen,
-    /// The extent and the byte within it that the next request begins with.
-    next: (usize, u64),
+    parts: Vec<Part>,
+    /// The source, the extent of it, and the byte within that, which the next request begins with.
+    next: (usize, usize, u64),
     /// Memory that no request has taken: requests take it from the front, in order.
     rest: Option<&'a mut [u8]>,
     state: State,
@@ -144,32 +175,34 @@ impl<'a> Readers<'a> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a run, cut at the end of the volume; whether there was room for it. If not, it is
+    /// Adds a run of a source, cut at the end of the volume; whether there was room for it. If not, it is
     /// remembered all the same as far as possible, so that it can be marked again.
-    pub(super) fn push(&self, extent: Extent) -> bool {
-        let whole = Extent::new(0, self.size.0);
+    pub(super) fn push(&self, part: usize, extent: Extent) -> bool {
+        let whole = Extent::new(0, ReadAt::len(&*self.disks[part]).0);
         let Some(extent) = extent.intersect(whole) else {
             return true;
         };
         let mut queue = self.lock();
-        if queue.extents.len() == queue.extents.capacity() {
+        let part = &mut queue.parts[part];
+        if part.extents.len() == part.extents.capacity() {
             return false;
         }
-        queue.extents.push(extent);
-        queue.held += extent.len;
-        queue.held <= queue.room
+        part.extents.push(extent);
+        part.held += extent.len;
+        part.held <= part.wanted.room
     }
 
     /// Reads everything that was pushed, and waits for the end of it. Reads nothing if there was not
     /// room for all.
     pub(super) fn read(&self) -> Result<()> {
         let mut queue = self.lock();
-        if queue.held > queue.room {
+        let mut parts = queue.parts.iter();
+        if parts.any(|part| part.held > part.wanted.room) {
             return Ok(());
         }
         queue.state = State::Reading;
         self.changed.notify_all();
-        while queue.failure.is_none() && (queue.next.0 < queue.extents.len() || queue.busy > 0) {
+        while queue.failure.is_none() && (queue.has_more() || queue.busy > 0) {
             queue = self
                 .changed
                 .wait(queue)
@@ -178,7 +211,7 @@ impl<'a> Readers<'a> {
         queue.failure.take().map_or(Ok(()), Err)
     }
 
-    fn work(&self, disk: &Disk) {
+    fn work(&self) {
         touch_stack();
         let mut queue = self.lock();
         loop {
@@ -188,13 +221,13 @@ impl<'a> Readers<'a> {
                     .wait(queue)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            let Some((extent, memory)) = queue.take_request() else {
+            let Some((part, extent, memory)) = queue.take_request() else {
                 self.changed.notify_all();
                 return;
             };
             queue.busy += 1;
             drop(queue);
-            let done = ReadAt::read_exact_at(disk, memory, extent.start);
+            let done = ReadAt::read_exact_at(&*self.disks[part], memory, extent.start);
             queue = self.lock();
             queue.busy -= 1;
             if let Err(error) = done {
@@ -205,44 +238,56 @@ impl<'a> Readers<'a> {
 }
 
 impl<'a> Queue<'a> {
+    /// Goes on to the next source that has something left to be read; whether there is one.
+    fn has_more(&mut self) -> bool {
+        while let Some(part) = self.parts.get(self.next.0) {
+            if self.next.1 < part.extents.len() {
+                return true;
+            }
+            self.next = (self.next.0 + 1, 0, 0);
+        }
+        false
+    }
+
     /// The next piece to read, and the memory for it. `None`: nothing is left.
-    fn take_request(&mut self) -> Option<(Extent, &'a mut [u8])> {
-        if self.state == State::Ended || self.failure.is_some() {
+    fn take_request(&mut self) -> Option<(usize, Extent, &'a mut [u8])> {
+        if self.state == State::Ended || self.failure.is_some() || !self.has_more() {
             return None;
         }
-        let (index, done) = self.next;
-        let extent = *self.extents.get(index)?;
+        let (part, index, done) = self.next;
+        let extent = self.parts[part].extents[index];
         let len = (extent.len.0 - done).min(REQUEST);
         let piece = Extent::new(extent.start.0 + done, len);
         self.next = if done + len == extent.len.0 {
-            (index + 1, 0)
+            (part, index + 1, 0)
         } else {
-            (index, done + len)
+            (part, index, done + len)
         };
         let rest = self.rest.take()?;
         let (memory, rest) = rest.split_at_mut(ByteLen(len).as_usize());
         self.rest = Some(rest);
-        Some((piece, memory))
+        Some((part, piece, memory))
     }
 }
 
-impl ReadAt for FinalRead {
+impl ReadAt for ReadPart {
     fn len(&self) -> ByteLen {
-        self.size
+        ReadAt::len(&*self.read.parts[self.part].wanted.disk)
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: Offset) -> Result<()> {
         let wanted = Extent::new(offset.0, buf.len() as u64);
-        check_range(self.size, offset, wanted.len)?;
-        let index = self
-            .extents
-            .partition_point(|extent| extent.end() <= wanted.start);
-        if let (Some(extent), Some(place)) = (self.extents.get(index), self.places.get(index))
+        check_range(ReadAt::len(self), offset, wanted.len)?;
+        let Part {
+            extents, places, ..
+        } = &self.read.parts[self.part];
+        let index = extents.partition_point(|extent| extent.end() <= wanted.start);
+        if let (Some(extent), Some(place)) = (extents.get(index), places.get(index))
             && extent.start <= wanted.start
             && wanted.end() <= extent.end()
         {
             let start = place + wanted.start.since(extent.start).as_usize();
-            buf.copy_from_slice(&self.arena.bytes()[start..start + buf.len()]);
+            buf.copy_from_slice(&self.read.arena.bytes()[start..start + buf.len()]);
             return Ok(());
         }
         Err(Error::new(Kind::Failed, "this block was not read in the freeze").at(offset))

@@ -7,10 +7,11 @@ use std::time::Duration;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::trace;
 
-use super::instant::{Expect, Freezer, Ice};
+use super::freezer::{Expect, Freezer};
+use super::ice::Ice;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn};
 use crate::progress::{Event, Progress};
 use crate::run::Run;
 use crate::source::Source;
@@ -126,12 +127,12 @@ impl Still for Hold {
         std::slice::from_ref(&self.survey)
     }
 
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+    fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
         let Some(purpose) = self.passes.next() else {
-            return Ok(None);
+            return Ok(Next::Over);
         };
         let this = &*self;
-        Ok(Some(Pass {
+        Ok(Next::Pass(Pass {
             volume: 0,
             source: &this.disk,
             walk: Box::new(move |sink| {
@@ -149,6 +150,10 @@ impl Still for Hold {
             }),
             purpose,
         }))
+    }
+
+    fn turn(&self) -> Turn {
+        Turn::Held
     }
 
     fn finish(mut self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -4,7 +4,7 @@
 use holdstill_platform::device::{Access, Disk};
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, Next, OnePass, Proof, Still, Turn};
 use crate::image::manifest::Grade;
 use crate::progress::Progress;
 use crate::run::Run;
@@ -18,7 +18,8 @@ pub struct Moving {
     survey: Survey,
     instant: jiff::Timestamp,
     passes: OnePass,
-    run: Run,
+    /// The run, if its hooks stand around this copy.
+    hooks: Option<Run>,
 }
 
 impl Moving {
@@ -33,14 +34,16 @@ impl Moving {
                 .on(&source.path)
                 .hint("leave out --verify"));
         }
-        context.run.before_freeze(context.progress)?;
+        if context.hooks_around_copy {
+            context.run.before_freeze(context.progress)?;
+        }
         let disk = Disk::open(&source.path, Access::Read)?;
         Ok(Self {
             survey: Survey::of_moving(&disk)?,
             disk,
             instant: jiff::Timestamp::now(),
             passes: OnePass::new(false),
-            run: context.run.clone(),
+            hooks: context.hooks_around_copy.then(|| context.run.clone()),
         })
     }
 }
@@ -50,12 +53,18 @@ impl Still for Moving {
         std::slice::from_ref(&self.survey)
     }
 
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        Ok(self.passes.over(&self.disk, &self.survey))
+    fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
+        Ok(self.passes.over(&self.disk, &self.survey).into())
+    }
+
+    fn turn(&self) -> Turn {
+        Turn::Unused
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
-        self.run.after_thaw(progress);
+        if let Some(run) = &self.hooks {
+            run.after_thaw(progress);
+        }
         Ok(Proof {
             grade: Grade::Torn,
             instant: self.instant,

@@ -21,7 +21,7 @@ use holdstill_platform::witness::Witness;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::apfs::raw;
-use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
@@ -43,6 +43,8 @@ pub struct Offline {
     volume: usize,
     passes: OnePass,
     compare: bool,
+    /// The hooks stand around its copy.
+    hooks_around_copy: bool,
     run: Run,
 }
 
@@ -96,8 +98,13 @@ impl Offline {
     /// # Errors
     /// [`Kind::InUse`] with the name of whoever uses it; else if it cannot be read.
     pub fn hold(sources: &[&Source], context: &Context<'_>) -> Result<Self> {
-        context.run.before_freeze(context.progress)?;
-        Self::take(sources, context)
+        if context.hooks_around_copy {
+            context.run.before_freeze(context.progress)?;
+        }
+        Ok(Self {
+            hooks_around_copy: context.hooks_around_copy,
+            ..Self::take(sources, context)?
+        })
     }
 
     /// The same for something the run itself has made: no hook is run for it.
@@ -134,6 +141,7 @@ impl Offline {
             volume: 0,
             passes: OnePass::new(context.compare),
             compare: context.compare,
+            hooks_around_copy: false,
             run: context.run.clone(),
         })
     }
@@ -369,7 +377,7 @@ impl Still for Offline {
         &self.surveys
     }
 
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+    fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
         let purpose = loop {
             match self.passes.next() {
                 Some(purpose) => break purpose,
@@ -377,16 +385,27 @@ impl Still for Offline {
                     self.volume += 1;
                     self.passes = OnePass::new(self.compare);
                 }
-                None => return Ok(None),
+                None => return Ok(Next::Over),
             }
         };
         let (held, survey) = (&self.held[self.volume], &self.surveys[self.volume]);
-        Ok(Some(Pass::over(self.volume, &held.disk, survey, purpose)))
+        Ok(Next::Pass(Pass::over(
+            self.volume,
+            &held.disk,
+            survey,
+            purpose,
+        )))
+    }
+
+    fn turn(&self) -> Turn {
+        Turn::Unused
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         let proof = self.prove();
-        self.run.after_thaw(progress);
+        if self.hooks_around_copy {
+            self.run.after_thaw(progress);
+        }
         proof
     }
 }

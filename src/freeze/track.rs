@@ -25,28 +25,32 @@
 //! the header. Which blocks these are is decided in the last freeze, and nothing has to have stayed
 //! as it was before: what no longer is swap space then is stale, for no round has taken its marks.
 
+mod capture;
+mod live_map;
+mod stale;
+pub(crate) mod write_trace;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use holdstill_platform::counters;
 use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::dirty::DirtyMap;
-use holdstill_platform::memory::{self, LockedProcess};
 use holdstill_platform::node::BlockDevice;
 use holdstill_platform::stack::Stack;
 use holdstill_platform::trace::{self, Tracefs};
 
-use super::final_read::FinalRead;
-use super::instant::{Expect, Freezer};
-use super::live_map::LiveMap;
+use self::capture::{LastPass, Seen};
+use self::live_map::LiveMap;
+use self::stale::BLOCK_SHIFT;
+use self::write_trace::{CATCH_UP, WriteTrace};
+use super::freezer::{Expect, Freezer};
+use super::instant::AtInstant;
 use super::mounted::{self, milliseconds};
-use super::stale::{self, BLOCK_SHIFT};
-use super::write_trace::{CATCH_UP, WriteTrace};
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
-use crate::freeze::{Context, Pass, Proof, Purpose, Still};
+use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn};
 use crate::image::manifest::{FreezeTimes, Grade};
-use crate::image::tables::Run as BlockRun;
 use crate::progress::{Event, Progress};
 use crate::read_at::ReadAt;
 use crate::run::Run;
@@ -54,7 +58,7 @@ use crate::source::Source;
 use crate::survey::{Mode, Survey};
 use crate::units::ByteLen;
 
-/// When each freeze ends at the latest, by the guard's hand.
+/// When the first freeze ends at the latest, by the guard's hand.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Rounds go on until no more than this is stale.
@@ -67,15 +71,6 @@ const CONVERGING: f64 = 0.8;
 /// taken as it is, if it fits into memory.
 const PATIENT_ROUNDS: u32 = 3;
 const MOST_ROUNDS: u32 = 12;
-
-/// So many times a freeze may find more than fits into memory before the run gives up.
-const MOST_FREEZES: u32 = 3;
-
-/// Memory for what is read in the final freeze: at most this, and a quarter of what is available.
-const MOST_MEMORY: u64 = 256 << 20;
-
-/// And at least this, for writers that are faster just then.
-const LEAST_MEMORY: ByteLen = ByteLen::mib(64);
 
 /// How long to wait before looking again whether a write is complete.
 const NAP: Duration = Duration::from_millis(10);
@@ -95,11 +90,14 @@ pub struct Track {
     map: LiveMap,
     /// Whether what was copied is still to be compared.
     compare: bool,
-    /// Bytes of memory for what is read in the final freeze, at most.
-    most_memory: u64,
+    /// Memory for what is read in the final freeze, at most, where the user said so.
+    most_memory: Option<ByteLen>,
+    /// And how much there was the last time.
+    room: ByteLen,
     phase: Phase,
     /// Final freezes that found more than fits into memory.
     tries: u32,
+    seen: Option<Seen>,
     last_pass: Option<LastPass>,
     freezes: Vec<FreezeTimes>,
 }
@@ -112,18 +110,12 @@ enum Phase {
     Compared,
     /// Copying what has become stale. `left`: how much the last round began with.
     Rounds { done: u32, slow: u32, left: u64 },
-    /// Everything was written out; what that made stale was copied.
-    Ready,
-    /// The instant has passed.
+    /// Little is stale. `is_new`: as of just now.
+    Ready { is_new: bool },
+    /// The instant has passed, and what it gave is not copied yet.
+    Last,
+    /// Everything was copied.
     Over,
-}
-
-/// What the final freeze gave.
-#[derive(Debug)]
-struct LastPass {
-    read: FinalRead,
-    runs: Vec<BlockRun>,
-    instant: jiff::Timestamp,
 }
 
 /// Why the source cannot be tracked; `None` if nothing speaks against it.
@@ -238,8 +230,10 @@ impl Track {
             copied,
             map,
             compare,
-            most_memory: memory.map_or(MOST_MEMORY, |memory| memory.0.min(MOST_MEMORY)),
+            most_memory: memory,
+            room: ByteLen::ZERO,
             phase: Phase::First,
+            seen: None,
             last_pass: None,
             freezes: Vec::new(),
         };
@@ -320,7 +314,7 @@ impl Track {
         self.run.check_guard()?;
         self.trace.check_layers()?;
         if done > 0 {
-            mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
+            self.sync(progress)?;
         }
         self.catch_up()?;
         self.map.look(&self.source.path)?;
@@ -330,7 +324,7 @@ impl Track {
         if now <= SMALL.0 || slow >= PATIENT_ROUNDS || done >= MOST_ROUNDS {
             return Ok(match std::mem::take(&mut self.compare) {
                 true => Phase::Compared,
-                false => Phase::Ready,
+                false => Phase::Ready { is_new: true },
             });
         }
         Ok(Phase::Rounds {
@@ -363,109 +357,6 @@ impl Track {
             purpose: Purpose::Compare,
         }
     }
-
-    /// The instant: freezes, reads what is stale, thaws. `false` if that was too much for the memory
-    /// and another round is needed.
-    fn last_freeze(&mut self, progress: &dyn Progress) -> Result<bool> {
-        let device = mounted::device(&self.source).map_err(|why| Error::new(Kind::Failed, why))?;
-        self.trace.mark_borders(device)?;
-        self.map.look(&self.source.path)?;
-        self.map.make_room();
-        let ready = stale::count(&self.stale, self.map.used());
-        let most = ByteLen(self.most_memory.min(memory::available()? / 4));
-        if ready > most.0 / 2 {
-            return Err(self.too_much(ready, most));
-        }
-        // Locking memory takes time in which more becomes stale: all of it only where less did not do.
-        let room = match self.tries {
-            0 => ByteLen(ready * 8).max(LEAST_MEMORY).min(most),
-            _ => most,
-        };
-        let mut read = FinalRead::prepare(room, ReadAt::len(&*self.disk))?;
-        // Once before the freeze, so that the memory it takes is there.
-        let _ = Survey::why_unsettled(&self.disk, self.mode());
-        let disk = Arc::clone(&self.disk);
-        let mut instant = jiff::Timestamp::now();
-        let done = read.with_readers(&disk, |readers| {
-            // What of us was swapped out would be fetched while others wait.
-            let _locked = LockedProcess::new()?;
-            mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
-            let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
-            instant = jiff::Timestamp::now();
-            let drained = self.trace.catch_up();
-            let drain_ms = milliseconds(frozen.held());
-            let balance = self.trace.balance_frozen();
-            frozen.settle();
-            let map = self.map.look_in_place(&self.source.path);
-            let fits = stale::collect(&self.stale, self.map.used(), |extent| readers.push(extent));
-            let was_read = readers.read();
-            let confirmed = Survey::why_unsettled(&self.disk, self.mode());
-            let read_ms = milliseconds(frozen.held()) - drain_ms;
-            progress.while_frozen();
-            // What was written since what was stale was collected has marked it again.
-            let still = self.trace.catch_up();
-            let rewritten = fits && stale::count(&self.stale, self.map.used()) > 0;
-            let thawed = frozen.thaw(self.expected(), progress)?;
-            let times = mounted::times("final", &thawed, drain_ms, read_ms);
-            drained.map_err(|error| self.trace.untrusted(&error))?;
-            still.map_err(|error| self.trace.untrusted(&error))?;
-            if rewritten {
-                return Err(self.written_while_frozen());
-            }
-            map?;
-            was_read?;
-            Ok((fits, balance, confirmed?, times))
-        });
-        let (fits, balance, confirmed, times) = done?;
-        progress.event(&Event::Thawed(&times));
-        self.freezes.push(times);
-        if !fits {
-            read.extents()
-                .iter()
-                .for_each(|extent| stale::mark(&self.stale, *extent));
-            return Ok(false);
-        }
-        self.run.after_thaw(progress);
-        self.trace.prove(balance)?;
-        if let (Some(why), false) = (confirmed, self.survey.grade == Grade::Crash) {
-            return Err(Error::new(Kind::Inconsistent, format!("frozen, {why}"))
-                .on(&self.source.path)
-                .hint("try again"));
-        }
-        progress.event(&Event::Frozen {
-            instant: &instant.to_string(),
-        });
-        self.survey.bytes = stale::bytes(self.map.mapped());
-        let runs = stale::last_runs(
-            read.extents(),
-            self.map.swap(),
-            &self.copied,
-            self.map.mapped(),
-            ReadAt::len(&*self.disk),
-        );
-        self.last_pass = Some(LastPass {
-            read,
-            runs,
-            instant,
-        });
-        Ok(true)
-    }
-
-    fn written_while_frozen(&self) -> Error {
-        let what = "the freeze did not hold: blocks in use were written to meanwhile";
-        Error::new(Kind::Inconsistent, what)
-            .on(&self.source.path)
-            .hint("the copy was discarded; find out who writes to the device, and try again")
-    }
-
-    fn too_much(&self, bytes: u64, room: ByteLen) -> Error {
-        Error::new(
-            Kind::Inconsistent,
-            format!("it is written to faster than it can be copied: {} are still changing, there is memory for {}", ByteLen(bytes), ByteLen(room.0 / 2)),
-        )
-        .on(&self.source.path)
-        .hint("try again when less is written")
-    }
 }
 
 impl Still for Track {
@@ -473,7 +364,7 @@ impl Still for Track {
         std::slice::from_ref(&self.survey)
     }
 
-    fn next_pass(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+    fn next(&mut self, progress: &dyn Progress) -> Result<Next<'_>> {
         loop {
             match self.phase {
                 Phase::First => {
@@ -483,50 +374,49 @@ impl Still for Track {
                         slow: 0,
                         left,
                     };
-                    return Ok(Some(self.stale_pass()));
+                    return Ok(Next::Pass(self.stale_pass()));
                 }
                 Phase::Rounds { done, slow, left } => {
                     self.phase = self.after_round(done, slow, left, progress)?;
-                    if matches!(self.phase, Phase::Ready) {
-                        self.run.before_freeze(progress)?;
-                        mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?;
+                    match self.phase {
+                        Phase::Compared => return Ok(Next::Pass(self.settled_pass())),
+                        Phase::Rounds { .. } => return Ok(Next::Pass(self.stale_pass())),
+                        _ => {}
                     }
-                    return Ok(Some(match self.phase {
-                        Phase::Compared => self.settled_pass(),
-                        _ => self.stale_pass(),
-                    }));
                 }
                 Phase::Compared => {
                     // Comparing took as long as copying: much may be stale again.
-                    self.phase = Phase::Rounds {
-                        done: 1,
-                        slow: 0,
-                        left: u64::MAX,
-                    };
-                    return Ok(Some(self.stale_pass()));
+                    self.phase = ROUNDS_AGAIN;
+                    return Ok(Next::Pass(self.stale_pass()));
                 }
-                Phase::Ready => {
-                    progress.check()?;
-                    if self.last_freeze(progress)? {
-                        self.phase = Phase::Over;
-                        return Ok(self.last_pass.as_ref().map(LastPass::pass));
-                    }
-                    self.tries += 1;
-                    if self.tries == MOST_FREEZES {
-                        return Err(self.too_much(
-                            stale::count(&self.stale, self.map.used()),
-                            ByteLen(self.most_memory),
-                        ));
-                    }
-                    self.phase = Phase::Rounds {
-                        done: 0,
-                        slow: 0,
-                        left: u64::MAX,
-                    };
+                Phase::Ready { is_new: true } => {
+                    self.phase = Phase::Ready { is_new: false };
+                    return Ok(Next::Ready);
                 }
-                Phase::Over => return Ok(None),
+                // Others made it wait: more may be stale by now.
+                Phase::Ready { is_new: false } => self.phase = ROUNDS_AGAIN,
+                Phase::Last => {
+                    self.phase = Phase::Over;
+                    let missing = || Error::new(Kind::Failed, "the instant never came");
+                    let last = self.last_pass.as_ref().ok_or_else(missing)?;
+                    return Ok(Next::Pass(last.pass()));
+                }
+                Phase::Over => return Ok(Next::Over),
             }
         }
+    }
+
+    fn last_round(&mut self, progress: &dyn Progress) -> Result<Option<Pass<'_>>> {
+        self.sync(progress)?;
+        Ok(Some(self.stale_pass()))
+    }
+
+    fn turn(&self) -> Turn {
+        Turn::Shared
+    }
+
+    fn at_instant(&mut self) -> Option<&mut dyn AtInstant> {
+        Some(self)
     }
 
     /// A block may differ because it was written to before it was read for comparison: then the trace
@@ -567,13 +457,9 @@ impl Still for Track {
     }
 }
 
-impl LastPass {
-    fn pass(&self) -> Pass<'_> {
-        Pass {
-            volume: 0,
-            source: &self.read,
-            walk: Box::new(move |sink| self.runs.iter().try_for_each(|run| sink(*run))),
-            purpose: Purpose::Copy,
-        }
-    }
-}
+/// As long as what is stale becomes less.
+const ROUNDS_AGAIN: Phase = Phase::Rounds {
+    done: 0,
+    slow: 0,
+    left: u64::MAX,
+};

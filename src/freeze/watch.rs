@@ -8,7 +8,7 @@ use std::time::Duration;
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{OnePass, Pass, Proof, Purpose, Still};
+use crate::freeze::{Next, OnePass, Pass, Proof, Purpose, Still};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
@@ -211,9 +211,9 @@ impl<M: Undo> Still for WatchedSnapshot<M> {
         std::slice::from_ref(&self.survey)
     }
 
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
+    fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
         let purpose = self.passes.next();
-        self.source.pass(&self.survey, purpose)
+        Ok(self.source.pass(&self.survey, purpose)?.into())
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

@@ -18,11 +18,11 @@ use holdstill_platform::guard::{Owed, Undo};
 use holdstill_platform::in_use::{self, User};
 use holdstill_platform::zfs::{self, Made, Reach, Volume};
 
-use super::instant::{Expect, Freezer};
+use super::freezer::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, OnePass, Pass, Proof, Still};
+use crate::freeze::{Context, Next, OnePass, Proof, Still};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::{Event, Progress};
 use crate::run::Run;
@@ -297,8 +297,8 @@ impl Still for Zvol {
         std::slice::from_ref(&self.survey)
     }
 
-    fn next_pass(&mut self, _: &dyn Progress) -> Result<Option<Pass<'_>>> {
-        Ok(self.passes.over(&self.disk, &self.survey))
+    fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
+        Ok(self.passes.over(&self.disk, &self.survey).into())
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

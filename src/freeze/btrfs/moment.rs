@@ -1,11 +1,5 @@
 //! The moment that the copy shows: pins are taken, and a window is opened on the commit that holds.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
-
-use holdstill_platform::memory::LockedProcess;
-
 use super::Live;
 use super::captured::Captured;
 use super::checked::Checked;
@@ -15,14 +9,15 @@ use super::rounds::too_many_commits;
 use super::stream::Extents;
 use super::window::{Seen, Sight, Window};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::instant::Expect;
+use crate::freeze::final_read::{ReadPart, Wanted};
+use crate::freeze::freezer::{Expect, Freezer};
+use crate::freeze::instant::{self as instant_of_all, AtInstant};
 use crate::freeze::mounted::{self, milliseconds};
 use crate::image::manifest::{CommitProof, FreezeTimes};
 use crate::progress::{Event, Progress};
 use crate::units::ByteLen;
-
-/// When the freeze ends at the latest, by the guard's hand.
-const DEADLINE: Duration = Duration::from_secs(10);
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How often a window is opened: each time with new pins.
 const MOST_WINDOWS: u32 = 6;
@@ -33,17 +28,6 @@ const MOST_WINDOWS_UNFROZEN: u32 = 24;
 /// Data that has checksums is read after the freeze if there is more than this of it: nothing overwrites it
 /// before the next commit.
 const IN_FREEZE: ByteLen = ByteLen::mib(16);
-
-/// What one window gave, and how long writers were blocked for it.
-struct Opened {
-    /// `None` if it did not hold.
-    moment: Option<Moment>,
-    freeze: Option<FreezeTimes>,
-    /// More changed since the last round than there is memory for.
-    is_too_much: bool,
-    /// Without a freeze, data was seen that may be newer than the commit.
-    has_in_place: bool,
-}
 
 /// The moment that the copy shows.
 pub(super) struct Moment {
@@ -61,129 +45,91 @@ pub(super) struct Moment {
     pub(super) chunks: Vec<AtomicBool>,
 }
 
+/// What is seen through a window that is opened under a freeze.
+pub(super) struct View {
+    window: Window,
+    /// What there was to see while nobody wrote, and whether all of it is known to be of one commit.
+    looked: Option<(Result<Sight>, Option<Result<bool>>)>,
+    /// A commit that was seen whole.
+    seen: Option<Seen>,
+}
+
 impl Live {
-    /// Opens a window, with new pins. Whether there is a moment now; if not, another round is needed.
+    /// Takes new pins, and looks through a window for the first time, which fills its cache.
     ///
     /// # Errors
-    /// If no window holds.
-    pub(super) fn open_window(&mut self, progress: &dyn Progress) -> Result<bool> {
-        if self.windows == 0 {
-            self.run.before_freeze(progress)?;
-        }
-        self.run.check_guard()?;
-        let mut in_place = 0;
+    /// If too many windows were opened before, or something moves what is pinned.
+    fn begin_window(&mut self, progress: &dyn Progress) -> Result<(Window, Sight)> {
         let most = match self.freezes_it {
             true => MOST_WINDOWS,
             false => MOST_WINDOWS_UNFROZEN,
         };
-        while self.windows < most && in_place < MOST_WINDOWS {
-            progress.check()?;
-            proof::nothing_moves(&self.filesystem)?;
-            self.windows += 1;
-            match self.freezes_it {
-                true => mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?,
-                false => self.filesystem.sync()?,
-            }
-            // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
-            self.old_pins.push(std::mem::take(&mut self.pins));
-            self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
-            // Without it, the commit that is looked at may show them still, with their names.
-            self.filesystem.sync()?;
-            let opened = self.look_through_window(progress)?;
-            if let Some(times) = opened.freeze {
-                progress.event(&Event::Thawed(&times));
-                self.freezes.push(times);
-            }
-            in_place += u32::from(opened.has_in_place);
-            if opened.is_too_much {
-                return Ok(false);
-            }
-            if let Some(moment) = opened.moment {
+        if self.windows == most {
+            return Err(too_many_commits().on(&self.source.path));
+        }
+        self.run.check_guard()?;
+        progress.check()?;
+        proof::nothing_moves(&self.filesystem)?;
+        self.windows += 1;
+        match self.freezes_it {
+            true => mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?,
+            false => self.filesystem.sync()?,
+        }
+        // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
+        self.old_pins.push(std::mem::take(&mut self.pins));
+        self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
+        // Without it, the commit that is looked at may show them still, with their names.
+        self.filesystem.sync()?;
+        let mut window = Window::new(&self.devices, self.only, self.round.until(), self.room);
+        let sight = window.look(&self.pins, self.room)?;
+        Ok((window, sight))
+    }
+
+    /// Looks for a moment without a freeze. Whether there is one now; if not, another round is needed.
+    ///
+    /// # Errors
+    /// If no window holds.
+    pub(super) fn look_unfrozen(&mut self, progress: &dyn Progress) -> Result<bool> {
+        if self.windows == 0 {
+            self.run.before_freeze(progress)?;
+        }
+        let mut in_place = 0;
+        while in_place < MOST_WINDOWS {
+            let instant = jiff::Timestamp::now();
+            let (mut window, sight) = self.begin_window(progress)?;
+            let mut seen = match sight {
+                Sight::Moved => continue,
+                Sight::TooMuch => return Ok(false),
+                Sight::Commit(seen) => *seen,
+            };
+            // Of what is overwritten in place, nobody could tell whether it is as it was at the commit.
+            if seen.has_in_place {
+                in_place += 1;
+            } else if window.confirm(&mut seen)? {
                 self.run.after_thaw(progress);
+                self.enter(seen, instant, progress)?;
                 progress.event(&Event::Frozen {
-                    instant: &moment.instant.to_string(),
+                    instant: &instant.to_string(),
                 });
-                self.moment = Some(moment);
-                self.count_used()?;
                 return Ok(true);
             }
         }
-        let error = match in_place {
-            0 => too_many_commits(),
-            _ => Error::new(
-                Kind::Inconsistent,
-                "files without copy-on-write are written to all the while: without a freeze they would \
-                 be newer than the rest",
-            )
-            .hint("leave out --no-freeze: a freeze of milliseconds is all it takes"),
-        };
-        Err(error.on(&self.source.path))
+        let what = "files without copy-on-write are written to all the while: without a freeze they would \
+                    be newer than the rest";
+        Err(Error::new(Kind::Inconsistent, what)
+            .on(&self.source.path)
+            .hint("leave out --no-freeze: a freeze of milliseconds is all it takes"))
     }
 
-    fn look_through_window(&self, progress: &dyn Progress) -> Result<Opened> {
-        let mut opened = Opened {
-            moment: None,
-            freeze: None,
-            is_too_much: false,
-            has_in_place: false,
-        };
-        let mut window = Window::new(
-            &self.devices,
-            &self.pins,
-            self.only,
-            self.round.until(),
-            self.room,
-        );
-        let mut instant = jiff::Timestamp::now();
-        let mut is_whole = None;
-        let mut sight = window.look(self.room)?;
-        if self.freezes_it {
-            if let Sight::Commit(seen) = sight {
-                window.keep(*seen);
-            }
-            // The second time round, nothing is left for after the freeze.
-            let most = match self.windows {
-                1 => IN_FREEZE,
-                _ => self.room,
-            };
-            let locked = LockedProcess::new()?;
-            let mut frozen = self.freezer.freeze(DEADLINE, progress)?;
-            instant = jiff::Timestamp::now();
-            frozen.settle();
-            let mut looked = window.look(most);
-            // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
-            is_whole = match &mut looked {
-                Ok(Sight::Commit(seen)) if seen.is_complete() => Some(window.confirm(seen)),
-                _ => None,
-            };
-            let read_ms = milliseconds(frozen.held());
-            progress.while_frozen();
-            let thawed = frozen.thaw(Expect::Discards, progress)?;
-            drop(locked);
-            opened.freeze = Some(mounted::times("final", &thawed, 0.0, read_ms));
-            sight = looked?;
-        }
-        let mut seen = match sight {
-            Sight::Moved => return Ok(opened),
-            Sight::TooMuch => {
-                opened.is_too_much = true;
-                return Ok(opened);
-            }
-            Sight::Commit(seen) => *seen,
-        };
-        let is_whole = match is_whole {
-            Some(is_whole) => is_whole?,
-            // Of what is overwritten in place, nobody could tell whether it is as it was at the commit.
-            None if !self.freezes_it && seen.has_in_place => {
-                opened.has_in_place = true;
-                false
-            }
-            None => window.confirm(&mut seen)?,
-        };
-        if is_whole {
-            opened.moment = Some(self.moment_of(seen, instant, progress)?);
-        }
-        Ok(opened)
+    /// From now on this is the moment that the copy shows.
+    fn enter(
+        &mut self,
+        seen: Seen,
+        instant: jiff::Timestamp,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        self.moment = Some(self.moment_of(seen, instant, progress)?);
+        self.count_used()
     }
 
     fn moment_of(
@@ -250,5 +196,92 @@ impl Live {
             gone_sectors: sum(&self.checks.gone),
             exclusive_operation: "none".to_owned(),
         }
+    }
+}
+
+/// Under the freeze, the window is looked through once more.
+impl AtInstant for Live {
+    fn freezer(&self) -> Arc<Freezer> {
+        Arc::clone(&self.freezer)
+    }
+
+    fn prepare(&mut self, _: ByteLen, progress: &dyn Progress) -> Result<Option<Wanted>> {
+        let (mut window, sight) = self.begin_window(progress)?;
+        if let Sight::Commit(seen) = sight {
+            window.keep(*seen);
+        }
+        self.view = Some(View {
+            window,
+            looked: None,
+            seen: None,
+        });
+        Ok(None)
+    }
+
+    /// It is done when the window is opened: what is dirty then, the freeze writes out.
+    fn sync(&self, _: &dyn Progress) -> Result<()> {
+        Ok(())
+    }
+
+    fn capture(&mut self, _: &instant_of_all::Moment<'_>) {
+        // The second time round, nothing is left for after the freeze.
+        let most = match self.windows {
+            1 => IN_FREEZE,
+            _ => self.room,
+        };
+        let Some(View { window, looked, .. }) = &mut self.view else {
+            return;
+        };
+        let mut sight = window.look(&self.pins, most);
+        // As long as nobody writes, no commit comes. What is still to be read is read afterwards.
+        let is_whole = match &mut sight {
+            Ok(Sight::Commit(seen)) if seen.is_complete() => Some(window.confirm(seen)),
+            _ => None,
+        };
+        *looked = Some((sight, is_whole));
+    }
+
+    fn confirm(&mut self) {}
+
+    fn expects(&self) -> Expect {
+        Expect::Discards
+    }
+
+    fn judge(&mut self, times: FreezeTimes) -> Result<bool> {
+        self.freezes.push(times);
+        let missing = || Error::new(Kind::Failed, "the window was never opened");
+        let view = self.view.as_mut().ok_or_else(missing)?;
+        let (sight, is_whole) = view.looked.take().ok_or_else(missing)?;
+        let mut seen = match sight? {
+            Sight::Moved => return Ok(false),
+            Sight::TooMuch => {
+                self.begin_round(0)?;
+                return Ok(false);
+            }
+            Sight::Commit(seen) => *seen,
+        };
+        let is_whole = match is_whole {
+            Some(is_whole) => is_whole?,
+            None => view.window.confirm(&mut seen)?,
+        };
+        view.seen = is_whole.then_some(seen);
+        Ok(is_whole)
+    }
+
+    fn keep(
+        &mut self,
+        instant: jiff::Timestamp,
+        _: Option<ReadPart>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let missing = || Error::new(Kind::Failed, "the window was never opened");
+        let view = self.view.take().ok_or_else(missing)?;
+        self.enter(view.seen.ok_or_else(missing)?, instant, progress)?;
+        self.begin_data();
+        Ok(())
+    }
+
+    fn discard(&mut self, _: Option<ReadPart>) {
+        self.view = None;
     }
 }

@@ -17,7 +17,7 @@ use super::loose::{Held, Loose, LooseExtents};
 use super::pins::Pins;
 use super::roots::{self, PinnedRoot, Roots};
 use crate::error::Result;
-use crate::fs::btrfs::chunks::{self, damaged};
+use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
 use crate::fs::btrfs::format::{Key, SuperBlock};
 use crate::fs::btrfs::map::listed;
@@ -26,10 +26,8 @@ use crate::fs::btrfs::tree::{Cache, Pointer, Reader, Visit};
 use crate::units::ByteLen;
 
 /// A window that is being looked through.
-pub(super) struct Window<'a> {
-    devices: &'a Devices,
-    by_id: chunks::Devices<'a>,
-    pins: &'a Pins,
+pub(super) struct Window {
+    devices: Arc<Devices>,
     /// The only subvolume whose data is wanted.
     only: Option<u64>,
     /// Tree blocks of this generation and before are in the image already.
@@ -97,20 +95,17 @@ impl Seen {
     }
 }
 
-impl<'a> Window<'a> {
+impl Window {
     /// A window over what is newer than generation `since`.
     pub(super) fn new(
-        devices: &'a Devices,
-        pins: &'a Pins,
+        devices: &Arc<Devices>,
         only: Option<u64>,
         since: u64,
         room: ByteLen,
     ) -> Self {
         Self {
             only,
-            by_id: devices.by_id(),
-            devices,
-            pins,
+            devices: Arc::clone(devices),
             since,
             room,
             cache: Cache::default(),
@@ -123,12 +118,12 @@ impl<'a> Window<'a> {
     ///
     /// # Errors
     /// If what is there cannot be understood though nobody changed it meanwhile.
-    pub(super) fn look(&mut self, most: ByteLen) -> Result<Sight> {
+    pub(super) fn look(&mut self, pins: &Pins, most: ByteLen) -> Result<Sight> {
         let begun = Instant::now();
         let Some(superblocks) = self.devices.superblocks()? else {
             return Ok(Sight::Moved);
         };
-        match self.look_at(&superblocks, most) {
+        match self.look_at(&superblocks, pins, most) {
             Ok(Sight::Commit(mut seen)) => {
                 seen.took = begun.elapsed();
                 Ok(Sight::Commit(seen))
@@ -147,7 +142,8 @@ impl<'a> Window<'a> {
     /// As [`look`](Self::look).
     pub(super) fn confirm(&mut self, seen: &mut Seen) -> Result<bool> {
         let begun = Instant::now();
-        let reader = seen.commit.reader(&self.by_id, None);
+        let by_id = self.devices.by_id();
+        let reader = seen.commit.reader(&by_id, None);
         let mut read = Ok(());
         for number in std::mem::take(&mut seen.missing) {
             read = read.and_then(|()| seen.data[number].read(&reader));
@@ -170,12 +166,13 @@ impl<'a> Window<'a> {
     }
 
     /// Looks at the commit of these superblocks.
-    fn look_at(&mut self, superblocks: &[SuperBlock], most: ByteLen) -> Result<Sight> {
+    fn look_at(&mut self, superblocks: &[SuperBlock], pins: &Pins, most: ByteLen) -> Result<Sight> {
+        let by_id = self.devices.by_id();
         let first = superblocks
             .first()
             .ok_or_else(|| damaged("it has no superblock"))?;
-        let commit = Commit::read(first, &self.by_id, Some(&self.cache))?;
-        let reader = commit.reader(&self.by_id, Some(&self.cache));
+        let commit = Commit::read(first, &by_id, Some(&self.cache))?;
+        let reader = commit.reader(&by_id, Some(&self.cache));
         let places = self.new_blocks(&commit, &reader)?;
         let node_len = commit.geometry.node_len();
         let block_bytes = places.len() as u64 * node_len.0;
@@ -190,11 +187,11 @@ impl<'a> Window<'a> {
             blocks.insert(bytenr, block);
         }
         let mut roots = Roots::read(&commit, &reader)?;
-        let pinned = roots.pinned(self.pins)?;
+        let pinned = roots.pinned(pins)?;
         let mut extents = LooseExtents::default();
         let is_wanted = |root: &&PinnedRoot| self.only.is_none_or(|only| only == root.tree);
         for root in roots.alive.iter().filter(is_wanted) {
-            let pin = self.pins.of(root.tree);
+            let pin = pins.of(root.tree);
             let pin = pin.and_then(|pin| roots::find(&pinned, pin.tree));
             if pin.is_none() && root.level > 0 {
                 // One that came after the pins, and too large to be read here: it needs a pin, too.
