@@ -18,9 +18,10 @@ use crate::destination::refusal;
 use crate::error::{Error, Kind, Result};
 use crate::estimate;
 use crate::extent::Extent;
+use crate::freeze::step::{self, AnyStep};
 use crate::freeze::stills::{Copier, Held, copy_all, expect_hooks};
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
-use crate::freeze::{Context, CowRoom, Pass, Proof, Step, Still};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Still};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
     Blocks, CommitProof, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer,
@@ -47,7 +48,7 @@ pub struct Options {
     /// Of datasets of ZFS, all below, too.
     pub recursive: bool,
     /// A step by name, or `None` for the first that applies.
-    pub freeze: Option<Step>,
+    pub freeze: Option<AnyStep>,
     /// Room for a snapshot.
     pub cow: CowRoom,
     /// How payloads are stored.
@@ -203,7 +204,7 @@ pub fn plan(options: &Options) -> Result<Planned> {
                 plan.allow_freeze(options.no_freeze)?;
                 planned.volumes.push(plan);
             }
-            Named::Dataset(name) if matches!(options.freeze, None | Some(Step::Zfs)) => {
+            Named::Dataset(name) if options.freeze.is_none_or(|it| it == step::ZFS) => {
                 let reach = match options.recursive {
                     true => Reach::Below,
                     false => Reach::Alone,
@@ -277,8 +278,8 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         })?;
     }
     let steps = planned.volumes.iter().map(|plan| plan.step);
-    let steps: Vec<Step> = steps
-        .chain(planned.datasets.iter().map(|_| Step::Zfs))
+    let steps: Vec<AnyStep> = steps
+        .chain(planned.datasets.iter().map(|_| step::ZFS))
         .collect();
     let hooks_around_copy = expect_hooks(&run, &steps, options.no_freeze);
     let context = Context {
@@ -636,7 +637,7 @@ fn trailer(
         .volumes
         .iter()
         .map(|plan| plan.step.name())
-        .chain(planned.datasets.iter().map(|_| Step::Zfs.name()))
+        .chain(planned.datasets.iter().map(|_| step::ZFS.name()))
         .collect();
     steps.dedup();
     let freezes: Vec<FreezeTimes> = proofs

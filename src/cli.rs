@@ -19,7 +19,7 @@ use holdstill_platform::signals::Stop;
 use self::args::{Cli, Verb};
 use self::console::Console;
 use crate::error::{Error, Escaped, Kind, Result};
-use crate::freeze::Step;
+use crate::freeze::step::{AnyStep, STEPS, ladder};
 use crate::image::format;
 use crate::pipeline::throttle::Throttled;
 use crate::progress::Progress;
@@ -94,13 +94,13 @@ fn asks_for_version(arguments: &[OsString]) -> bool {
 }
 
 fn version(run_id: &str) -> ExitCode {
-    let names = |steps: &[Step]| steps.iter().map(|step| step.name()).collect::<Vec<_>>();
+    let names = |steps: &[AnyStep]| steps.iter().map(|step| step.name()).collect::<Vec<_>>();
     let printed = console::version_line(
         run_id,
         &serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "steps": names(&Step::ALL),
-            "auto_steps": names(Step::ladder()),
+            "steps": names(&STEPS),
+            "auto_steps": names(&ladder()),
             "used_block_filesystems": ["ext2", "ext3", "ext4", "xfs", "btrfs", "apfs"],
             "format_versions": [format::VERSION],
         }),

@@ -14,8 +14,9 @@ use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
 use crate::fit::Fit;
+use crate::freeze::step::AnyStep;
 use crate::freeze::stills::{Copier, copy_all, expect_hooks};
-use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Step, Still, Turn};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Still, Turn};
 use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::new_ids;
@@ -41,7 +42,7 @@ pub struct Options {
     /// The target: a device, a raw file, or a file to be made.
     pub target: PathBuf,
     /// A step by name, or `None` for the first that applies.
-    pub freeze: Option<Step>,
+    pub freeze: Option<AnyStep>,
     /// Room for a snapshot.
     pub cow: CowRoom,
     /// Freeze nothing.
@@ -157,7 +158,7 @@ fn examine(options: &Options) -> Result<(Plan, Candidate)> {
         new_ids::refuse_others(fit.fs(), "the source")
             .map_err(|error| error.on(&plan.source.path))?;
     } else if !options.allow_twin
-        && plan.step != Step::Apfs
+        && plan.step.reads_the_source()
         && let Some(member) = whole::member(&plan.source)?
     {
         twin::refuse(member.fsid, &options.target, &[&options.target])?;
@@ -168,7 +169,7 @@ fn examine(options: &Options) -> Result<(Plan, Candidate)> {
 /// What the source needs of its target.
 fn fit(plan: &Plan) -> Result<Fit> {
     let geometry = plan.geometries()?[0];
-    if plan.step == Step::Apfs {
+    if !plan.step.reads_the_source() {
         // Its node cannot be read.
         let needs = Needs::unknown(ByteLen(geometry.size));
         return Ok(Fit::of_source(&geometry, Some(fs::Kind::Apfs), needs));

@@ -8,7 +8,7 @@ use crate::backup;
 use crate::clone;
 use crate::error::Result;
 use crate::estimate::{free_bytes, used_bytes};
-use crate::freeze::Step;
+use crate::freeze::step;
 use crate::overwritten::Overwritten;
 use crate::plan::{Plan, StepReport};
 use crate::restore;
@@ -88,7 +88,7 @@ pub fn backup(options: &backup::Options) -> Result<Report> {
         new_ids: false,
         used_bytes: None,
         free_bytes: None,
-        step: Some(Step::Zfs.name().to_owned()),
+        step: Some(step::ZFS.name().to_owned()),
         passed_over: Vec::new(),
     });
     let mut actions: Vec<Action> = volumes.chain(datasets).collect();

@@ -15,17 +15,15 @@ mod mounted;
 pub mod none;
 pub mod offline;
 mod snapshot;
+pub mod step;
 pub mod stills;
 pub mod track;
 mod watch;
 pub mod zfs;
 
-use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use holdstill_platform::apple::System;
 use holdstill_platform::device::{Disk, Geometry};
 
 use self::instant::AtInstant;
@@ -36,116 +34,9 @@ use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
+use crate::source::Source;
 use crate::survey::Survey;
 use crate::units::ByteLen;
-
-/// A way to make a source hold still.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Nobody has it mounted, held or open for writing.
-    Offline,
-    /// A snapshot of a volume of ZFS.
-    Zfs,
-    /// A commit of a mounted btrfs, whose data snapshots pin.
-    Btrfs,
-    /// A snapshot of LVM, thick or thin.
-    Lvm,
-    /// Its writes are tracked while it is copied; it is frozen for some milliseconds at the end.
-    Track,
-    /// A snapshot of a mounted volume of APFS, copied into a container of its own (macOS).
-    Apfs,
-    /// A snapshot slid under the live mapping of a device-mapper device.
-    Dm,
-    /// Its filesystem is frozen for the whole copy.
-    Hold,
-    /// It is read as it is, while it may change.
-    None,
-}
-
-impl Step {
-    /// The steps that `auto` tries on this system, in this order.
-    pub fn ladder() -> &'static [Self] {
-        match System::this().is_macos() {
-            true => &[Self::Offline, Self::Apfs],
-            false => &[
-                Self::Offline,
-                Self::Zfs,
-                Self::Btrfs,
-                Self::Lvm,
-                Self::Track,
-            ],
-        }
-    }
-
-    /// When a source is copied that holds still by it.
-    pub fn turn(self, no_freeze: bool) -> Turn {
-        match self {
-            Self::Offline | Self::None => Turn::Unused,
-            Self::Track => Turn::Shared,
-            Self::Btrfs if !no_freeze => Turn::Shared,
-            Self::Hold => Turn::Held,
-            Self::Btrfs | Self::Zfs | Self::Lvm | Self::Apfs | Self::Dm => Turn::Snapshot,
-        }
-    }
-
-    /// All steps of this version. Those in no ladder are taken only when named.
-    pub const ALL: [Self; 9] = [
-        Self::Offline,
-        Self::Zfs,
-        Self::Btrfs,
-        Self::Lvm,
-        Self::Track,
-        Self::Apfs,
-        Self::Dm,
-        Self::Hold,
-        Self::None,
-    ];
-
-    /// Whether the step freezes or creates something that a guard has to watch over.
-    pub fn needs_guard(self) -> bool {
-        !matches!(self, Self::Offline | Self::None)
-    }
-
-    /// Whether the step makes writers wait, be it for milliseconds, and cannot do without.
-    pub fn has_to_freeze(self) -> bool {
-        !matches!(self, Self::Offline | Self::Btrfs | Self::Apfs | Self::None)
-    }
-
-    /// The name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Offline => "offline",
-            Self::Zfs => "zfs",
-            Self::Btrfs => "btrfs",
-            Self::Lvm => "lvm",
-            Self::Track => "track",
-            Self::Apfs => "apfs",
-            Self::Dm => "dm",
-            Self::Hold => "hold",
-            Self::None => "none",
-        }
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Step {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let known = Self::ALL.into_iter().find(|step| step.name() == text);
-        known.ok_or_else(|| {
-            Error::new(
-                Kind::Usage,
-                format!("there is no way to freeze called `{text}`"),
-            )
-        })
-    }
-}
 
 /// What a step is given to work with.
 #[derive(Clone, Copy)]
@@ -186,6 +77,14 @@ pub struct CowRoom {
     pub size: Option<ByteLen>,
     /// On which device: a physical volume of the volume group, or any free one (`dm`).
     pub device: Option<PathBuf>,
+}
+
+/// The source of a step that images one device at a time.
+fn only<'a>(sources: &[&'a Source]) -> Result<&'a Source> {
+    match sources {
+        [only] => Ok(only),
+        _ => Err(Error::new(Kind::Failed, "it is not one device")),
+    }
 }
 
 /// One pass over a source that holds still.

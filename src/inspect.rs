@@ -9,8 +9,8 @@ use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 
 use crate::error::{IoContext, Kind, Result};
-use crate::freeze::Step;
 use crate::freeze::apfs::{self, Description};
+use crate::freeze::step;
 use crate::fs::{self, Condition, Opened, Snapshot, Volume};
 use crate::image::content::to_hex;
 use crate::image::format::MAGIC;
@@ -166,7 +166,7 @@ pub fn run(text: &str) -> Result<Report> {
         Named::Blocks(found) => source(&found).map(|report| Report::Source(Box::new(report))),
         Named::Dataset(path) => Ok(Report::Dataset(DatasetReport {
             path,
-            step: Step::Zfs.name().to_owned(),
+            step: step::ZFS.name().to_owned(),
         })),
     }
 }

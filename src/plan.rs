@@ -13,17 +13,9 @@ use serde::Serialize;
 
 use crate::destination::apart::refuse_shared;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::apfs;
-use crate::freeze::btrfs::{self, Live};
-use crate::freeze::dm;
-use crate::freeze::hold::{self, Hold};
-use crate::freeze::lvm;
-use crate::freeze::none::Moving;
-use crate::freeze::offline::{self, Offline};
-use crate::freeze::track::{self, Track};
-use crate::freeze::zfs::{self, Zvol};
-use crate::freeze::{Context, CowRoom, Step, Still};
-use crate::source::{Medium, Source, whole};
+use crate::freeze::step::{self, AnyStep};
+use crate::freeze::{Context, CowRoom, Still};
+use crate::source::{Medium, Source};
 
 /// A source and the step chosen for it.
 #[derive(Debug)]
@@ -33,9 +25,9 @@ pub struct Plan {
     /// The other devices of its filesystem, where they are imaged with it.
     pub siblings: Vec<Source>,
     /// How it will hold still.
-    pub step: Step,
+    pub step: AnyStep,
     /// Steps that come earlier in the ladder, and why they do not apply.
-    pub passed_over: Vec<(Step, String)>,
+    pub passed_over: Vec<(AnyStep, String)>,
     /// The step was named: no other is taken.
     is_named: bool,
 }
@@ -46,7 +38,7 @@ impl Plan {
     /// # Errors
     /// [`Kind::NotApplicable`] if the named step, or every step, does not apply; what
     /// [`Source::resolve`] says.
-    pub fn make(text: &str, named: Option<Step>) -> Result<Self> {
+    pub fn make(text: &str, named: Option<AnyStep>) -> Result<Self> {
         Self::of(Source::resolve(text)?, named)
     }
 
@@ -54,10 +46,10 @@ impl Plan {
     ///
     /// # Errors
     /// As [`make`](Self::make).
-    pub fn of(source: Source, named: Option<Step>) -> Result<Self> {
-        let candidates: Vec<Step> = match named {
+    pub fn of(source: Source, named: Option<AnyStep>) -> Result<Self> {
+        let candidates: Vec<AnyStep> = match named {
             Some(step) => vec![step],
-            None => Step::ladder().to_vec(),
+            None => step::ladder(),
         };
         let mut passed_over = Vec::new();
         let found = first_of(candidates, &source, &mut passed_over)?;
@@ -123,7 +115,7 @@ impl Plan {
     /// The plan by the first step that applies and comes later in the ladder, if there is one for the same
     /// devices.
     fn next(&self, error: &Error) -> Result<Option<Self>> {
-        let ladder = Step::ladder().iter().copied();
+        let ladder = step::ladder().into_iter();
         let later = ladder.skip_while(|step| *step != self.step).skip(1);
         let mut passed_over = self.passed_over.clone();
         passed_over.push((self.step, error.to_string()));
@@ -162,12 +154,7 @@ impl Plan {
     /// # Errors
     /// [`Kind::NotApplicable`]; if /proc or /sys cannot be read.
     pub fn refuse_output_on_source(&self, output: &Path, no_freeze: bool) -> Result<()> {
-        let is_frozen = match self.step {
-            Step::Track | Step::Hold | Step::Dm => true,
-            Step::Btrfs => !no_freeze,
-            Step::Zfs => self.source.mount.is_some(),
-            Step::Offline | Step::Lvm | Step::Apfs | Step::None => false,
-        };
+        let is_frozen = self.step.freezes(&self.source, no_freeze);
         // Only what can be opened without waiting for anybody; of others the step itself judges.
         let place = match std::fs::metadata(output) {
             Ok(metadata) if metadata.is_file() => output,
@@ -202,23 +189,8 @@ impl Plan {
     /// # Errors
     /// What the step says.
     pub fn hold_still(&self, context: &Context<'_>) -> Result<Box<dyn Still>> {
-        Ok(match self.step {
-            Step::Offline => {
-                let sources: Vec<&Source> = self.sources().collect();
-                Box::new(Offline::hold(&sources, context)?)
-            }
-            Step::Zfs => Box::new(Zvol::snapshot(&self.source, context)?),
-            Step::Btrfs => {
-                let sources: Vec<&Source> = self.sources().collect();
-                Box::new(Live::begin(&sources, context)?)
-            }
-            Step::Lvm => lvm::snapshot(&self.source, context)?,
-            Step::Track => Box::new(Track::begin(&self.source, context)?),
-            Step::Apfs => apfs::snapshot(&self.source, context)?,
-            Step::Dm => dm::snapshot(&self.source, context)?,
-            Step::Hold => Box::new(Hold::freeze(&self.source, context)?),
-            Step::None => Box::new(Moving::open(&self.source, context)?),
-        })
+        let sources: Vec<&Source> = self.sources().collect();
+        self.step.begin(&sources, context)
     }
 
     /// The source, and what is imaged with it.
@@ -231,13 +203,7 @@ impl Plan {
     /// # Errors
     /// If the tools for that are missing.
     pub fn undo(&self, run_id: &str) -> Result<Vec<Undo>> {
-        match self.step {
-            Step::Zfs => zfs::undo(&self.source, run_id),
-            Step::Lvm => lvm::undo(&self.source, run_id),
-            Step::Apfs => apfs::undo(&self.source, run_id),
-            Step::Dm => dm::undo(&self.source, run_id),
-            _ => Ok(Vec::new()),
-        }
+        self.step.undo(&self.source, run_id)
     }
 
     /// Whether this is the source itself, by another name perhaps, or imaged with it.
@@ -254,11 +220,8 @@ impl Plan {
     /// # Errors
     /// If one cannot be opened.
     pub fn geometries(&self) -> Result<Vec<Geometry>> {
-        let of = match self.step {
-            Step::Apfs => apfs::geometry,
-            _ => Source::geometry,
-        };
-        self.sources().map(of).collect()
+        let geometry = |source| self.step.geometry(source);
+        self.sources().map(geometry).collect()
     }
 
     /// The bytes of its [`sources`](Self::sources), wherever they lie.
@@ -282,7 +245,7 @@ impl Plan {
     /// [`Kind::InUse`].
     pub fn refuse_cow_device(&self, cow: &CowRoom, written: &Extents) -> Result<()> {
         // With `lvm` it is a physical volume, which may well be the one that the source is on.
-        let Some(path) = cow.device.as_ref().filter(|_| self.step == Step::Dm) else {
+        let Some(path) = cow.device.as_ref().filter(|_| self.step == step::DM) else {
             return Ok(());
         };
         let device = Extents::of_node(&Node::of(path)?)?;
@@ -299,10 +262,10 @@ impl Plan {
 
 /// The first step that applies, and what is imaged with the source by it.
 fn first_of(
-    candidates: Vec<Step>,
+    candidates: Vec<AnyStep>,
     source: &Source,
-    passed_over: &mut Vec<(Step, String)>,
-) -> Result<Option<(Step, Vec<Source>)>> {
+    passed_over: &mut Vec<(AnyStep, String)>,
+) -> Result<Option<(AnyStep, Vec<Source>)>> {
     for step in candidates {
         match siblings_or_objection(step, source)? {
             Ok(siblings) => return Ok(Some((step, siblings))),
@@ -326,7 +289,7 @@ pub struct StepReport {
 /// # Errors
 /// If the source cannot be examined.
 pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
-    let reports = Step::ladder().iter().map(|&step| {
+    let reports = step::ladder().into_iter().map(|step| {
         Ok(StepReport {
             step: step.name().to_owned(),
             objection: siblings_or_objection(step, source)?.err(),
@@ -335,49 +298,36 @@ pub fn ladder(source: &Source) -> Result<Vec<StepReport>> {
     reports.collect()
 }
 
-fn objection(step: Step, source: &Source) -> Result<Option<String>> {
-    match step {
-        Step::Offline => offline::objection(source),
-        Step::Zfs => zfs::objection(source),
-        Step::Btrfs => btrfs::objection(source),
-        Step::Lvm => lvm::objection(source),
-        Step::Track => track::objection(source),
-        Step::Apfs => apfs::objection(source),
-        Step::Dm => dm::objection(source),
-        Step::Hold => hold::objection(source),
-        Step::None => Ok(None),
-    }
-}
-
 /// What is imaged with a source by a step; or what speaks against that step, for the source or for
 /// one of those.
 fn siblings_or_objection(
-    step: Step,
+    step: AnyStep,
     source: &Source,
 ) -> Result<std::result::Result<Vec<Source>, String>> {
-    if source.subvolume.is_some() && step != Step::Btrfs {
+    if source.subvolume.is_some() && step != step::BTRFS {
         return Ok(Err("it images no single subvolume".to_owned()));
     }
-    if let Some(why) = objection(step, source)? {
+    if let Some(why) = step.objection(source)? {
         return Ok(Err(why));
     }
-    let siblings = match step {
-        Step::Offline | Step::Btrfs => whole::siblings(source)?,
-        _ => Vec::new(),
-    };
-    if step == Step::Btrfs {
+    let siblings = step.siblings(source)?;
+    if step == step::BTRFS {
         // Of a mounted filesystem, whatever speaks against one of its devices does so of all.
         return Ok(Ok(siblings));
     }
     for sibling in &siblings {
-        if let Some(why) = objection(step, sibling)? {
+        if let Some(why) = step.objection(sibling)? {
             return Ok(Err(format!("{}: {why}", sibling.path.display())));
         }
     }
     Ok(Ok(siblings))
 }
 
-fn nothing_applies(source: &Source, named: Option<Step>, passed_over: &[(Step, String)]) -> Error {
+fn nothing_applies(
+    source: &Source,
+    named: Option<AnyStep>,
+    passed_over: &[(AnyStep, String)],
+) -> Error {
     let reasons: Vec<String> = passed_over
         .iter()
         .map(|(step, why)| format!("{step}: {why}"))

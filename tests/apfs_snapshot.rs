@@ -13,7 +13,8 @@ use std::time::Duration;
 use holdstill::cleanup;
 use holdstill::error::{Error, Kind, Result};
 use holdstill::freeze::apfs::{self, Volume, raw};
-use holdstill::freeze::{Context, CowRoom, Next, Proof, Step};
+use holdstill::freeze::step;
+use holdstill::freeze::{Context, CowRoom, Next, Proof};
 use holdstill::image::manifest::Grade;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::progress::{Event, Progress, Silent, Stop};
@@ -372,7 +373,7 @@ fn only_a_mac_has_it() {
     let refused = common::holdstill::run(args).expect(3);
     let said = refused.stderr;
     assert!(said.contains("this system is not macOS"), "{said}");
-    assert!(!Step::Apfs.has_to_freeze() && Step::Apfs.needs_guard());
+    assert!(!step::APFS.has_to_freeze() && step::APFS.needs_guard());
     // Nothing it would read raw is in the way elsewhere.
     let named = holdstill::source::Source::resolve(file.to_str().unwrap()).unwrap();
     assert_eq!(raw::objection(&named).unwrap(), None);

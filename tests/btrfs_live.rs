@@ -99,7 +99,7 @@ fn options(source: &Path, image: &Path) -> Options {
         sources: vec![source.display().to_string()],
         recursive: false,
         output: Some(image.to_owned()),
-        freeze: Some("btrfs".parse().unwrap()),
+        freeze: Some(holdstill::freeze::step::BTRFS),
         no_freeze: false,
         cow: CowRoom::default(),
         compression: Compression::Zstd(1),

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use holdstill::backup::{self, Options, Report};
 use holdstill::error::{Kind, Result};
-use holdstill::freeze::{CowRoom, Step};
+use holdstill::freeze::CowRoom;
+use holdstill::freeze::step::{self, AnyStep};
 use holdstill::image::manifest::Grade;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::pipeline::store::Compression;
@@ -149,7 +150,7 @@ impl Scene {
         self.dir.path().join("image")
     }
 
-    fn options(&self, step: Step) -> Options {
+    fn options(&self, step: AnyStep) -> Options {
         Options {
             sources: vec![self.device.path().display().to_string()],
             recursive: false,
@@ -212,15 +213,15 @@ impl Progress for Meddler<'_> {
 }
 
 /// One backup in the midst of which `act` happens.
-fn meddled(scene: &Scene, step: Step, act: impl FnOnce() + Send) -> Result<Report> {
-    let meddler = Meddler::new(step == Step::Track, act);
+fn meddled(scene: &Scene, step: AnyStep, act: impl FnOnce() + Send) -> Result<Report> {
+    let meddler = Meddler::new(step == step::TRACK, act);
     let report = backup::run(&scene.options(step), &meddler);
     let is_done = meddler.act.lock().unwrap().is_none();
     assert!(is_done, "{step}: nothing was done: {report:?}");
     report
 }
 
-fn assert_refused(scene: &Scene, step: Step, what: &str, act: impl FnOnce() + Send) {
+fn assert_refused(scene: &Scene, step: AnyStep, what: &str, act: impl FnOnce() + Send) {
     let report = meddled(scene, step, act);
     match report {
         Err(error) => assert_eq!(error.kind(), Kind::Inconsistent, "{step}, {what}: {error}"),
@@ -260,7 +261,7 @@ fn privileged_a_frozen_source_that_is_written_to_is_no_source() {
     let scene = Scene::new("ext4");
     let mounted = scene.mount();
     let node = scene.device.path();
-    for step in [Step::Track, Step::Hold] {
+    for step in [step::TRACK, step::HOLD] {
         let undisturbed = meddled(&scene, step, || {}).unwrap();
         assert_eq!(undisturbed.grade, Grade::Frozen);
         std::fs::remove_file(scene.image()).unwrap();
@@ -330,7 +331,7 @@ fn privileged_what_is_written_below_an_offline_source_is_noticed() {
     needs_root!();
     let scene = Scene::new("ext4");
     let node = scene.device.path();
-    let step = Step::Offline;
+    let step = step::OFFLINE;
     let undisturbed = meddled(&scene, step, || {}).unwrap();
     assert_eq!(undisturbed.grade, Grade::Clean);
     std::fs::remove_file(scene.image()).unwrap();
@@ -430,14 +431,14 @@ fn privileged_an_overlay_above_the_file_is_noticed() {
     let device = LoopDevice::attach(&file);
     run("mkfs.ext4", ["-q", device.path().to_str().unwrap()]);
     let scene = Scene { dir, device, file };
-    let report = meddled(&scene, Step::Offline, || {});
+    let report = meddled(&scene, step::OFFLINE, || {});
     assert_eq!(
         report.unwrap().grade,
         Grade::Crash,
         "a way in that cannot be watched"
     );
     std::fs::remove_file(scene.image()).unwrap();
-    assert_refused(&scene, Step::Offline, "through the overlay", || {
+    assert_refused(&scene, step::OFFLINE, "through the overlay", || {
         write_number(&open_for_writing(&merged.dir().join("disk"), false), 1);
     });
 }
@@ -451,7 +452,7 @@ fn privileged_a_partition_is_not_written_past_unnoticed() {
     run("mkfs.ext4", ["-q", partition.node().to_str().unwrap()]);
     let options = Options {
         sources: vec![partition.node().display().to_string()],
-        ..scene.options(Step::Offline)
+        ..scene.options(step::OFFLINE)
     };
     let write = |to: &Path| {
         let file = open_for_writing(to, true);
@@ -489,7 +490,7 @@ fn privileged_nobody_writes_to_what_is_mounted_read_only() {
     std::fs::remove_file(&image).unwrap();
     assert_refused(
         &scene,
-        Step::Offline,
+        step::OFFLINE,
         "mounted read-write meanwhile",
         || {
             run(

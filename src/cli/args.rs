@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{CowRoom, Step};
+use crate::freeze::CowRoom;
+use crate::freeze::step::{self, AnyStep, STEPS};
 use crate::input::ExpectedId;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
@@ -150,13 +152,8 @@ pub(super) struct BackupArgs {
 /// How a source is made to hold still and read: the same for every verb that copies one.
 #[derive(Debug, Args)]
 struct FreezeArgs {
-    /// How the source is made to hold still: auto (the first that applies), offline (nobody uses
-    /// it), zfs (a snapshot of a zvol), btrfs (a commit, pinned by snapshots), lvm (a snapshot of a
-    /// logical volume), track (writes are tracked, frozen for milliseconds), apfs (macOS: a snapshot of
-    /// a volume in use, copied to a disk image first); never chosen by auto: dm (a snapshot slid under a
-    /// device-mapper device), hold (frozen for the whole copy, 60 s at most), or none (see
-    /// --allow-inconsistent)
-    #[arg(long, value_name = "STEP", default_value = "auto")]
+    /// How the source is made to hold still
+    #[arg(long, value_name = "STEP", default_value = "auto", value_parser = steps())]
     freeze: String,
     /// With --freeze none: copy a source that nothing holds still. The copy is torn, and says so
     #[arg(long)]
@@ -194,13 +191,20 @@ struct FreezeArgs {
     on_read_error: ReadError,
 }
 
+/// The names of all steps, each with its line of help.
+fn steps() -> PossibleValuesParser {
+    let auto = PossibleValue::new("auto").help("the first of these that applies");
+    let of_each = STEPS.map(|step| PossibleValue::new(step.name()).help(step.about()));
+    PossibleValuesParser::new(std::iter::once(auto).chain(of_each).collect::<Vec<_>>())
+}
+
 impl FreezeArgs {
-    fn step(&self) -> Result<Option<Step>> {
+    fn step(&self) -> Result<Option<AnyStep>> {
         let step = match self.freeze.as_str() {
             "auto" => None,
-            name => Some(name.parse()?),
+            name => Some(step::named(name)?),
         };
-        match self.allow_inconsistent && step != Some(Step::None) {
+        match self.allow_inconsistent && step != Some(step::NONE) {
             true => Err(Error::new(
                 Kind::Usage,
                 "--allow-inconsistent is for --freeze none only",
@@ -211,7 +215,7 @@ impl FreezeArgs {
 
     /// Refuses a torn copy that was not asked for: when all else that was typed makes sense.
     fn refuse_torn(&self) -> Result<()> {
-        match self.step()? == Some(Step::None) && !self.allow_inconsistent {
+        match self.step()? == Some(step::NONE) && !self.allow_inconsistent {
             true => Err(Error::new(
                 Kind::Inconsistent,
                 "with `--freeze none` a copy of a source in use is torn",
@@ -226,7 +230,9 @@ impl FreezeArgs {
             size: self.cow_size,
             device: self.cow_device.clone(),
         };
-        let can_need_it = matches!(self.step()?, None | Some(Step::Lvm | Step::Dm));
+        let can_need_it = self
+            .step()?
+            .is_none_or(|step| step.keeps_what_is_overwritten());
         if room != CowRoom::default() && !can_need_it {
             return Err(Error::new(
                 Kind::Usage,

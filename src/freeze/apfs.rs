@@ -31,7 +31,8 @@ use holdstill_platform::guard::{Owed, Undo, Way};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::offline::Offline;
-use crate::freeze::{Context, Next, Proof, Still};
+use crate::freeze::step::{Rung, Step};
+use crate::freeze::{Context, Next, Proof, Still, only};
 use crate::image::manifest::Grade;
 use crate::progress::{Event, Progress};
 use crate::run::Run;
@@ -70,12 +71,54 @@ struct Making {
     owed: Option<Owed>,
 }
 
-/// Why the source cannot be imaged by a snapshot; `None` if nothing speaks against it.
-///
-/// # Errors
-/// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
-    Ok(examine(&System::this(), source)?.err())
+/// `apfs`: a snapshot, copied.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "apfs"
+    }
+
+    fn about(&self) -> &'static str {
+        "macOS: a snapshot of a volume in use, copied to a disk image first"
+    }
+
+    fn when(&self) -> &'static str {
+        "macOS: a mounted volume of APFS, but the system's own"
+    }
+
+    fn how(&self) -> &'static str {
+        "Time Machine's tool makes a snapshot, Apple's `asr` copies that to a sparse disk image, and its used blocks are read; see [macOS](#macos)"
+    }
+
+    fn rung(&self) -> Rung {
+        Rung::AutoOnMac
+    }
+
+    fn has_to_freeze(&self) -> bool {
+        false
+    }
+
+    fn reads_the_source(&self) -> bool {
+        false
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        Ok(examine(&System::this(), source)?.err())
+    }
+
+    fn geometry(&self, source: &Source) -> Result<Geometry> {
+        geometry(source)
+    }
+
+    fn undo(&self, source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+        undo(source, run_id)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        snapshot(only(sources)?, context)
+    }
 }
 
 /// What is known of a source that is a volume of APFS on a Mac, without reading it: that nobody can.
@@ -94,7 +137,7 @@ pub fn description(source: &Source) -> Result<Option<Description>> {
 ///
 /// # Errors
 /// As [`snapshot`].
-pub fn geometry(source: &Source) -> Result<Geometry> {
+fn geometry(source: &Source) -> Result<Geometry> {
     let volume = examine(&System::this(), source)?.map_err(|why| no(&source.path, &why))?;
     Ok(Geometry {
         size: volume.image_sectors().saturating_mul(SECTOR),
@@ -109,7 +152,7 @@ pub fn geometry(source: &Source) -> Result<Geometry> {
 ///
 /// # Errors
 /// If this program does not know where it is.
-pub fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
     let program = std::env::current_exe().context("cannot find", "the program itself")?;
     let words = [
         program.into_os_string(),

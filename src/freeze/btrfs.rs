@@ -48,6 +48,7 @@ use super::instant::AtInstant;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
+use crate::freeze::step::Step;
 use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn};
 use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
@@ -58,7 +59,7 @@ use crate::pipeline::read::Walk;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
-use crate::source::{Medium, Source};
+use crate::source::{Medium, Source, whole};
 use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 use checked::Checks;
@@ -125,12 +126,53 @@ enum Phase {
     Over,
 }
 
-/// Why the source cannot be imaged this way; `None` if nothing speaks against it.
-///
-/// # Errors
-/// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
-    proof::objection(source)
+/// `btrfs`: one commit.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "btrfs"
+    }
+
+    fn about(&self) -> &'static str {
+        "one commit of a mounted btrfs, pinned by snapshots"
+    }
+
+    fn when(&self) -> &'static str {
+        "a mounted btrfs, on one device or several"
+    }
+
+    fn how(&self) -> &'static str {
+        "read-only snapshots without a name pin its data, and one commit is read as a whole while it is the newest, under a freeze of milliseconds"
+    }
+
+    fn turn(&self, no_freeze: bool) -> Turn {
+        match no_freeze {
+            true => Turn::Snapshot,
+            false => Turn::Shared,
+        }
+    }
+
+    fn has_to_freeze(&self) -> bool {
+        false
+    }
+
+    fn freezes(&self, _: &Source, no_freeze: bool) -> bool {
+        !no_freeze
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        proof::objection(source)
+    }
+
+    fn siblings(&self, source: &Source) -> Result<Vec<Source>> {
+        whole::siblings(source)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Live::begin(sources, context)?))
+    }
 }
 
 impl fmt::Debug for Live {

@@ -31,7 +31,8 @@ use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use super::watch::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, OnePass, Still};
+use crate::freeze::step::{Rung, Step};
+use crate::freeze::{Context, OnePass, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Event;
 use crate::progress::Progress;
@@ -69,11 +70,57 @@ struct Overlay {
     prepared: Prepared,
 }
 
+/// `dm`: a snapshot slid under a mapping.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "dm"
+    }
+
+    fn about(&self) -> &'static str {
+        "a snapshot slid under a device-mapper device; never chosen by auto"
+    }
+
+    fn when(&self) -> &'static str {
+        "only when named: a mapping of the device mapper (an open LUKS, `dmsetup`) whose key, if any, is in its table"
+    }
+
+    fn how(&self) -> &'static str {
+        "the kernel's snapshot target is slid under the live mapping within a freeze of milliseconds, read, and taken away again"
+    }
+
+    fn rung(&self) -> Rung {
+        Rung::Named
+    }
+
+    fn freezes(&self, _: &Source, _: bool) -> bool {
+        true
+    }
+
+    fn keeps_what_is_overwritten(&self) -> bool {
+        true
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn undo(&self, source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+        undo(source, run_id)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        snapshot(only(sources)?, context)
+    }
+}
+
 /// Why the source cannot be imaged this way; `None` if nothing speaks against it.
 ///
 /// # Errors
 /// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     let device = match device(source) {
         Ok(device) => device,
         Err(why) => return Ok(Some(why)),
@@ -153,7 +200,7 @@ fn rests_beneath_us(device: &BlockDevice) -> Result<Option<&'static str>> {
 ///
 /// # Errors
 /// If the device mapper cannot be asked.
-pub fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
     let Ok(device) = device(source) else {
         return Ok(Vec::new());
     };

@@ -11,7 +11,8 @@ use super::freezer::{Expect, Freezer};
 use super::ice::Ice;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn};
+use crate::freeze::step::{Rung, Step};
+use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn, only};
 use crate::progress::{Event, Progress};
 use crate::run::Run;
 use crate::source::Source;
@@ -19,6 +20,48 @@ use crate::survey::{Mode, Survey};
 
 /// The longest a filesystem is held frozen. At this moment the guard thaws it, and the run fails.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// `hold`: frozen for the whole copy.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "hold"
+    }
+
+    fn about(&self) -> &'static str {
+        "frozen for the whole copy, 60 s at most; never chosen by auto"
+    }
+
+    fn when(&self) -> &'static str {
+        "only when named: a small volume such as `/boot`"
+    }
+
+    fn how(&self) -> &'static str {
+        "frozen for the whole copy, 60 seconds at most"
+    }
+
+    fn rung(&self) -> Rung {
+        Rung::Named
+    }
+
+    fn turn(&self, _: bool) -> Turn {
+        Turn::Held
+    }
+
+    fn freezes(&self, _: &Source, _: bool) -> bool {
+        true
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Hold::freeze(only(sources)?, context)?))
+    }
+}
 
 /// A source held frozen.
 #[derive(Debug)]
@@ -38,7 +81,7 @@ pub struct Hold {
 ///
 /// # Errors
 /// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     let device = match mounted::device(source) {
         Ok(device) => device,
         Err(why) => return Ok(Some(why)),

@@ -28,7 +28,8 @@ use super::mounted::milliseconds;
 use super::snapshot::Users;
 use super::watch::{Undo as _, Watch, Watched, WatchedSnapshot, percent};
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, CowRoom, OnePass, Still};
+use crate::freeze::step::Step;
+use crate::freeze::{Context, CowRoom, OnePass, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Event;
 use crate::run::Run;
@@ -54,11 +55,49 @@ struct Made {
     run: Run,
 }
 
+/// `lvm`: a snapshot of a logical volume.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "lvm"
+    }
+
+    fn about(&self) -> &'static str {
+        "a snapshot of a logical volume"
+    }
+
+    fn when(&self) -> &'static str {
+        "a logical volume, thick or thin, with room for a snapshot"
+    }
+
+    fn how(&self) -> &'static str {
+        "LVM freezes what is mounted on it for a moment and makes a snapshot, which is read and removed"
+    }
+
+    fn keeps_what_is_overwritten(&self) -> bool {
+        true
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn undo(&self, source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+        undo(source, run_id)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        snapshot(only(sources)?, context)
+    }
+}
+
 /// Why the source cannot be imaged by a snapshot; `None` if nothing speaks against it.
 ///
 /// # Errors
 /// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     let volume = match volume(source) {
         Ok(volume) => volume,
         Err(why) => return Ok(Some(why)),
@@ -82,7 +121,7 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
 ///
 /// # Errors
 /// If the tools are missing.
-pub fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
     let Ok(volume) = volume(source) else {
         return Ok(Vec::new());
     };

@@ -4,7 +4,8 @@
 use holdstill_platform::device::{Access, Disk};
 
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, Next, OnePass, Proof, Still, Turn};
+use crate::freeze::step::{Rung, Step};
+use crate::freeze::{Context, Next, OnePass, Proof, Still, Turn, only};
 use crate::image::manifest::Grade;
 use crate::progress::Progress;
 use crate::run::Run;
@@ -20,6 +21,52 @@ pub struct Moving {
     passes: OnePass,
     /// The run, if its hooks stand around this copy.
     hooks: Option<Run>,
+}
+
+/// `none`: nothing holds still.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "none"
+    }
+
+    fn about(&self) -> &'static str {
+        "not at all, see --allow-inconsistent; never chosen by auto"
+    }
+
+    fn when(&self) -> &'static str {
+        "only when named, with `--allow-inconsistent`"
+    }
+
+    fn how(&self) -> &'static str {
+        "not at all: to save what can be saved where every other step refuses"
+    }
+
+    fn rung(&self) -> Rung {
+        Rung::Named
+    }
+
+    fn turn(&self, _: bool) -> Turn {
+        Turn::Unused
+    }
+
+    fn needs_guard(&self) -> bool {
+        false
+    }
+
+    fn has_to_freeze(&self) -> bool {
+        false
+    }
+
+    fn objection(&self, _: &Source) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Moving::open(only(sources)?, context)?))
+    }
 }
 
 impl Moving {

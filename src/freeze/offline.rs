@@ -21,14 +21,65 @@ use holdstill_platform::witness::Witness;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::apfs::raw;
+use crate::freeze::step::{Rung, Step};
 use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
 use crate::run::Run;
-use crate::source::{Medium, Source};
+use crate::source::{Medium, Source, whole};
 use crate::survey::{Survey, worst_grade};
+
+/// `offline`: nobody uses the source.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "offline"
+    }
+
+    fn about(&self) -> &'static str {
+        "nobody uses it"
+    }
+
+    fn when(&self) -> &'static str {
+        "nobody has it mounted, held or open for writing"
+    }
+
+    fn how(&self) -> &'static str {
+        "held exclusively; the device's own counters of writes, and those of what lies below it (a lease, for a file), prove that nobody wrote meanwhile. A filesystem that is mounted read-only everywhere also counts"
+    }
+
+    fn rung(&self) -> Rung {
+        Rung::AutoEverywhere
+    }
+
+    fn turn(&self, _: bool) -> Turn {
+        Turn::Unused
+    }
+
+    fn needs_guard(&self) -> bool {
+        false
+    }
+
+    fn has_to_freeze(&self) -> bool {
+        false
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn siblings(&self, source: &Source) -> Result<Vec<Source>> {
+        whole::siblings(source)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Offline::hold(sources, context)?))
+    }
+}
 
 /// A source that nobody writes to.
 #[derive(Debug)]
@@ -80,7 +131,7 @@ enum Watch {
 ///
 /// # Errors
 /// If the users cannot be searched.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     if let Some(why) = raw::objection(source)? {
         return Ok(Some(why));
     }

@@ -5,7 +5,8 @@
 //! uses is copied after it, and held from before it to the end, so that its instant is the same.
 
 use super::instant;
-use super::{Next, Pass, Proof, Step, Still, Turn};
+use super::step::AnyStep;
+use super::{Next, Pass, Proof, Still, Turn};
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::run::Run;
@@ -42,8 +43,8 @@ pub struct Held {
 
 /// Tells a run how often something will be frozen, or held, by itself; whether its hooks stand around the
 /// copy of what nobody uses.
-pub fn expect_hooks(run: &Run, steps: &[Step], no_freeze: bool) -> bool {
-    let turn = |step: &&Step| step.turn(no_freeze);
+pub fn expect_hooks(run: &Run, steps: &[AnyStep], no_freeze: bool) -> bool {
+    let turn = |step: &&AnyStep| step.turn(no_freeze);
     let count = |of: &dyn Fn(Turn) -> bool| steps.iter().filter(|step| of(turn(step))).count();
     let by_themselves = count(&|turn| matches!(turn, Turn::Held | Turn::Snapshot));
     let hooks_around_copy = count(&|turn| turn != Turn::Unused) == 0;

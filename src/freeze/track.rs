@@ -49,7 +49,8 @@ use super::instant::AtInstant;
 use super::mounted::{self, milliseconds};
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
-use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn};
+use crate::freeze::step::Step;
+use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn, only};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::progress::{Event, Progress};
 use crate::read_at::ReadAt;
@@ -118,11 +119,49 @@ enum Phase {
     Over,
 }
 
+/// `track`: writes are tracked.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "track"
+    }
+
+    fn about(&self) -> &'static str {
+        "its writes are tracked; frozen for milliseconds at the end"
+    }
+
+    fn when(&self) -> &'static str {
+        "a mounted ext4 or XFS on a disk or partition, or on LUKS, LVM, md mirrors and stacks of them"
+    }
+
+    fn how(&self) -> &'static str {
+        "every write is traced; what changes is copied again; one short freeze at the end"
+    }
+
+    fn turn(&self, _: bool) -> Turn {
+        Turn::Shared
+    }
+
+    fn freezes(&self, _: &Source, _: bool) -> bool {
+        true
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Track::begin(only(sources)?, context)?))
+    }
+}
+
 /// Why the source cannot be tracked; `None` if nothing speaks against it.
 ///
 /// # Errors
 /// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     let device = match mounted::device(source) {
         Ok(device) => device,
         Err(why) => return Ok(Some(why)),

@@ -22,7 +22,8 @@ use super::freezer::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
 use super::snapshot::Users;
 use crate::error::{Error, Kind, Result};
-use crate::freeze::{Context, Next, OnePass, Proof, Still};
+use crate::freeze::step::Step;
+use crate::freeze::{Context, Next, OnePass, Proof, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::{Event, Progress};
 use crate::run::Run;
@@ -56,11 +57,49 @@ struct Makings {
     run: Run,
 }
 
+/// `zfs`: a snapshot of a volume.
+#[derive(Debug)]
+pub struct Method;
+
+impl Step for Method {
+    fn name(&self) -> &'static str {
+        "zfs"
+    }
+
+    fn about(&self) -> &'static str {
+        "a snapshot of a ZFS volume, or the stream of a dataset"
+    }
+
+    fn when(&self) -> &'static str {
+        "a volume of ZFS (zvol), or a dataset"
+    }
+
+    fn how(&self) -> &'static str {
+        "what is mounted on the volume is frozen while ZFS makes a snapshot, which is held, read and destroyed; of a dataset the image keeps the stream of `zfs send`"
+    }
+
+    fn freezes(&self, source: &Source, _: bool) -> bool {
+        source.mount.is_some()
+    }
+
+    fn objection(&self, source: &Source) -> Result<Option<String>> {
+        objection(source)
+    }
+
+    fn undo(&self, source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+        undo(source, run_id)
+    }
+
+    fn begin(&self, sources: &[&Source], context: &Context<'_>) -> Result<Box<dyn Still>> {
+        Ok(Box::new(Zvol::snapshot(only(sources)?, context)?))
+    }
+}
+
 /// Why the source cannot be imaged by a snapshot; `None` if nothing speaks against it.
 ///
 /// # Errors
 /// If it cannot be examined.
-pub fn objection(source: &Source) -> Result<Option<String>> {
+fn objection(source: &Source) -> Result<Option<String>> {
     let Medium::Device(device) = &source.medium else {
         return Ok(Some("it is a file".to_owned()));
     };
@@ -79,7 +118,7 @@ pub fn objection(source: &Source) -> Result<Option<String>> {
 ///
 /// # Errors
 /// If the tools are missing or fail.
-pub fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
+fn undo(source: &Source, run_id: &str) -> Result<Vec<Undo>> {
     let volume = volume(source)?;
     let makings = plan(&volume, run_id)?;
     Ok(makings
