@@ -15,6 +15,7 @@ pub(crate) mod reading;
 pub(crate) mod reseal;
 pub(crate) mod scene;
 pub(crate) mod sparse;
+pub(crate) mod table;
 pub(crate) mod volume;
 pub(crate) mod walking;
 

@@ -7,10 +7,10 @@ use holdstill::fs::{self, Kind, Opened};
 use holdstill::units::ByteLen;
 
 use crate::common::{
-    FileSource, LoopDevice, needs_root, output, run, shell, sparse_file, temp_dir,
+    FileSource, LoopDevice, needs_root, output, run, shell, sparse_file, table, temp_dir,
 };
 
-/// What to run on the file `$1`, by kind.
+/// What to run on the file `$1`, or which table to write there, by kind.
 const MAKERS: &[(Kind, &str)] = &[
     (Kind::Ext2, "mkfs.ext2 -q -L label $1"),
     (Kind::Ext3, "mkfs.ext3 -q -L label $1"),
@@ -49,14 +49,8 @@ const MAKERS: &[(Kind, &str)] = &[
         "rm $1; genisoimage -quiet -V label -o $1 /usr/include/linux/netfilter",
     ),
     (Kind::Udf, "mkudffs $1"),
-    (
-        Kind::PartitionTable,
-        "echo ,100M | sfdisk -q --label gpt $1",
-    ),
-    (
-        Kind::PartitionTable,
-        "printf ',100M\n,,L,*\n' | sfdisk -q --label dos $1",
-    ),
+    (Kind::PartitionTable, "a GPT"),
+    (Kind::PartitionTable, "an MBR"),
 ];
 
 const SIZE: u64 = 320 << 20;
@@ -75,7 +69,11 @@ fn signatures_are_what_blkid_says() {
     let mut differences = Vec::new();
     for &(kind, script) in MAKERS {
         sparse_file(&path, SIZE);
-        shell(format!("set -- {}; {script}", path.display()));
+        match script {
+            "a GPT" => table::gpt(&path),
+            "an MBR" => table::mbr(&path, 2048),
+            _ => drop(shell(format!("set -- {}; {script}", path.display()))),
+        }
         let info = fs::probe(&FileSource::open(&path)).unwrap();
         let Some(info) = info else {
             differences.push(format!("nothing found after {script}"));
@@ -179,9 +177,7 @@ fn two_signatures_are_not_trusted() {
     // An MBR written over the boot sector of what was a filesystem on a whole disk.
     sparse_file(&path, SIZE);
     run("mkfs.ext4", ["-q", name]);
-    shell(format!(
-        "echo 2048, | sfdisk -q --wipe never --label dos {name}"
-    ));
+    table::mbr(&path, 2048);
     assert!(matches!(
         fs::open(&FileSource::open(&path)),
         Ok(Opened::AllBlocks { .. })

@@ -13,7 +13,8 @@ use crate::common::holdstill::{command, finish, run, run_from, same_bytes, wait}
 use crate::common::scene::onto_a_liar;
 use crate::common::volume::{digests, digests_in_ext4, ext4, map, poison, poisoned_file, populate};
 use crate::common::{
-    LoopDevice, Mount, Rng, needs_root, output, run as tool, seed, sparse_file, spawn, temp_dir,
+    LoopDevice, Mount, Rng, needs_root, output, run as tool, seed, sparse_file, spawn, table,
+    temp_dir,
 };
 
 /// Not a whole number of groups, nor of blocks.
@@ -483,13 +484,7 @@ fn privileged_a_device_larger_than_the_volume_loses_old_signatures() {
     poisoned_file(&file, 96 << 20);
     let target = LoopDevice::attach(&file);
     // A partition table has a copy of itself in the last sectors.
-    tool(
-        "bash",
-        [
-            "-euc",
-            &format!("echo 'label: gpt' | sfdisk -q {}", target.path().display()),
-        ],
-    );
+    table::gpt(target.path());
     let args = ["restore", "--yes", "--verify"].map(Path::new);
     run(args.into_iter().chain([image.as_path(), target.path()])).expect(0);
     assert_restored("device", &source, target.path());
