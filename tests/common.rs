@@ -18,6 +18,7 @@ pub(crate) mod sparse;
 pub(crate) mod table;
 pub(crate) mod volume;
 pub(crate) mod walking;
+pub(crate) mod watchdog;
 
 pub(crate) use random::Rng;
 
@@ -86,6 +87,7 @@ pub(crate) fn threads(threads: usize) -> Bounds {
 /// A folder that is removed at the end: in memory where there is enough of it, else in the
 /// system's temporary folder.
 pub(crate) fn temp_dir() -> tempfile::TempDir {
+    watchdog::watch();
     let memory = Path::new("/dev/shm");
     let parent = if memory.is_dir() {
         memory.to_owned()
@@ -135,7 +137,7 @@ pub(crate) fn command<S: AsRef<OsStr>>(
     command
 }
 
-/// Starts a command, and waits until it is really that command which runs.
+/// Starts a command, which the test's time limit ends, too, and waits until it is really that command which runs.
 ///
 /// Between fork and exec a child holds copies of all files that are open here: to others it looks as
 /// if it wrote to them. One lock for all children keeps that moment apart from the start of a program
@@ -146,9 +148,11 @@ pub(crate) fn command<S: AsRef<OsStr>>(
 pub(crate) fn spawn(command: &mut Command) -> Child {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    command.spawn().unwrap_or_else(|error| {
+    let child = command.spawn().unwrap_or_else(|error| {
         panic!("cannot run {command:?} (is the package installed?): {error}")
-    })
+    });
+    watchdog::started(child.id());
+    child
 }
 
 /// Runs a command to its end, whatever its exit status.
