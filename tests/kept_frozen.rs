@@ -249,6 +249,24 @@ fn privileged_pausing_or_killing_its_control_group_does_not_keep_it_frozen() {
 }
 
 #[test]
+fn privileged_killed_in_a_freeze_it_is_thawed_within_seconds() {
+    needs_root!();
+    let volume = Volume::new();
+    let mut rng = Rng(common::seed() | 1);
+    for _ in 0..common::count(3, 100) {
+        let mut held = volume.hold();
+        std::thread::sleep(Duration::from_millis(rng.below(100)));
+        held.child.kill().unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        held.child.wait().unwrap();
+        while volume.is_frozen() {
+            assert!(Instant::now() < end, "it stays frozen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
 fn privileged_a_log_on_the_source_is_no_reason_to_refuse() {
     needs_root!();
     let volume = Volume::new();
