@@ -14,8 +14,9 @@ use holdstill::image::reader::ImageReader;
 use holdstill::image::tables::{Content, Elide, Run, Tables};
 use holdstill::image::writer::ImageWriter;
 use holdstill::pipeline::Bounds;
-use holdstill::pipeline::load::{Discard, load};
+use holdstill::pipeline::load::load;
 use holdstill::pipeline::read::{OnReadError, Reading};
+use holdstill::pipeline::receive::Discard;
 use holdstill::pipeline::store::{Compression, Job, store};
 use holdstill::progress::Silent;
 

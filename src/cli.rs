@@ -23,7 +23,8 @@ use crate::freeze::step::{AnyStep, STEPS, ladder};
 use crate::image::format;
 use crate::pipeline::throttle::Throttled;
 use crate::progress::Progress;
-use crate::{backup, cleanup, clone, demo, dry_run, inspect, restore, thread, verify};
+use crate::thread;
+use crate::verbs::{backup, cleanup, clone, demo, dry_run, inspect, restore, verify};
 
 /// Runs the command line `arguments` (the program's name first) and returns the exit code.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {

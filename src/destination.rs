@@ -9,6 +9,14 @@
 
 pub(crate) mod apart;
 mod candidate;
+pub mod compare;
+pub mod fit;
+pub(crate) mod new_ids;
+pub mod overwritten;
+pub(crate) mod signatures;
+pub(crate) mod subvolume;
+pub(crate) mod target_name;
+pub(crate) mod twin;
 mod unsettled;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,14 +29,14 @@ use holdstill_platform::exclusive::{Claim, DiskLock};
 use holdstill_platform::located::Located;
 use holdstill_platform::loop_claims::LoopClaims;
 
-use crate::compare::Comparison;
+use crate::destination::compare::Comparison;
+use crate::destination::signatures::Found;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::fs;
 use crate::image::content::is_zero;
 use crate::image::format::BLOCK;
 use crate::read_at::{ReadAt, check_range};
-use crate::signatures::{self, Found};
 use crate::units::{ByteLen, Offset};
 
 pub(crate) use candidate::refusal;

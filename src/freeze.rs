@@ -14,11 +14,14 @@ pub mod lvm;
 mod mounted;
 pub mod none;
 pub mod offline;
-mod snapshot;
+pub mod plan;
+pub mod session;
 pub mod step;
 pub mod stills;
+pub mod survey;
 pub mod track;
-mod watch;
+mod users;
+mod watched;
 pub mod zfs;
 
 use std::os::fd::BorrowedFd;
@@ -29,13 +32,13 @@ use holdstill_platform::device::{Disk, Geometry};
 use self::instant::AtInstant;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
+use crate::freeze::session::Session;
+use crate::freeze::survey::Survey;
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
 use crate::pipeline::read::{OnReadError, Walk};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
 use crate::units::ByteLen;
 
 /// What a step is given to work with.
@@ -46,7 +49,7 @@ use crate::units::ByteLen;
 )]
 pub struct Context<'a> {
     /// The run: its guard, its record, its hooks.
-    pub run: &'a Run,
+    pub run: &'a Session,
     /// What the copy is written to, if it is a file or device of this machine.
     pub output: Option<BorrowedFd<'a>>,
     /// Where that is, if it has a name.

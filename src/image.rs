@@ -6,6 +6,7 @@
 //! call: images are written to a [`Sink`](writer::Sink) and read from any [`std::io::Read`].
 
 pub mod content;
+pub mod damage;
 pub mod format;
 pub mod index;
 pub mod manifest;

@@ -12,10 +12,11 @@ pub mod batch;
 pub mod copy;
 pub mod load;
 pub mod read;
-pub mod sink;
+pub mod receive;
 pub mod store;
 pub mod stream;
 pub mod throttle;
+pub mod tolerant;
 
 use std::num::NonZeroUsize;
 

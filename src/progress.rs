@@ -1,7 +1,7 @@
 //! How the library tells what it does: it never prints.
 
-use crate::damage::Damage;
 use crate::error::{Error, Kind, Result};
+use crate::image::damage::Damage;
 use crate::image::manifest::FreezeTimes;
 use crate::units::ByteLen;
 

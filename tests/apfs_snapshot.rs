@@ -10,15 +10,15 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use holdstill::cleanup;
 use holdstill::error::{Error, Kind, Result};
 use holdstill::freeze::apfs::{self, Volume, raw};
+use holdstill::freeze::session::{Hooks, RunRecord, Session, Watched};
 use holdstill::freeze::step;
 use holdstill::freeze::{Context, CowRoom, Next, Proof};
 use holdstill::image::manifest::Grade;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::progress::{Event, Progress, Silent, Stop};
-use holdstill::run::{Hooks, Run, RunRecord, Watched};
+use holdstill::verbs::cleanup;
 use holdstill_platform::apple::System;
 use holdstill_platform::lock;
 use holdstill_platform::records::Records;
@@ -183,7 +183,7 @@ impl Mac {
             is_guarded: true,
             undo: vec![apfs::undo_by(DATA, self.undo_words(run_id))],
         };
-        let run = Run::begin(run_id, Hooks::default(), &[], watched)?;
+        let run = Session::begin(run_id, Hooks::default(), &[], watched)?;
         println!("\nguard {}", run.guard()?.pid());
         let cow = CowRoom::default();
         let context = Context {
@@ -389,7 +389,7 @@ fn privileged_a_live_run_keeps_what_it_has() {
         is_guarded: true,
         ..Watched::default()
     };
-    let run = Run::begin(&id, Hooks::default(), &[], watched).unwrap();
+    let run = Session::begin(&id, Hooks::default(), &[], watched).unwrap();
     let refused = common::holdstill::run(["cleanup", "--run", &id]).expect(3);
     assert!(
         refused.stderr.contains("this run lives"),

@@ -9,13 +9,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use holdstill::backup::{self, Options};
 use holdstill::freeze::CowRoom;
+use holdstill::freeze::session::Hooks;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::pipeline::store::Compression;
 use holdstill::progress::{Event, Progress, Stop};
-use holdstill::run::Hooks;
 use holdstill::units::ByteLen;
+use holdstill::verbs::backup::{self, Options};
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 

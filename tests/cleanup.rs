@@ -1,6 +1,6 @@
 //! What `cleanup` removes, and what it does not touch.
 
-use holdstill::run::{Hooks, Run, Watched};
+use holdstill::freeze::session::{Hooks, Session, Watched};
 
 use crate::common::btrfs::{Scene, making};
 use crate::common::{Mount, holdstill as program, needs_root, run, shell};
@@ -11,7 +11,7 @@ fn privileged_snapshots_of_dead_runs_are_cleaned_up_those_of_live_ones_stay() {
     let scene = Scene::make(&making("", 1, ""));
     let id = |text: &str| format!("{text}{}", std::process::id());
     let (dead, alive) = (id("dead"), id("alive"));
-    let live_run = Run::begin(
+    let live_run = Session::begin(
         &alive,
         Hooks::default(),
         &[],

@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use holdstill::destination::Candidate;
+use holdstill::destination::fit::Fit;
 use holdstill::error::Kind;
-use holdstill::fit::Fit;
 use holdstill::fs::Needs;
 use holdstill::units::{ByteLen, Offset};
 use holdstill_platform::device::{Access, Disk};

@@ -18,7 +18,8 @@ use ::holdstill::image::manifest::{
 use ::holdstill::image::reader::ImageReader;
 use ::holdstill::image::tables::{Content, Elide, Run, Tables};
 use ::holdstill::image::writer::{DataRecord, ImageWriter};
-use ::holdstill::pipeline::load::{Discard, load};
+use ::holdstill::pipeline::load::load;
+use ::holdstill::pipeline::receive::Discard;
 use ::holdstill::progress::Silent;
 use ::holdstill::units::{ByteLen, Offset};
 

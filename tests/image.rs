@@ -11,8 +11,9 @@ use holdstill::image::manifest::{Blocks, Grade, Manifest, Trailer, VolumeManifes
 use holdstill::image::reader::ImageReader;
 use holdstill::image::tables::{Content, Run};
 use holdstill::image::writer::ImageWriter;
-use holdstill::pipeline::load::{Discard, Receive, load};
+use holdstill::pipeline::load::load;
 use holdstill::pipeline::read::{OnReadError, Reading};
+use holdstill::pipeline::receive::{Discard, Receive};
 use holdstill::pipeline::store::{Compression, Job, store};
 use holdstill::progress::Silent;
 use holdstill::units::{ByteLen, Offset};

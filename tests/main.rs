@@ -34,6 +34,7 @@ mod image;
 mod inspect;
 mod interrupt;
 mod kept_frozen;
+mod layers;
 mod limits;
 mod memory;
 mod names;

@@ -1,8 +1,8 @@
 //! Which step is taken when one could not make its snapshot.
 
 use holdstill::error::{Error, Kind};
+use holdstill::freeze::plan::Plan;
 use holdstill::freeze::step::{self, AnyStep};
-use holdstill::plan::Plan;
 
 use crate::common::{LoopDevice, Mount, needs_root, run, sparse_file, temp_dir};
 

@@ -9,16 +9,16 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use holdstill::backup::{self, Options, Report};
 use holdstill::error::{Kind, Result};
 use holdstill::freeze::CowRoom;
+use holdstill::freeze::session::Hooks;
 use holdstill::freeze::step::{self, AnyStep};
 use holdstill::image::manifest::Grade;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::pipeline::store::Compression;
 use holdstill::progress::{Event, Progress, Stop};
-use holdstill::run::Hooks;
 use holdstill::units::ByteLen;
+use holdstill::verbs::backup::{self, Options, Report};
 use holdstill_platform::buffer::Buffer;
 
 use crate::common::holdstill as program;

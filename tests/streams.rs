@@ -9,7 +9,8 @@ use holdstill::image::manifest::{
 };
 use holdstill::image::reader::ImageReader;
 use holdstill::image::writer::ImageWriter;
-use holdstill::pipeline::load::{Receive, load};
+use holdstill::pipeline::load::load;
+use holdstill::pipeline::receive::Receive;
 use holdstill::pipeline::store::Compression;
 use holdstill::pipeline::stream::{InOrder, store_stream};
 use holdstill::progress::Silent;

@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use holdstill::backup::{self, Options};
 use holdstill::extent::Extent;
 use holdstill::freeze::CowRoom;
+use holdstill::freeze::session::Hooks;
 use holdstill::fs;
 use holdstill::pipeline::read::OnReadError;
 use holdstill::pipeline::store::Compression;
 use holdstill::progress::{Event, Progress, Stop};
 use holdstill::read_at::ReadAt;
-use holdstill::run::Hooks;
 use holdstill::units::{ByteLen, Offset};
+use holdstill::verbs::backup::{self, Options};
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 

@@ -9,9 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use holdstill::error::Kind;
 use holdstill::extent::{Extent, ExtentSet};
+use holdstill::freeze::survey::{Mode, Survey};
 use holdstill::fs::{self, Condition, DirtyReason, Opened};
 use holdstill::image::manifest::{Blocks, Grade};
-use holdstill::survey::{Mode, Survey};
 use holdstill_platform::buffer::Buffer;
 use holdstill_platform::device::{Access, Disk};
 

@@ -78,6 +78,9 @@ pub(crate) use resolve::tests::two_segments;
 
 use crate::node::{BlockDevice, DeviceNumber};
 
+/// How many disks there may be below a stack.
+pub(crate) const MOST_LEAVES: usize = 16;
+
 impl Stack {
     /// What `device` is built of.
     ///

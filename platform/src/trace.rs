@@ -68,7 +68,7 @@ use tracefs::{names, open, open_folder, read, write};
 const EVENT: &str = "events/block/block_rq_complete";
 
 /// Devices traced at a time.
-pub(crate) const MAX_DEVICES: usize = 16;
+pub(crate) const MAX_DEVICES: usize = crate::stack::MOST_LEAVES;
 
 /// What sort of request changed the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,15 +7,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::CowRoom;
+use crate::freeze::session::Hooks;
 use crate::freeze::step::{self, AnyStep, STEPS};
-use crate::input::ExpectedId;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::Compression;
-use crate::restore::raw;
-use crate::run::Hooks;
-use crate::units::ByteLen;
-use crate::{backup, clone, restore, verify};
+use crate::storage::input::ExpectedId;
+use crate::units::{ByteLen, ParseSizeError};
+use crate::verbs::restore::raw;
+use crate::verbs::{backup, clone, restore, verify};
 
 const EXIT_CODES: &str = "Exit codes:
   0    done, and what was made is whole
@@ -313,7 +313,9 @@ struct BoundArgs {
 }
 
 fn above_zero(text: &str) -> std::result::Result<ByteLen, String> {
-    let size: ByteLen = text.parse().map_err(|error: Error| error.to_string())?;
+    let size: ByteLen = text
+        .parse()
+        .map_err(|error: ParseSizeError| error.to_string())?;
     if size == ByteLen::ZERO {
         return Err("it must be more than 0".to_owned());
     }
@@ -321,7 +323,9 @@ fn above_zero(text: &str) -> std::result::Result<ByteLen, String> {
 }
 
 fn memory(text: &str) -> std::result::Result<ByteLen, String> {
-    let memory: ByteLen = text.parse().map_err(|error: Error| error.to_string())?;
+    let memory: ByteLen = text
+        .parse()
+        .map_err(|error: ParseSizeError| error.to_string())?;
     if memory < Bounds::LEAST_MEMORY {
         return Err(format!("{} is the least", Bounds::LEAST_MEMORY));
     }

@@ -2,8 +2,8 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 
+use crate::destination::overwritten::{Overwritten, Question};
 use crate::error::{Error, Escaped, IoContext, Kind, Result};
-use crate::overwritten::{Overwritten, Question};
 
 /// Asks on the terminal, unless `yes` answers for all; without a terminal `--yes` is needed.
 pub(super) fn confirmation(yes: bool) -> impl FnMut(&Question<'_>) -> Result<()> {

@@ -13,8 +13,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::args::{Cli, ProgressKind};
-use crate::damage::{Damage, State};
 use crate::error::{Error, Escaped, Kind, Result, is_hidden};
+use crate::image::damage::{Damage, State};
 use crate::progress::{Event, Progress, Stop};
 use crate::units::ByteLen;
 

@@ -2,17 +2,17 @@
 
 use std::fmt::Write;
 
-use crate::backup;
-use crate::cleanup;
-use crate::clone;
-use crate::demo::{self, Verdict};
-use crate::dry_run;
 use crate::error::Escaped;
 use crate::image::manifest::{CommitProof, Grade};
-use crate::inspect;
-use crate::restore;
 use crate::units::ByteLen;
-use crate::verify;
+use crate::verbs::backup;
+use crate::verbs::cleanup;
+use crate::verbs::clone;
+use crate::verbs::demo::{self, Verdict};
+use crate::verbs::dry_run;
+use crate::verbs::inspect;
+use crate::verbs::restore;
+use crate::verbs::verify;
 
 pub(super) fn backup(report: &backup::Report) -> String {
     let mut text = String::new();

@@ -15,9 +15,9 @@ use holdstill_platform::loop_claims::LoopClaims;
 use holdstill_platform::node::{BlockDevice, DeviceNumber, FileId, Kind as NodeKind};
 
 use super::{Claimed, Hold, Target};
+use crate::destination::fit::Fit;
+use crate::destination::signatures;
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::fit::Fit;
-use crate::signatures;
 use crate::units::ByteLen;
 
 /// How long udev may keep a disk locked.

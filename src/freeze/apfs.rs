@@ -31,13 +31,13 @@ use holdstill_platform::guard::{Owed, Undo, Way};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::offline::Offline;
+use crate::freeze::session::Session;
 use crate::freeze::step::{Rung, Step};
+use crate::freeze::survey::{Survey, worst_grade};
 use crate::freeze::{Context, Next, Proof, Still, only};
 use crate::image::manifest::Grade;
 use crate::progress::{Event, Progress};
-use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 
 pub use leavings::{Asked, Leavings, Undone};
@@ -66,7 +66,7 @@ struct Copied {
 #[derive(Debug)]
 struct Making {
     system: System,
-    run: Run,
+    run: Session,
     leavings: Leavings,
     owed: Option<Owed>,
 }
@@ -323,7 +323,7 @@ fn explain(error: impl Into<Error>) -> Error {
 
 impl Making {
     /// Writes down what will be made, and makes the folder for it.
-    fn begin(system: &System, run: &Run, volume: &str, folder: PathBuf) -> Result<Self> {
+    fn begin(system: &System, run: &Session, volume: &str, folder: PathBuf) -> Result<Self> {
         let leavings = Leavings::planned(system, volume, folder).map_err(explain)?;
         let making = Self {
             system: system.clone(),

@@ -48,7 +48,9 @@ use super::instant::AtInstant;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
+use crate::freeze::session::Session;
 use crate::freeze::step::Step;
+use crate::freeze::survey::{Survey, worst_grade};
 use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn};
 use crate::fs::btrfs::chunks::damaged;
 use crate::fs::btrfs::commit::Commit;
@@ -58,9 +60,7 @@ use crate::image::tables::Run as BlockRun;
 use crate::pipeline::read::Walk;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::run::Run;
 use crate::source::{Medium, Source, whole};
-use crate::survey::{Survey, worst_grade};
 use crate::units::ByteLen;
 use checked::Checks;
 use devices::Devices;
@@ -84,7 +84,7 @@ pub struct Live {
     filesystem: Arc<Filesystem>,
     freezer: Arc<Freezer>,
     devices: Arc<Devices>,
-    run: Run,
+    run: Session,
     surveys: Vec<Survey>,
     /// Whether the window is opened under a freeze.
     freezes_it: bool,

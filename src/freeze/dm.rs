@@ -28,15 +28,15 @@ use holdstill_platform::{lock, lvm, records};
 
 use super::freezer::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
-use super::snapshot::Users;
-use super::watch::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};
+use super::users::Users;
+use super::watched::{self, Undo as _, Watch, Watched, WatchedSnapshot, Watching, percent};
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::freeze::step::{Rung, Step};
 use crate::freeze::{Context, OnePass, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Event;
 use crate::progress::Progress;
-use crate::run::Run;
 use crate::source::{Medium, Source};
 
 /// Targets that may exist twice over the same blocks: they keep nothing in memory, and nothing of their
@@ -58,7 +58,7 @@ const GIVE_UP_AT: u64 = 96;
 struct Made {
     takeover: Takeover,
     owed: Option<Owed>,
-    run: Run,
+    run: Session,
     /// One that the user named: what was kept last at its begin may look like a filesystem.
     store: Option<CowStore>,
 }
@@ -347,7 +347,7 @@ impl Made {
     }
 }
 
-impl watch::Undo for Made {
+impl watched::Undo for Made {
     /// Gives the device its table back, and removes everything. If that fails the guard tries again,
     /// and then `cleanup`.
     fn undo(&mut self) -> Result<()> {

@@ -22,8 +22,8 @@ use holdstill_platform::witness::{Stamps, Witness};
 use super::ice::{Ice, freeze_all};
 use super::mounted;
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::progress::Progress;
-use crate::run::Run;
 use crate::source::{Medium, Source};
 
 /// A filesystem that can be frozen, and what tells whether it stays so.
@@ -31,7 +31,7 @@ use crate::source::{Medium, Source};
 pub struct Freezer {
     pub(super) source: Source,
     pub(super) point: Arc<MountPoint>,
-    pub(super) run: Run,
+    pub(super) run: Session,
     /// Its devices: one, but of a btrfs.
     devices: Vec<Watched>,
 }
@@ -76,7 +76,7 @@ impl Freezer {
     ///
     /// # Errors
     /// If another filesystem is mounted over it, or it cannot be opened or watched.
-    pub(super) fn open(source: &Source, run: &Run) -> Result<Self> {
+    pub(super) fn open(source: &Source, run: &Session) -> Result<Self> {
         let not = |why: String| Error::new(Kind::NotApplicable, why).on(&source.path);
         let device = mounted::device(source).map_err(not)?;
         let mount = source.mount.as_ref();
@@ -97,7 +97,7 @@ impl Freezer {
     pub(super) fn of_btrfs(
         filesystem: &Filesystem,
         sources: &[&Source],
-        run: &Run,
+        run: &Session,
     ) -> Result<Self> {
         let nothing = || Error::new(Kind::Usage, "no source was named");
         let mut devices = Vec::new();

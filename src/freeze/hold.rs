@@ -11,12 +11,12 @@ use super::freezer::{Expect, Freezer};
 use super::ice::Ice;
 use super::mounted;
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::freeze::step::{Rung, Step};
+use crate::freeze::survey::{Mode, Survey};
 use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn, only};
 use crate::progress::{Event, Progress};
-use crate::run::Run;
 use crate::source::Source;
-use crate::survey::{Mode, Survey};
 
 /// The longest a filesystem is held frozen. At this moment the guard thaws it, and the run fails.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -74,7 +74,7 @@ pub struct Hold {
     freezer: Arc<Freezer>,
     instant: jiff::Timestamp,
     passes: OnePass,
-    run: Run,
+    run: Session,
 }
 
 /// Why the source cannot be held frozen; `None` if nothing speaks against it.

@@ -19,8 +19,8 @@ use holdstill_platform::memory::touch_stack;
 use super::freezer::{Expect, Freezer, Looks, change};
 use super::mounted;
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::{self, FreezeRecord, Session};
 use crate::progress::Progress;
-use crate::run::{self, FreezeRecord, Run};
 use crate::source::Source;
 use crate::thread;
 
@@ -83,7 +83,7 @@ pub(super) fn freeze_all(
             return Err(mounted::explain(error, &freezer.source));
         }
         let device = freezer.point.device().to_string();
-        let Some(other) = run::freezing(&device, run.id())? else {
+        let Some(other) = session::freezing(&device, run.id())? else {
             return Err(mounted::explain(error, &freezer.source));
         };
         if begin.elapsed() > PATIENCE {
@@ -302,7 +302,7 @@ fn did_not_hold(source: &Source) -> Error {
 /// The record says that a freeze is under way until this is dropped.
 #[derive(Debug)]
 struct UnderWay {
-    run: Run,
+    run: Session,
     device: String,
 }
 

@@ -15,9 +15,9 @@ use super::ice::freeze_all;
 use super::mounted;
 use crate::error::Result;
 use crate::extent::Extent;
+use crate::freeze::session::Session;
 use crate::image::manifest::FreezeTimes;
 use crate::progress::{Event, Progress};
-use crate::run::Run;
 use crate::units::ByteLen;
 
 /// When the freeze ends at the latest, by the guard's hand.
@@ -92,7 +92,7 @@ impl Moment<'_> {
 /// If a source cannot be frozen, the freeze did not hold, or a copy cannot be right.
 pub(super) fn take(
     sources: &mut [&mut dyn AtInstant],
-    run: &Run,
+    run: &Session,
     progress: &dyn Progress,
 ) -> Result<Option<jiff::Timestamp>> {
     run.check_guard()?;

@@ -25,14 +25,14 @@ use holdstill_platform::node::BlockDevice;
 
 use super::mounted;
 use super::mounted::milliseconds;
-use super::snapshot::Users;
-use super::watch::{Undo as _, Watch, Watched, WatchedSnapshot, percent};
+use super::users::Users;
+use super::watched::{Undo as _, Watch, Watched, WatchedSnapshot, percent};
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::freeze::step::Step;
 use crate::freeze::{Context, CowRoom, OnePass, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Event;
-use crate::run::Run;
 use crate::source::{Medium, Source};
 use watch::Watching;
 
@@ -52,7 +52,7 @@ const REMOVALS: u32 = 3;
 struct Made {
     snapshot: lvm::Snapshot,
     owed: Option<Owed>,
-    run: Run,
+    run: Session,
 }
 
 /// `lvm`: a snapshot of a logical volume.
@@ -300,7 +300,7 @@ impl Made {
         volume: &LogicalVolume,
         device: &BlockDevice,
         room: Option<&Room>,
-        run: &Run,
+        run: &Session,
     ) -> Result<(Self, jiff::Timestamp, FreezeTimes, Option<String>)> {
         let name = volume.undo(run.id())?.name;
         run.note(|record| record.lvm_snapshots.push(name.clone()))?;
@@ -355,7 +355,7 @@ impl Made {
     }
 }
 
-impl super::watch::Undo for Made {
+impl super::watched::Undo for Made {
     /// Removes the snapshot. If that fails the guard tries again, and then `cleanup`.
     fn undo(&mut self) -> Result<()> {
         let Some(owed) = self.owed.take() else {

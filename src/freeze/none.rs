@@ -4,13 +4,13 @@
 use holdstill_platform::device::{Access, Disk};
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::freeze::step::{Rung, Step};
+use crate::freeze::survey::Survey;
 use crate::freeze::{Context, Next, OnePass, Proof, Still, Turn, only};
 use crate::image::manifest::Grade;
 use crate::progress::Progress;
-use crate::run::Run;
 use crate::source::Source;
-use crate::survey::Survey;
 
 /// A source that may change while it is read.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Moving {
     instant: jiff::Timestamp,
     passes: OnePass,
     /// The run, if its hooks stand around this copy.
-    hooks: Option<Run>,
+    hooks: Option<Session>,
 }
 
 /// `none`: nothing holds still.

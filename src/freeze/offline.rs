@@ -21,15 +21,15 @@ use holdstill_platform::witness::Witness;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::freeze::apfs::raw;
+use crate::freeze::session::Session;
 use crate::freeze::step::{Rung, Step};
+use crate::freeze::survey::{Survey, worst_grade};
 use crate::freeze::{Context, Next, OnePass, Pass, Proof, Still, Turn};
 use crate::image::manifest::Grade;
 use crate::pipeline::read::{OnReadError, READ_ERROR_HINT};
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::run::Run;
 use crate::source::{Medium, Source, whole};
-use crate::survey::{Survey, worst_grade};
 
 /// `offline`: nobody uses the source.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ pub struct Offline {
     compare: bool,
     /// The hooks stand around its copy.
     hooks_around_copy: bool,
-    run: Run,
+    run: Session,
 }
 
 /// One device or file, and how writing to it would show.

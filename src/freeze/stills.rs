@@ -8,8 +8,8 @@ use super::instant;
 use super::step::AnyStep;
 use super::{Next, Pass, Proof, Still, Turn};
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::progress::Progress;
-use crate::run::Run;
 use crate::units::ByteLen;
 
 /// So often all get their turn before the instant, until none has anything left to copy.
@@ -43,7 +43,7 @@ pub struct Held {
 
 /// Tells a run how often something will be frozen, or held, by itself; whether its hooks stand around the
 /// copy of what nobody uses.
-pub fn expect_hooks(run: &Run, steps: &[AnyStep], no_freeze: bool) -> bool {
+pub fn expect_hooks(run: &Session, steps: &[AnyStep], no_freeze: bool) -> bool {
     let turn = |step: &&AnyStep| step.turn(no_freeze);
     let count = |of: &dyn Fn(Turn) -> bool| steps.iter().filter(|step| of(turn(step))).count();
     let by_themselves = count(&|turn| matches!(turn, Turn::Held | Turn::Snapshot));
@@ -61,7 +61,7 @@ pub fn expect_hooks(run: &Run, steps: &[AnyStep], no_freeze: bool) -> bool {
 /// If one moved after all, or copying fails.
 pub fn copy_all(
     stills: Vec<Box<dyn Still>>,
-    run: &Run,
+    run: &Session,
     copier: &mut dyn Copier,
     progress: &dyn Progress,
 ) -> Result<Vec<Held>> {
@@ -157,7 +157,7 @@ impl Sources<'_> {
         Ok(())
     }
 
-    fn share_an_instant(&mut self, numbers: &[usize], run: &Run) -> Result<jiff::Timestamp> {
+    fn share_an_instant(&mut self, numbers: &[usize], run: &Session) -> Result<jiff::Timestamp> {
         run.expect_freezes(1);
         loop {
             self.copy_rounds(numbers)?;

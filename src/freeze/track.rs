@@ -49,14 +49,14 @@ use super::instant::AtInstant;
 use super::mounted::{self, milliseconds};
 use crate::error::{Error, Kind, Result};
 use crate::extent::ExtentSet;
+use crate::freeze::session::Session;
 use crate::freeze::step::Step;
+use crate::freeze::survey::{Mode, Survey};
 use crate::freeze::{Context, Next, Pass, Proof, Purpose, Still, Turn, only};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::progress::{Event, Progress};
 use crate::read_at::ReadAt;
-use crate::run::Run;
 use crate::source::Source;
-use crate::survey::{Mode, Survey};
 use crate::units::ByteLen;
 
 /// When the first freeze ends at the latest, by the guard's hand.
@@ -82,7 +82,7 @@ pub struct Track {
     source: Source,
     disk: Arc<Disk>,
     freezer: Arc<Freezer>,
-    run: Run,
+    run: Session,
     survey: Survey,
     trace: WriteTrace,
     stale: Arc<DirtyMap>,

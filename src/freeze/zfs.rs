@@ -20,15 +20,15 @@ use holdstill_platform::zfs::{self, Made, Reach, Volume};
 
 use super::freezer::{Expect, Freezer};
 use super::mounted::{self, milliseconds};
-use super::snapshot::Users;
+use super::users::Users;
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::freeze::step::Step;
+use crate::freeze::survey::Survey;
 use crate::freeze::{Context, Next, OnePass, Proof, Still, only};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::{Event, Progress};
-use crate::run::Run;
 use crate::source::{Medium, Source};
-use crate::survey::Survey;
 
 /// When the freeze ends at the latest, by the guard's hand: a snapshot waits for what the pool is
 /// writing out.
@@ -54,7 +54,7 @@ pub struct Zvol {
 #[derive(Debug)]
 struct Makings {
     made: Vec<(Made, Owed)>,
-    run: Run,
+    run: Session,
 }
 
 /// `zfs`: a snapshot of a volume.
@@ -235,7 +235,7 @@ impl Zvol {
 }
 
 /// A snapshot that could not be made. Another step may do, unless the hooks ran around this one.
-fn failed(error: holdstill_platform::error::Error, run: &Run) -> Error {
+fn failed(error: holdstill_platform::error::Error, run: &Session) -> Error {
     match run.has_hooks() {
         true => error.into(),
         false => Error::from(error).undone(),
@@ -247,7 +247,7 @@ fn failed(error: holdstill_platform::error::Error, run: &Run) -> Error {
 fn freeze_and_snapshot(
     volume: &Volume,
     freezer: Option<&Arc<Freezer>>,
-    run: &Run,
+    run: &Session,
     progress: &dyn Progress,
 ) -> Result<(jiff::Timestamp, Option<FreezeTimes>)> {
     let Some(freezer) = freezer else {
@@ -274,7 +274,7 @@ fn freeze_and_snapshot(
 }
 
 impl Makings {
-    fn new(run: &Run) -> Self {
+    fn new(run: &Session) -> Self {
         Self {
             made: Vec::new(),
             run: run.clone(),

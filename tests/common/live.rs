@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use holdstill::backup::Report;
 use holdstill::error::{Kind, Result};
+use holdstill::verbs::backup::Report;
 
 use super::{command, output, spawn};
 

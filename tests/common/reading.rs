@@ -7,7 +7,8 @@ use holdstill::image::index::IndexedImage;
 use holdstill::image::manifest::Manifest;
 use holdstill::image::reader::{Front, ImageReader, Lost};
 use holdstill::pipeline::Bounds;
-use holdstill::pipeline::load::{Receive, load};
+use holdstill::pipeline::load::load;
+use holdstill::pipeline::receive::Receive;
 use holdstill::progress::Silent;
 use holdstill::units::{ByteLen, Offset};
 

@@ -3,14 +3,13 @@
 use std::fmt::Write as _;
 
 use super::map::{Edge, Node, Stack};
-use super::{Counts, Makeup, Piece, Seen};
+use super::{Counts, MOST_LEAVES, Makeup, Piece, Seen};
 use crate::node::DeviceNumber;
 
-/// How high a stack may be, how many devices and pieces it may have, and how many disks below.
+/// How high a stack may be, and how many devices and pieces it may have.
 const MOST_LAYERS: usize = 16;
 const MOST_DEVICES: usize = 256;
 const MOST_PIECES: usize = 1 << 16;
-const MOST_LEAVES: usize = crate::trace::MAX_DEVICES;
 
 /// Looks at one device.
 type Look<'a> = &'a dyn Fn(DeviceNumber) -> Result<Seen, String>;

@@ -17,9 +17,9 @@ use holdstill_platform::guard::LeftoverKind;
 use holdstill_platform::open_files;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::fs::btrfs::commit::root_item;
 use crate::fs::btrfs::format;
-use crate::run::Run;
 use crate::thread;
 
 /// Snapshots made at a time: those share commits.
@@ -45,7 +45,7 @@ impl Pins {
     ///
     /// # Errors
     /// [`Kind::NotApplicable`] if one cannot be pinned: swap space lies in it.
-    pub(super) fn take(filesystem: &Filesystem, only: Option<u64>, run: &Run) -> Result<Self> {
+    pub(super) fn take(filesystem: &Filesystem, only: Option<u64>, run: &Session) -> Result<Self> {
         let mut wanted = subvolumes(filesystem)?;
         wanted.retain(|subvolume| only.is_none_or(|only| only == subvolume.id));
         if only.is_some() && wanted.is_empty() {
@@ -125,7 +125,7 @@ fn subvolumes(filesystem: &Filesystem) -> Result<Vec<Wanted>> {
 }
 
 /// Pins a subvolume; `None` if it was deleted meanwhile.
-fn pin(filesystem: &Filesystem, wanted: Wanted, run: &Run) -> Result<Option<Pin>> {
+fn pin(filesystem: &Filesystem, wanted: Wanted, run: &Session) -> Result<Option<Pin>> {
     let subvolume = match filesystem.subvolume(wanted.id) {
         Err(error) if error.source.kind() == ErrorKind::NotFound => return Ok(None),
         other => other?,
@@ -142,7 +142,7 @@ fn pin(filesystem: &Filesystem, wanted: Wanted, run: &Run) -> Result<Option<Pin>
 }
 
 /// Makes a snapshot that has no name any more.
-fn snapshot(subvolume: &Subvolume, run: &Run) -> Result<Subvolume> {
+fn snapshot(subvolume: &Subvolume, run: &Session) -> Result<Subvolume> {
     let name = btrfs::snapshot_name(run.id());
     // Should we die between the two, the guard deletes it.
     let leftover = run.register(subvolume, &name, LeftoverKind::Subvolume)?;

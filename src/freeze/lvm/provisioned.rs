@@ -6,8 +6,8 @@ use holdstill_platform::node::DeviceNumber;
 
 use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
-use crate::run::Run;
-use crate::survey::Survey;
+use crate::freeze::session::Session;
+use crate::freeze::survey::Survey;
 use crate::units::SECTOR;
 
 /// Leaves out of a survey what the pool of a thin snapshot has no blocks for. Where that cannot be told,
@@ -16,7 +16,7 @@ pub(super) fn leave_out_the_rest(
     survey: &mut Survey,
     disk: &Disk,
     snapshot: DeviceNumber,
-    run: &Run,
+    run: &Session,
 ) {
     let left_out = map(snapshot, run).and_then(|map| match map {
         Some(map) => survey.leave_out_all_but(to_set(&map), disk),
@@ -37,7 +37,7 @@ fn to_set(map: &ThinMap) -> ExtentSet {
 }
 
 /// The map of a thin snapshot; `None` if it is no such thing, or its map is not understood.
-fn map(snapshot: DeviceNumber, run: &Run) -> Result<Option<ThinMap>> {
+fn map(snapshot: DeviceNumber, run: &Session) -> Result<Option<ThinMap>> {
     let Some((pool, id)) = lvm::pool_of(snapshot)? else {
         return Ok(None);
     };

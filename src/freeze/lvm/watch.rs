@@ -9,7 +9,7 @@ use holdstill_platform::node::DeviceNumber;
 use super::most_extents;
 use crate::error::Result;
 use crate::freeze::CowRoom;
-use crate::freeze::watch::{self, percent};
+use crate::freeze::watched::{self, percent};
 
 /// A thick snapshot is extended when so full, and given up when so full and nothing is left to extend
 /// it with; in percent.
@@ -70,7 +70,7 @@ impl Watching {
     }
 }
 
-impl watch::Watching for Watching {
+impl watched::Watching for Watching {
     fn name(&self) -> &str {
         &self.snapshot().name
     }

@@ -13,12 +13,12 @@ use crate::freeze::final_read::{ReadPart, Wanted};
 use crate::freeze::freezer::{Expect, Freezer};
 use crate::freeze::instant::{AtInstant, Moment};
 use crate::freeze::mounted::{self, milliseconds};
+use crate::freeze::survey::Survey;
 use crate::freeze::{Pass, Purpose};
 use crate::image::manifest::{FreezeTimes, Grade};
 use crate::image::tables::Run as BlockRun;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::survey::Survey;
 use crate::units::ByteLen;
 
 /// So many times a freeze may find more than fits into memory before the run gives up.

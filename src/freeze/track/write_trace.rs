@@ -12,8 +12,8 @@ use holdstill_platform::stack::Stack;
 use holdstill_platform::trace::{Balance, Options, TraceError, Tracefs, Tracker, instance_name};
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::session::Session;
 use crate::progress::Progress;
-use crate::run::Run;
 use crate::source::Source;
 
 /// How long the reader of the trace may take to catch up.
@@ -58,7 +58,7 @@ impl WriteTrace {
     pub(super) fn begin(
         source: &Source,
         device: &BlockDevice,
-        run: &Run,
+        run: &Session,
         stale: &Arc<DirtyMap>,
     ) -> Result<Self> {
         // The sources of one run have an instance each.
@@ -211,7 +211,7 @@ impl WriteTrace {
     ///
     /// # Errors
     /// If it cannot be taken down.
-    pub(super) fn end(self, run: &Run, progress: &dyn Progress) -> Result<()> {
+    pub(super) fn end(self, run: &Session, progress: &dyn Progress) -> Result<()> {
         let tally = self.tracker.stop()?;
         if tally.passthrough > 0 {
             progress.warn(&format!(

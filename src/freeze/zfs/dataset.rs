@@ -11,9 +11,9 @@ use holdstill_platform::zfs::{self, Made, Reach};
 use super::Makings;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Proof;
+use crate::freeze::session::Session;
 use crate::image::manifest::{Grade, ZfsSend};
 use crate::progress::{Event, Progress};
-use crate::run::Run;
 
 /// A dataset to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Datasets {
     ///
     /// # Errors
     /// If ZFS fails.
-    pub fn snapshot(wanted: &Wanted, run: &Run, progress: &dyn Progress) -> Result<Self> {
+    pub fn snapshot(wanted: &Wanted, run: &Session, progress: &dyn Progress) -> Result<Self> {
         let Wanted { name, reach } = wanted;
         let snapshot = zfs::snapshot_name(name, run.id());
         run.before_freeze(progress)?;

@@ -6,13 +6,13 @@ use holdstill_platform::device::{Access, Disk};
 use holdstill_platform::room::Room;
 
 use crate::error::Result;
+use crate::freeze::survey::Survey;
 use crate::source::Source;
-use crate::survey::Survey;
 use crate::units::ByteLen;
 
 /// About how many bytes of a source are in use: what its mounted filesystem says or, of one that is not
 /// mounted, its map. `None` if that cannot be told.
-pub fn used_bytes(source: &Source) -> Option<ByteLen> {
+pub(super) fn used_bytes(source: &Source) -> Option<ByteLen> {
     if let Some(mount) = &source.mount {
         let room = Room::at(&mount.point).ok()?;
         let size = source.geometry().ok()?.size;
@@ -31,7 +31,7 @@ pub fn used_bytes(source: &Source) -> Option<ByteLen> {
 ///
 /// # Errors
 /// If its folder cannot be examined.
-pub fn free_bytes(path: &Path) -> Result<ByteLen> {
+pub(super) fn free_bytes(path: &Path) -> Result<ByteLen> {
     let folder = match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
@@ -40,7 +40,7 @@ pub fn free_bytes(path: &Path) -> Result<ByteLen> {
 }
 
 /// What to say where a file may not find room.
-pub fn shortage(path: &Path, most: ByteLen, free: ByteLen) -> Option<String> {
+pub(super) fn shortage(path: &Path, most: ByteLen, free: ByteLen) -> Option<String> {
     (most > free).then(|| {
         let name = path.display();
         format!("up to {most} may be written to {name}, and {free} are free there: it may not fit")

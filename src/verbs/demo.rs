@@ -11,13 +11,13 @@ pub use self::ledger::Verdict;
 use self::scene::Scene;
 use crate::error::Result;
 use crate::freeze::CowRoom;
+use crate::freeze::session::Hooks;
 use crate::image::manifest::Grade;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::OnReadError;
 use crate::pipeline::store::{Compression, DEFAULT_LEVEL};
 use crate::progress::{Event, Progress};
-use crate::run::Hooks;
-use crate::{backup, restore, verify};
+use crate::verbs::{backup, restore, verify};
 
 /// What was shown.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -4,15 +4,15 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::backup;
-use crate::clone;
+use crate::destination::overwritten::Overwritten;
 use crate::error::Result;
-use crate::estimate::{free_bytes, used_bytes};
+use crate::freeze::plan::{Plan, StepReport};
 use crate::freeze::step;
-use crate::overwritten::Overwritten;
-use crate::plan::{Plan, StepReport};
-use crate::restore;
 use crate::source::Source;
+use crate::verbs::backup;
+use crate::verbs::clone;
+use crate::verbs::estimate::{free_bytes, used_bytes};
+use crate::verbs::restore;
 
 /// What would be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

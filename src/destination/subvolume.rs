@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use holdstill_platform::btrfs::{self, Child, Filesystem, TOP_LEVEL};
 use uuid::Uuid;
 
+use crate::destination::new_ids;
 use crate::destination::{Target, Unsettled};
 use crate::error::{Error, Kind, Result};
 use crate::fs::btrfs::renew::Identity;
 use crate::image::manifest::Subvolume;
-use crate::new_ids;
 use crate::progress::Progress;
 
 /// What it is called while there is more in it than has its data.

@@ -8,30 +8,30 @@ use holdstill_platform::device::{Access, Disk};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::compare::Comparison;
 use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_shared};
+use crate::destination::compare::Comparison;
+use crate::destination::fit::Fit;
+use crate::destination::new_ids;
+use crate::destination::overwritten::{Confirm, Question};
+use crate::destination::subvolume;
+use crate::destination::target_name;
+use crate::destination::twin;
 use crate::destination::{Candidate, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::fit::Fit;
+use crate::freeze::plan::Plan;
+use crate::freeze::session::{Hooks, Session, Watched};
 use crate::freeze::step::AnyStep;
 use crate::freeze::stills::{Copier, copy_all, expect_hooks};
 use crate::freeze::{Context, CowRoom, Pass, Proof, Purpose, Still, Turn};
 use crate::fs::{self, Needs};
 use crate::image::manifest::{CommitProof, FreezeTimes, Grade};
-use crate::new_ids;
-use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
 use crate::pipeline::copy::copy;
-use crate::pipeline::load::Receive;
 use crate::pipeline::read::{OnReadError, Reading};
-use crate::plan::Plan;
+use crate::pipeline::receive::Receive;
 use crate::progress::{Event, Progress};
-use crate::run::{Hooks, Run, Watched};
 use crate::source::whole;
-use crate::subvolume;
-use crate::target_name;
-use crate::twin;
 use crate::units::{ByteLen, Offset};
 
 /// What to clone, and how.
@@ -208,7 +208,7 @@ pub fn run(
         options.target.display()
     )));
     let sources = [options.source.clone()];
-    let run = Run::begin(
+    let run = Session::begin(
         &options.run_id,
         options.hooks.clone(),
         &sources,

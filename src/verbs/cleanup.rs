@@ -26,9 +26,9 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
+use crate::freeze::session::{FreezeRecord, PartFile, RunRecord};
 use crate::freeze::track::write_trace::NUMBER;
 use crate::progress::Progress;
-use crate::run::{FreezeRecord, PartFile, RunRecord};
 
 /// For how long what is busy is tried to be removed.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::image::content::is_zero;
 use crate::image::format::BLOCK;
-use crate::pipeline::load::Receive;
+use crate::pipeline::receive::Receive;
 use crate::read_at::ReadAt;
 use crate::units::{ByteLen, Offset};
 

@@ -1,4 +1,4 @@
-//! One run of the program: its id, its guard process, its record on disk, and its hooks.
+//! One run of the program, a session: its id, its guard process, its record on disk, and its hooks.
 //!
 //! Order matters. The guard is forked while the process is small and has one thread; the record is on
 //! disk before anything is frozen or created; the post-freeze hook is owed from the moment before the
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
-use crate::plan::Plan;
+use crate::freeze::plan::Plan;
 use crate::progress::{Event, Progress};
 
 /// How long the pre-freeze hook may take, and the post-freeze hook.
@@ -157,7 +157,7 @@ impl Watched {
 
 /// A run. Clones are the same run.
 #[derive(Clone, Debug)]
-pub struct Run(Arc<Inner>);
+pub struct Session(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -189,7 +189,7 @@ struct HookState {
     has_failed: bool,
 }
 
-impl Run {
+impl Session {
     /// Begins a run over `sources`.
     ///
     /// # Errors

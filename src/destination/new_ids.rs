@@ -10,7 +10,7 @@ use crate::destination::Target;
 use crate::error::{Error, Kind, Result};
 use crate::fs;
 use crate::fs::btrfs::renew::{self, Identity};
-use crate::pipeline::load::Receive;
+use crate::pipeline::receive::Receive;
 
 /// Refuses what no new UUID can be given to. `fs` is the name of the filesystem, if one is known, and
 /// `what` that of the volume.

@@ -8,11 +8,11 @@ use std::time::Duration;
 use holdstill_platform::device::Disk;
 
 use crate::error::{Error, Kind, Result};
+use crate::freeze::survey::Survey;
 use crate::freeze::{Next, OnePass, Pass, Proof, Purpose, Still};
 use crate::image::manifest::FreezeTimes;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
-use crate::survey::Survey;
 use crate::units::{ByteLen, Offset};
 
 /// How often to look.

@@ -16,8 +16,9 @@ use serde::Serialize;
 use crate::destination::apart::{refuse_printing_on, refuse_shared};
 use crate::destination::refusal;
 use crate::error::{Error, Kind, Result};
-use crate::estimate;
 use crate::extent::Extent;
+use crate::freeze::plan::Plan;
+use crate::freeze::session::{Hooks, PartFile, Session, Watched};
 use crate::freeze::step::{self, AnyStep};
 use crate::freeze::stills::{Copier, Held, copy_all, expect_hooks};
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
@@ -30,13 +31,12 @@ use crate::image::manifest::{
 use crate::image::writer::ImageWriter;
 use crate::pipeline::Bounds;
 use crate::pipeline::read::{OnReadError, Reading};
-use crate::pipeline::sink::OutputSink;
 use crate::pipeline::store::{Compression, Job, store};
 use crate::pipeline::stream::store_stream;
-use crate::plan::Plan;
 use crate::progress::{Event, Progress};
-use crate::run::{Hooks, PartFile, Run, Watched};
 use crate::source::{Named, Source};
+use crate::storage::output::OutputSink;
+use crate::verbs::estimate;
 
 /// What to back up, and how.
 #[derive(Clone, Debug)]
@@ -416,7 +416,7 @@ fn warn_of_shortage(options: &Options, planned: &Planned, progress: &dyn Progres
 
 /// Begins the run, with a guard if something will be frozen, or if the image will have a name before
 /// it is whole and this user may keep records.
-fn begin(options: &Options, planned: &Planned) -> Result<Run> {
+fn begin(options: &Options, planned: &Planned) -> Result<Session> {
     let mut watched = Watched::of(&planned.volumes, &options.run_id)?;
     for wanted in &planned.datasets {
         watched.is_guarded = true;
@@ -433,7 +433,7 @@ fn begin(options: &Options, planned: &Planned) -> Result<Run> {
             ..watched.clone()
         };
         let hooks = options.hooks.clone();
-        Run::begin(&options.run_id, hooks, &options.sources, watched)
+        Session::begin(&options.run_id, hooks, &options.sources, watched)
     };
     let run = match begin(freezes || part.is_some()) {
         Err(error) if !freezes && error.kind() == Kind::Permission => begin(false)?,

@@ -6,7 +6,7 @@ use holdstill_platform::in_use::{self, User};
 use holdstill_platform::node::BlockDevice;
 
 use crate::error::Result;
-use crate::survey::{Mode, Survey};
+use crate::freeze::survey::{Mode, Survey};
 
 /// Who uses a volume.
 pub(super) enum Users {

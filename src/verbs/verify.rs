@@ -7,16 +7,17 @@ use holdstill_platform::extents_below::Extents;
 use holdstill_platform::node::Node;
 use serde::Serialize;
 
-use crate::compare::Comparison;
-use crate::damage::Tolerant;
+use crate::destination::compare::Comparison;
 use crate::error::{Error, Kind, Result};
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Trailer, VolumeManifest};
-use crate::input::{self, ExpectedId};
 use crate::pipeline::Bounds;
-use crate::pipeline::load::{Discard, Receive, load};
+use crate::pipeline::load::load;
+use crate::pipeline::receive::{Discard, Receive};
+use crate::pipeline::tolerant::Tolerant;
 use crate::progress::Progress;
 use crate::read_at::ReadAt;
+use crate::storage::input::{self, ExpectedId};
 use crate::units::ByteLen;
 
 /// What to verify.

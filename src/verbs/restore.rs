@@ -10,27 +10,28 @@ use holdstill_platform::node::device_with_uuid;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::damage::{Damages, Tolerant};
 use crate::destination::apart::{refuse_as_target, refuse_printing_on, refuse_shared};
+use crate::destination::fit::Fit;
+use crate::destination::new_ids;
+use crate::destination::overwritten::{Confirm, Question};
+use crate::destination::subvolume;
+use crate::destination::target_name;
+use crate::destination::twin;
 use crate::destination::{Candidate, Taken, Target};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::fit::Fit;
 use crate::fs;
 use crate::image::content::{RunningContent, to_hex};
 use crate::image::manifest::{Grade, Manifest, StreamManifest, Subvolume, VolumeManifest};
 use crate::image::reader::End;
-use crate::input::{self, ExpectedId, NamedImage};
-use crate::new_ids;
-use crate::overwritten::{Confirm, Question};
 use crate::pipeline::Bounds;
-use crate::pipeline::load::{Receive, load};
+use crate::pipeline::load::load;
+use crate::pipeline::receive::Receive;
+use crate::pipeline::tolerant::{Damages, Tolerant};
 use crate::progress::{Event, Progress, Silent};
-use crate::subvolume;
-use crate::target_name;
-use crate::twin;
+use crate::storage::input::{self, ExpectedId, NamedImage};
 use crate::units::Offset;
-use crate::verify;
+use crate::verbs::verify;
 use stream::{Receiving, WantedStream};
 
 /// What to restore, and where to.

@@ -13,11 +13,11 @@ use crate::error::{Error, Kind, Result};
 use crate::image::index::IndexedImage;
 use crate::image::manifest::{Manifest, VolumeManifest};
 use crate::image::writer::Sink;
-use crate::input;
-use crate::pipeline::sink::OutputSink;
 use crate::progress::{Event, Progress};
+use crate::storage::input;
+use crate::storage::output::OutputSink;
 use crate::units::{ByteLen, Offset};
-use crate::verify;
+use crate::verbs::verify;
 
 /// Bytes read and written at once.
 const PIECE: u64 = 1 << 20;

@@ -10,13 +10,13 @@ use serde::Serialize;
 
 use crate::error::{IoContext, Kind, Result};
 use crate::freeze::apfs::{self, Description};
+use crate::freeze::plan::{self, StepReport};
 use crate::freeze::step;
 use crate::fs::{self, Condition, Opened, Snapshot, Volume};
 use crate::image::content::to_hex;
 use crate::image::format::MAGIC;
 use crate::image::manifest::{Manifest, Trailer};
 use crate::image::reader::{Summary, summarize};
-use crate::plan::{self, StepReport};
 use crate::read_at::ReadAt;
 use crate::source::{Named, Source, whole};
 
