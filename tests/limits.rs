@@ -22,6 +22,8 @@ fn limited(prefix: &[&str], args: &[OsString]) -> (i32, String) {
     command.args(["-s", "KILL", PATIENCE]).args(prefix);
     command.arg(env!("CARGO_BIN_EXE_holdstill")).args(args);
     command.stdin(Stdio::null()).env("LC_ALL", "C");
+    // With it, the standard library says more of memory that ran out.
+    command.env_remove("RUST_BACKTRACE");
     let done = command.output().expect("prlimit and timeout are there");
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     let what = format!("{prefix:?} {args:?}: {}\n{said}", done.status);

@@ -5,6 +5,7 @@ use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::mounts::unescape;
 use crate::error::{Context, Error, Result};
@@ -270,7 +271,7 @@ impl Target {
             if pid == own_pid || ignore.contains(&pid) {
                 continue;
             }
-            match self.writers_in(pid, &dir) {
+            match self.lasting_writer_in(pid, &dir) {
                 Ok(Some(writer)) => found.users.push(writer),
                 Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -281,6 +282,19 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// The same as [`writers_in`](Self::writers_in), but for a process that was just started: until it runs a
+    /// program of its own, it has all that is open in the one that started it.
+    fn lasting_writer_in(&self, pid: i32, dir: &Path) -> io::Result<Option<User>> {
+        for _ in 0..LOOKS {
+            let writer = self.writers_in(pid, dir)?;
+            if writer.is_none() || !is_new(dir) {
+                return Ok(writer);
+            }
+            std::thread::sleep(NAP);
+        }
+        self.writers_in(pid, dir)
     }
 
     /// The first thing searched for that a process can write to.
@@ -317,6 +331,27 @@ impl Target {
         }
         Ok(None)
     }
+}
+
+/// How often a process is looked at again that was just started, and how long to wait between.
+const LOOKS: u32 = 10;
+const NAP: Duration = Duration::from_millis(20);
+
+/// Processes that run for less than this are new, in seconds.
+const NEW: f64 = 1.0;
+
+/// Whether a process was just started: field 22 of `/proc/PID/stat` is when, in hundredths of a second since
+/// the machine was (proc(5)).
+fn is_new(dir: &Path) -> bool {
+    let since_start = |stat: String| {
+        let (_, fields) = stat.rsplit_once(')')?;
+        let ticks: f64 = fields.split_whitespace().nth(19)?.parse().ok()?;
+        let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+        let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+        Some(uptime - ticks / 100.0)
+    };
+    let stat = std::fs::read_to_string(dir.join("stat")).ok();
+    stat.and_then(since_start).is_some_and(|age| age < NEW)
 }
 
 /// Which file, and which device if the file is a block device's node.

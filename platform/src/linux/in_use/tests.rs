@@ -297,3 +297,26 @@ fn our_own_descriptors_do_not_count() {
     assert_eq!(of_path(&path).users, []);
     drop((file, again));
 }
+
+#[test]
+fn privileged_what_a_new_process_has_only_for_a_moment_is_not_held_against_it() {
+    needs_root!();
+    let dir = scratch();
+    let device = Loop::sparse(&dir.path().join("disk"), 8 << 20);
+    let node = device.path().to_str().unwrap();
+    // It has the device open when it begins, and then no more.
+    let moment = format!("exec 7<>{node}; echo; sleep 0.05; exec 7>&-; exec sleep 100");
+    let lasting = format!("exec 7<>{node}; echo; exec sleep 100");
+    for (script, expected) in [(moment, 0), (lasting, 1)] {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", &script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let found = of(device.path()).users;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found.len(), expected, "{found:?}");
+    }
+}
