@@ -267,6 +267,23 @@ fn privileged_killed_in_a_freeze_it_is_thawed_within_seconds() {
 }
 
 #[test]
+fn privileged_cleanup_leaves_the_freeze_of_a_live_run_alone() {
+    needs_root!();
+    let volume = Volume::new();
+    // Its record stays.
+    let mut dead = volume.hold();
+    dead.child.kill().unwrap();
+    dead.child.wait().unwrap();
+    wait_until("it is thawed", || !volume.is_frozen());
+    let mut held = volume.hold();
+    program::run(["cleanup"]).expect(0);
+    assert!(volume.is_frozen(), "cleanup thawed it");
+    held.read_all();
+    let done = held.child.wait_with_output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+}
+
+#[test]
 fn privileged_a_log_on_the_source_is_no_reason_to_refuse() {
     needs_root!();
     let volume = Volume::new();

@@ -2,12 +2,12 @@
 //! reached another is never in the image without that.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::holdstill as program;
 use crate::common::volume::populate;
@@ -340,12 +340,12 @@ impl Nested {
     }
 
     /// A backup of both, the one below first or last.
-    fn command(&self, image: &Path, is_inner_first: bool) -> std::process::Command {
+    fn command(&self, image: &Path, is_inner_first: bool, step: &str) -> std::process::Command {
         let mut nodes = [self.outer.nodes[0].as_path(), self.inner_device.path()];
         if is_inner_first {
             nodes.reverse();
         }
-        let mut command = program::command(["backup", "--freeze", "track", "--force", "-o"]);
+        let mut command = program::command(["backup", "--freeze", step, "--force", "-o"]);
         command.arg(image).args(nodes);
         command
     }
@@ -387,7 +387,7 @@ fn privileged_what_lies_on_another_source_neither_hangs_nor_stays_frozen() {
             scope.spawn(move || scribble(dir, is_over));
         }
         for is_inner_first in [true, false] {
-            let mut command = nested.command(&image, is_inner_first);
+            let mut command = nested.command(&image, is_inner_first, "track");
             let child = spawn(&mut command);
             program::wait(&command, child).expect(0);
             let copies = [1, 2].map(|number| nested.outer.path(&format!("copy-{number}")));
@@ -416,7 +416,7 @@ fn privileged_what_lies_on_another_source_neither_hangs_nor_stays_frozen() {
             run("xfs_repair", [Path::new("-n"), outer.path()]);
         }
         for number in 0..common::count(4, 20) {
-            let mut command = nested.command(&image, number % 2 == 0);
+            let mut command = nested.command(&image, number % 2 == 0, "track");
             let mut child = spawn(&mut command);
             std::thread::sleep(Duration::from_millis(rng.below(1500)));
             child.kill().unwrap();
@@ -427,4 +427,47 @@ fn privileged_what_lies_on_another_source_neither_hangs_nor_stays_frozen() {
         }
     });
     program::run(["cleanup"]).expect(0);
+}
+
+#[test]
+fn privileged_what_lies_on_another_is_thawed_by_cleanup_and_never_held_with_it() {
+    needs_root!();
+    let nested = Nested::new();
+    let image = nested.outer.path("image");
+    for is_inner_first in [true, false] {
+        let mut command = nested.command(&image, is_inner_first, "hold");
+        let child = spawn(&mut command);
+        program::wait(&command, child).expect(3).says("it lies on");
+    }
+    // As by a run whose guard was killed with it.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let freeze = |mount: &Mount| {
+        let device = fs::metadata(mount.dir()).unwrap().dev();
+        let device = format!("{}:{}", libc::major(device), libc::minor(device));
+        let sequence = fs::read_to_string(format!("/sys/dev/block/{device}/diskseq"));
+        json!({
+            "point": mount.dir(),
+            "device": device,
+            "sequence": sequence.ok().map(|it| it.trim().to_owned()),
+            "boot": boot.trim(),
+        })
+    };
+    let id = "0123456789abcdef0123456789abcdef";
+    let file = PathBuf::from(format!("/var/lib/holdstill/{id}.json"));
+    let (inner, outer) = (&nested.inner, &nested.outer.mounts[0]);
+    let freezes = [freeze(inner), freeze(outer)];
+    let record = json!({ "pid": 1, "begun": "2026-01-01T00:00:00Z", "freezes": freezes });
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    fs::write(&file, record.to_string()).unwrap();
+    for mount in [inner, outer] {
+        run("fsfreeze", [Path::new("-f"), mount.dir()]);
+    }
+    let done = program::run(["--json", "cleanup"]).expect(0).last();
+    let thawed = [outer, inner].map(|mount| mount.dir().display().to_string());
+    assert_eq!(done["thawed"], json!(thawed), "{done}");
+    for mount in [outer, inner] {
+        let dir = mount.dir();
+        assert!(is_writable(dir), "{} stays frozen", dir.display());
+    }
+    assert!(!file.exists());
 }

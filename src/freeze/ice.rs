@@ -51,8 +51,14 @@ pub(super) fn freeze_all(
     let levels = levels(freezers)?;
     let run = &first.run;
     run.check_guard()?;
-    // On record before it happens, as long as it may.
-    let under_way = freezers.iter().map(|it| Ok(Arc::new(UnderWay::begin(it)?)));
+    // On record before it happens, as long as it may; in the order in which they are frozen, for whoever has
+    // to thaw them has to do it in reverse.
+    let mut in_order: Vec<usize> = (0..freezers.len()).collect();
+    in_order.sort_by_key(|number| levels[*number]);
+    let under_way = in_order.into_iter().map(|number| {
+        let freezer = &freezers[number];
+        Ok(Arc::new(UnderWay::begin(freezer)?))
+    });
     let under_way = under_way.collect::<Result<Vec<_>>>()?;
     let begin = Instant::now();
     let mut is_told = false;

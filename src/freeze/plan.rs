@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::destination::apart::refuse_shared;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::step::{self, AnyStep};
-use crate::freeze::{Context, CowRoom, Still};
+use crate::freeze::{Context, CowRoom, Still, Turn};
 use crate::source::{Medium, Source};
 
 /// A source and the step chosen for it.
@@ -258,6 +258,37 @@ impl Plan {
         )?;
         refuse_shared("--cow-device", path, &device, "what is written", written)
     }
+}
+
+/// Refuses to hold a filesystem frozen for its copy together with one that lies on it: neither could be frozen
+/// after the other, nor thawed before it, in an order that is right for both.
+///
+/// # Errors
+/// [`Kind::NotApplicable`].
+pub fn refuse_nested_holds(plans: &[Plan]) -> Result<()> {
+    let held = plans
+        .iter()
+        .filter(|plan| plan.step.turn(false) == Turn::Held);
+    let held: Vec<_> = held
+        .filter_map(|plan| match &plan.source.medium {
+            Medium::Device(device) => Some((plan, device)),
+            Medium::File(_) => None,
+        })
+        .collect();
+    for (upper, above) in &held {
+        for (lower, device) in &held {
+            if above.number != device.number && beneath::rests_on(above.number, device)? {
+                let what = format!(
+                    "it lies on {}, and both would be held frozen for their copies",
+                    lower.source.path.display()
+                );
+                return Err(Error::new(Kind::NotApplicable, what)
+                    .on(&upper.source.path)
+                    .hint("--freeze track, or an image of each"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The first step that applies, and what is imaged with the source by it.

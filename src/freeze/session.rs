@@ -52,7 +52,8 @@ pub struct RunRecord {
     pub pid: u32,
     /// When it began (RFC 3339).
     pub begun: String,
-    /// Freezes that are under way: written down before a freeze begins, and gone once it has ended.
+    /// Freezes that are under way, in their order: written down before a freeze begins, and gone once it has
+    /// ended.
     #[serde(default)]
     pub freezes: Vec<FreezeRecord>,
     /// Write-tracking instances.
@@ -107,7 +108,7 @@ impl FreezeRecord {
     }
 }
 
-/// The live run, other than `own`, that has a freeze of this device under way, in words.
+/// The live run, other than `own` (an id), that has a freeze of this device under way, in words.
 ///
 /// # Errors
 /// If the records cannot be read.

@@ -17,7 +17,7 @@ use crate::destination::apart::{refuse_printing_on, refuse_shared};
 use crate::destination::refusal;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Extent;
-use crate::freeze::plan::Plan;
+use crate::freeze::plan::{Plan, refuse_nested_holds};
 use crate::freeze::session::{Hooks, PartFile, Session, Watched};
 use crate::freeze::step::{self, AnyStep};
 use crate::freeze::stills::{Copier, Held, copy_all, expect_hooks};
@@ -224,6 +224,7 @@ pub fn plan(options: &Options) -> Result<Planned> {
         let what = "--recursive is for datasets of ZFS, and none was named";
         return Err(Error::new(Kind::Usage, what));
     }
+    refuse_nested_holds(&planned.volumes)?;
     let mut sources = Extents::default();
     for plan in &planned.volumes {
         sources.extend(plan.extents()?);

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::apfs::Leavings;
-use crate::freeze::session::{FreezeRecord, PartFile, RunRecord};
+use crate::freeze::session::{FreezeRecord, PartFile, RunRecord, freezing};
 use crate::freeze::track::write_trace::NUMBER;
 use crate::progress::Progress;
 
@@ -210,7 +210,8 @@ fn undo(content: &[u8], report: &mut Report) -> Result<()> {
     if let Some((_, begun)) = &mut report.of {
         begun.clone_from(&record.begun);
     }
-    for freeze in &record.freezes {
+    // What was frozen last thaws first: the thaw of what lies on it writes to it.
+    for freeze in record.freezes.iter().rev() {
         thaw(freeze, report)?;
     }
     for instance in &record.trace_instances {
@@ -271,6 +272,10 @@ fn thaw(freeze: &FreezeRecord, report: &mut Report) -> Result<()> {
     };
     if disk_sequence(device) != freeze.sequence {
         // Another device has its number by now, and nothing is mounted of the one that was meant.
+        return Ok(());
+    }
+    if freezing(&freeze.device, "")?.is_some() {
+        // A run that lives has frozen it since, which it could not have if it had still been frozen.
         return Ok(());
     }
     let all = mounts::of_this_process()?;
