@@ -216,11 +216,6 @@ pub trait Still {
         None
     }
 
-    /// When it is copied.
-    fn turn(&self) -> Turn {
-        Turn::Snapshot
-    }
-
     /// Whether nothing but a later write to the source can be why these blocks differed in a pass to
     /// compare: then a pass that is still to come gives them again.
     ///

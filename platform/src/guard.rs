@@ -351,22 +351,6 @@ impl Guard {
             .context("no answer from", "the guard process")
     }
 
-    /// Freezes the filesystem at `mount`, to be thawed by [`Frozen::thaw`] or by the guard once
-    /// `deadline` has passed since now. Between the two the caller neither writes, logs, allocates
-    /// nor waits for anybody who might.
-    ///
-    /// # Errors
-    /// Nothing is frozen then.
-    pub fn freeze(
-        &self,
-        mount: &Arc<MountPoint>,
-        deadline: Duration,
-    ) -> std::result::Result<Frozen, FreezeError> {
-        self.ready()
-            .map_err(FreezeError::Failed)?
-            .freeze(mount, deadline)
-    }
-
     /// Makes ready all that a freeze needs memory for: to be called before anything is frozen.
     ///
     /// # Errors
@@ -387,7 +371,9 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// As [`Guard::freeze`]; starts no thread.
+    /// Freezes the filesystem at `mount`, to be thawed by [`Frozen::thaw`] or by the guard once
+    /// `deadline` has passed since now. Between the two the caller neither writes, logs, allocates
+    /// nor waits for anybody who might. Starts no thread.
     ///
     /// # Errors
     /// Nothing is frozen then.

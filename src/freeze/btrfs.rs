@@ -429,18 +429,8 @@ impl Still for Live {
         }
     }
 
-    fn turn(&self) -> Turn {
-        match self.freezes_it {
-            true => Turn::Shared,
-            false => Turn::Snapshot,
-        }
-    }
-
     fn at_instant(&mut self) -> Option<&mut dyn AtInstant> {
-        match self.freezes_it {
-            true => Some(self),
-            false => None,
-        }
+        Some(self)
     }
 
     /// Only tree blocks are compared while they may be freed: what differs was, and then written to.

@@ -122,6 +122,14 @@ impl Freezer {
         mounted::sync(&self.point, progress)
     }
 
+    /// The same, so that a freeze that follows has little to write.
+    ///
+    /// # Errors
+    /// As [`mounted::sync_within_budget`].
+    pub(super) fn sync_within_budget(&self, progress: &dyn Progress) -> Result<()> {
+        mounted::sync_within_budget(&self.point, &self.source, progress)
+    }
+
     /// The open mount point.
     pub(super) fn point(&self) -> &Arc<MountPoint> {
         &self.point

@@ -195,10 +195,6 @@ impl Still for Hold {
         }))
     }
 
-    fn turn(&self) -> Turn {
-        Turn::Held
-    }
-
     fn finish(mut self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {
         let missing = || Error::new(Kind::Failed, "thawed twice");
         let frozen = self.frozen.take().ok_or_else(missing)?;

@@ -55,11 +55,9 @@ pub(super) fn freeze_all(
     // to thaw them has to do it in reverse.
     let mut in_order: Vec<usize> = (0..freezers.len()).collect();
     in_order.sort_by_key(|number| levels[*number]);
-    let under_way = in_order.into_iter().map(|number| {
-        let freezer = &freezers[number];
-        Ok(Arc::new(UnderWay::begin(freezer)?))
-    });
-    let under_way = under_way.collect::<Result<Vec<_>>>()?;
+    let in_order = in_order.into_iter();
+    let under_way = in_order.map(|number| UnderWay::begin(&freezers[number]));
+    let under_way = Arc::new(under_way.collect::<Result<Vec<_>>>()?);
     let begin = Instant::now();
     let mut is_told = false;
     loop {
@@ -77,7 +75,7 @@ pub(super) fn freeze_all(
             settled: Vec::with_capacity(freezers.len()),
             last: Vec::with_capacity(freezers.len()),
             thawed: freezers.iter().map(|_| None).collect(),
-            _under_way: under_way.clone(),
+            _under_way: Arc::clone(&under_way),
         };
         let Some((number, error)) = failure else {
             return Ok(ice);
@@ -210,7 +208,7 @@ pub(super) struct Ice {
     last: Vec<io::Result<Looks>>,
     thawed: Vec<Option<std::result::Result<Thawed, FreezeError>>>,
     // Dropped last: it writes, perhaps to what was frozen.
-    _under_way: Vec<Arc<UnderWay>>,
+    _under_way: Arc<Vec<UnderWay>>,
 }
 
 impl Ice {

@@ -49,7 +49,7 @@ pub trait AtInstant {
     fn capture(&mut self, moment: &Moment<'_>);
 
     /// Everything was read, and is frozen still.
-    fn confirm(&mut self);
+    fn confirm(&mut self) {}
 
     /// What may happen to its devices while it is frozen.
     fn expects(&self) -> Expect;

@@ -52,10 +52,6 @@ impl Step for Method {
         Turn::Unused
     }
 
-    fn needs_guard(&self) -> bool {
-        false
-    }
-
     fn has_to_freeze(&self) -> bool {
         false
     }
@@ -102,10 +98,6 @@ impl Still for Moving {
 
     fn next(&mut self, _: &dyn Progress) -> Result<Next<'_>> {
         Ok(self.passes.over(&self.disk, &self.survey).into())
-    }
-
-    fn turn(&self) -> Turn {
-        Turn::Unused
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

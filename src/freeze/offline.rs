@@ -60,10 +60,6 @@ impl Step for Method {
         Turn::Unused
     }
 
-    fn needs_guard(&self) -> bool {
-        false
-    }
-
     fn has_to_freeze(&self) -> bool {
         false
     }
@@ -446,10 +442,6 @@ impl Still for Offline {
             survey,
             purpose,
         )))
-    }
-
-    fn turn(&self) -> Turn {
-        Turn::Unused
     }
 
     fn finish(self: Box<Self>, progress: &dyn Progress) -> Result<Proof> {

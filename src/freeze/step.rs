@@ -38,7 +38,7 @@ pub trait Step: fmt::Debug + Sync {
 
     /// Whether it freezes or creates something that a guard has to watch over.
     fn needs_guard(&self) -> bool {
-        true
+        self.turn(false) != Turn::Unused
     }
 
     /// Whether it makes writers wait, be it for milliseconds, and cannot do without.

@@ -5,7 +5,6 @@
 //! uses is copied after it, and held from before it to the end, so that its instant is the same.
 
 use super::instant;
-use super::step::AnyStep;
 use super::{Next, Pass, Proof, Still, Turn};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::session::Session;
@@ -42,30 +41,28 @@ pub struct Held {
 }
 
 /// Tells a run how often something will be frozen, or held, by itself; whether its hooks stand around the
-/// copy of what nobody uses.
-pub fn expect_hooks(run: &Session, steps: &[AnyStep], no_freeze: bool) -> bool {
-    let turn = |step: &&AnyStep| step.turn(no_freeze);
-    let count = |of: &dyn Fn(Turn) -> bool| steps.iter().filter(|step| of(turn(step))).count();
-    let by_themselves = count(&|turn| matches!(turn, Turn::Held | Turn::Snapshot));
-    let hooks_around_copy = count(&|turn| turn != Turn::Unused) == 0;
+/// copy of what nobody uses. `turns` has that of each source.
+pub fn expect_hooks(run: &Session, turns: &[Turn]) -> bool {
+    let is_by_itself = |turn: &&Turn| matches!(turn, Turn::Held | Turn::Snapshot);
+    let hooks_around_copy = turns.iter().all(|turn| *turn == Turn::Unused);
     run.expect_freezes(match hooks_around_copy {
-        true => steps.len(),
-        false => by_themselves,
+        true => turns.len(),
+        false => turns.iter().filter(is_by_itself).count(),
     });
     hooks_around_copy
 }
 
-/// Copies all sources and lets them go. Returns what they are worth, in their order.
+/// Copies all sources, each when it is its turn, and lets them go. Returns what they are worth, in their order.
 ///
 /// # Errors
 /// If one moved after all, or copying fails.
 pub fn copy_all(
     stills: Vec<Box<dyn Still>>,
+    turns: &[Turn],
     run: &Session,
     copier: &mut dyn Copier,
     progress: &dyn Progress,
 ) -> Result<Vec<Held>> {
-    let turns: Vec<Turn> = stills.iter().map(|still| still.turn()).collect();
     let of = |wanted: Turn| -> Vec<usize> {
         let numbers = 0..turns.len();
         numbers.filter(|number| turns[*number] == wanted).collect()

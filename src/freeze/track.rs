@@ -450,10 +450,6 @@ impl Still for Track {
         Ok(Some(self.stale_pass()))
     }
 
-    fn turn(&self) -> Turn {
-        Turn::Shared
-    }
-
     fn at_instant(&mut self) -> Option<&mut dyn AtInstant> {
         Some(self)
     }

@@ -22,7 +22,7 @@ use crate::freeze::session::{Hooks, PartFile, Session, Watched};
 use crate::freeze::step::{self, AnyStep};
 use crate::freeze::stills::{Copier, Held, copy_all, expect_hooks};
 use crate::freeze::zfs::dataset::{self, Datasets, Wanted};
-use crate::freeze::{Context, CowRoom, Pass, Proof, Still};
+use crate::freeze::{Context, CowRoom, Pass, Proof, Still, Turn};
 use crate::image::content::to_hex;
 use crate::image::manifest::{
     Blocks, CommitProof, FreezeTimes, Grade, Manifest, StreamManifest, StreamTrailer, Trailer,
@@ -278,11 +278,14 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
             parts.for_each(|noted| noted.inode = Some(part.inode));
         })?;
     }
-    let steps = planned.volumes.iter().map(|plan| plan.step);
-    let steps: Vec<AnyStep> = steps
-        .chain(planned.datasets.iter().map(|_| step::ZFS))
-        .collect();
-    let hooks_around_copy = expect_hooks(&run, &steps, options.no_freeze);
+    let no_freeze = options.no_freeze;
+    let turns = |volumes: &[Plan]| -> Vec<Turn> {
+        let turns = volumes.iter().map(|plan| plan.step.turn(no_freeze));
+        turns.collect()
+    };
+    let of_datasets = planned.datasets.iter().map(|_| step::ZFS.turn(no_freeze));
+    let all_turns = [turns(&planned.volumes), of_datasets.collect()].concat();
+    let hooks_around_copy = expect_hooks(&run, &all_turns);
     let context = Context {
         run: &run,
         output: Some(output.as_fd()),
@@ -341,7 +344,9 @@ pub fn run(options: &Options, progress: &dyn Progress) -> Result<Report> {
         progress,
         volumes: Volumes::of(&stills),
     };
-    let held = copy_all(stills, &run, &mut copier, progress)?;
+    // Known only now: where a snapshot could not be made, another step was taken.
+    let turns = turns(&planned.volumes);
+    let held = copy_all(stills, &turns, &run, &mut copier, progress)?;
     let volumes = copier.volumes.trailers(&held);
     let mut proofs: Vec<Proof> = held.into_iter().map(|held| held.proof).collect();
     let mut numbers = manifest.streams.iter().map(|stream| stream.n);

@@ -215,7 +215,7 @@ pub fn run(
         Watched::of(std::slice::from_ref(&plan), &options.run_id)?,
     )?;
     run.warn_of_shared_group(progress);
-    let hooks_around_copy = expect_hooks(&run, &[plan.step], options.no_freeze);
+    let hooks_around_copy = expect_hooks(&run, &[plan.step.turn(options.no_freeze)]);
     let context = Context {
         run: &run,
         output: Some(taken.as_target().as_fd()),
@@ -246,7 +246,8 @@ pub fn run(
         progress.warn(warning);
     }
     let bytes = survey.bytes;
-    if exists && still.turn() == Turn::Shared {
+    let turn = plan.step.turn(options.no_freeze);
+    if exists && turn == Turn::Shared {
         run.rehearse_hooks(progress)?;
     }
     progress.check()?;
@@ -260,7 +261,7 @@ pub fn run(
         compared: None,
         unreadable: Vec::new(),
     };
-    let held = copy_all(vec![still], &run, &mut passes, progress)?;
+    let held = copy_all(vec![still], &[turn], &run, &mut passes, progress)?;
     let unreadable = passes.finish()?;
     let used: ByteLen = held.iter().flat_map(|held| &held.used).copied().sum();
     let missing = || Error::new(Kind::Failed, "nothing was copied");

@@ -127,7 +127,7 @@ fn role_freezes() {
         let said = match verb {
             "freeze" => {
                 let deadline = Duration::from_millis(argument.parse().unwrap());
-                match guard.freeze(&mount, deadline) {
+                match guard.ready().unwrap().freeze(&mount, deadline) {
                     Ok(now) => {
                         frozen = Some(now);
                         "ok".to_owned()

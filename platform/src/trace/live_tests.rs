@@ -84,7 +84,8 @@ fn live_copy(fs_type: &str) {
         // Whatever fails below, the writers end.
         let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // The first freeze: an exact map, and a quiet moment for the sums.
-            let frozen = guard.freeze(&mount, DEADLINE).unwrap();
+            let ready = guard.ready().unwrap();
+            let frozen = ready.freeze(&mount, DEADLINE).unwrap();
             let first = fsmap.used(&mount, device.number(), SIZE, &mut used_first);
             let base = tracker.balance(PATIENCE);
             // In the freeze: later a block might be allocated and written before its mark is lost.
@@ -113,7 +114,8 @@ fn live_copy(fs_type: &str) {
             }
             mount.sync().unwrap();
 
-            let frozen = guard.freeze(&mount, DEADLINE).unwrap();
+            let ready = guard.ready().unwrap();
+            let frozen = ready.freeze(&mount, DEADLINE).unwrap();
             let drained = tracker.drain(PATIENCE);
             let balance = tracker.balance(PATIENCE);
             let mapped = fsmap.used(&mount, device.number(), SIZE, &mut used);

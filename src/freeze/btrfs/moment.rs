@@ -1,5 +1,8 @@
 //! The moment that the copy shows: pins are taken, and a window is opened on the commit that holds.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
 use super::Live;
 use super::captured::Captured;
 use super::checked::Checked;
@@ -11,13 +14,11 @@ use super::window::{Seen, Sight, Window};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::final_read::{ReadPart, Wanted};
 use crate::freeze::freezer::{Expect, Freezer};
-use crate::freeze::instant::{self as instant_of_all, AtInstant};
-use crate::freeze::mounted::{self, milliseconds};
+use crate::freeze::instant::{self, AtInstant};
+use crate::freeze::mounted::milliseconds;
 use crate::image::manifest::{CommitProof, FreezeTimes};
 use crate::progress::{Event, Progress};
 use crate::units::ByteLen;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How often a window is opened: each time with new pins.
 const MOST_WINDOWS: u32 = 6;
@@ -55,24 +56,17 @@ pub(super) struct View {
 }
 
 impl Live {
-    /// Takes new pins, and looks through a window for the first time, which fills its cache.
+    /// Takes new pins, for a window that is opened next.
     ///
     /// # Errors
-    /// If too many windows were opened before, or something moves what is pinned.
-    fn begin_window(&mut self, progress: &dyn Progress) -> Result<(Window, Sight)> {
-        let most = match self.freezes_it {
-            true => MOST_WINDOWS,
-            false => MOST_WINDOWS_UNFROZEN,
-        };
-        if self.windows == most {
-            return Err(too_many_commits().on(&self.source.path));
-        }
+    /// If something moves what is pinned.
+    fn begin_window(&mut self, progress: &dyn Progress) -> Result<Window> {
         self.run.check_guard()?;
         progress.check()?;
         proof::nothing_moves(&self.filesystem)?;
         self.windows += 1;
         match self.freezes_it {
-            true => mounted::sync_within_budget(self.freezer.point(), &self.source, progress)?,
+            true => self.freezer.sync_within_budget(progress)?,
             false => self.filesystem.sync()?,
         }
         // The old ones stay: until the cleaner has come by, the commit lists what only they refer to.
@@ -80,9 +74,12 @@ impl Live {
         self.pins = Pins::take(&self.filesystem, self.only, &self.run)?;
         // Without it, the commit that is looked at may show them still, with their names.
         self.filesystem.sync()?;
-        let mut window = Window::new(&self.devices, self.only, self.round.until(), self.room);
-        let sight = window.look(&self.pins, self.room)?;
-        Ok((window, sight))
+        Ok(Window::new(
+            &self.devices,
+            self.only,
+            self.round.until(),
+            self.room,
+        ))
     }
 
     /// Looks for a moment without a freeze. Whether there is one now; if not, another round is needed.
@@ -94,10 +91,10 @@ impl Live {
             self.run.before_freeze(progress)?;
         }
         let mut in_place = 0;
-        while in_place < MOST_WINDOWS {
+        while self.windows < MOST_WINDOWS_UNFROZEN && in_place < MOST_WINDOWS {
+            let mut window = self.begin_window(progress)?;
             let instant = jiff::Timestamp::now();
-            let (mut window, sight) = self.begin_window(progress)?;
-            let mut seen = match sight {
+            let mut seen = match window.look(&self.pins, self.room)? {
                 Sight::Moved => continue,
                 Sight::TooMuch => return Ok(false),
                 Sight::Commit(seen) => *seen,
@@ -113,6 +110,9 @@ impl Live {
                 });
                 return Ok(true);
             }
+        }
+        if in_place == 0 {
+            return Err(too_many_commits().on(&self.source.path));
         }
         let what = "files without copy-on-write are written to all the while: without a freeze they would \
                     be newer than the rest";
@@ -206,8 +206,12 @@ impl AtInstant for Live {
     }
 
     fn prepare(&mut self, _: ByteLen, progress: &dyn Progress) -> Result<Option<Wanted>> {
-        let (mut window, sight) = self.begin_window(progress)?;
-        if let Sight::Commit(seen) = sight {
+        if self.windows == MOST_WINDOWS {
+            return Err(too_many_commits().on(&self.source.path));
+        }
+        let mut window = self.begin_window(progress)?;
+        // Fills its cache.
+        if let Sight::Commit(seen) = window.look(&self.pins, self.room)? {
             window.keep(*seen);
         }
         self.view = Some(View {
@@ -223,7 +227,7 @@ impl AtInstant for Live {
         Ok(())
     }
 
-    fn capture(&mut self, _: &instant_of_all::Moment<'_>) {
+    fn capture(&mut self, _: &instant::Moment<'_>) {
         // The second time round, nothing is left for after the freeze.
         let most = match self.windows {
             1 => IN_FREEZE,
@@ -240,8 +244,6 @@ impl AtInstant for Live {
         };
         *looked = Some((sight, is_whole));
     }
-
-    fn confirm(&mut self) {}
 
     fn expects(&self) -> Expect {
         Expect::Discards

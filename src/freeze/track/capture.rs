@@ -104,7 +104,7 @@ impl AtInstant for Track {
     }
 
     fn sync(&self, progress: &dyn Progress) -> Result<()> {
-        mounted::sync_within_budget(self.freezer.point(), &self.source, progress)
+        self.freezer.sync_within_budget(progress)
     }
 
     fn capture(&mut self, moment: &Moment<'_>) {
